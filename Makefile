@@ -1,0 +1,88 @@
+# `make help` lists the targets. The virtual environments are made on first use and brought up to
+# date when the requirements change; PYTHON=... chooses the interpreter (3.11 or newer).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+
+# The first of these that runs and is new enough: pyenv's shims exist without running.
+is_new = -c 'import sys; sys.exit(sys.version_info < (3, $(1)))' 2>/dev/null
+first_python = $(shell for p in $(2); do $$p $(call is_new,$(1)) && { echo $$p; break; }; done)
+PYTHON ?= $(call first_python,11,python3 python3.11 python3.12 python3.13)
+PYTHON_LATEST ?= $(call first_python,12,python3.13 python3.12 python3 \
+    $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python) \
+    $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python))
+
+VENV ?= .venv
+VENV_LATEST ?= .venv-latest
+VENV_HF ?= .venv-hf
+REQUIREMENTS := requirements.txt pyproject.toml constraints-py311.txt constraints-latest.txt
+FAST := -m "not slow and not hf" --ignore=tests/hf
+ALL := -m "not hf" --ignore=tests/hf
+
+.PHONY: help
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+.PHONY: train
+train: $(VENV)/.installed  ## pre-train the tiny model on a CPU (about 5 minutes)
+	$(VENV)/bin/python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
+
+.PHONY: test
+test: $(VENV)/.installed  ## run every fast test
+	@$(VENV)/bin/python -m pytest $(FAST)
+
+.PHONY: test-all
+test-all: $(VENV)/.installed  ## run the slow tests too
+	@$(VENV)/bin/python -m pytest $(ALL)
+
+.PHONY: test-hf
+test-hf: $(VENV_HF)/.installed  ## compare with Hugging Face transformers, in an environment of its own
+	@$(VENV_HF)/bin/python -m pytest tests/hf -m hf
+
+.PHONY: test-latest
+test-latest: $(VENV_LATEST)/.installed  ## run the fast tests on Python >= 3.12 with the newest jax
+	@$(VENV_LATEST)/bin/python -m pytest $(FAST)
+
+.PHONY: bench
+bench: $(VENV)/.installed  ## time the kernels on this machine's device
+	@$(VENV)/bin/python -m pallas_kernels.bench
+
+.PHONY: lint
+lint: $(VENV)/.installed  ## check style and formatting
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+.PHONY: clean
+clean:  ## remove environments and caches; runs/ is kept
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_HF) build .jax_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call install,environment,interpreter,packages): jax and flax pair up by Python version, so the
+# constraints do too.
+define install
+	@if [ -z "$(2)" ] || ! $(2) $(call is_new,11); then \
+	    echo "make: Python 3.11 or newer is needed and none was found; set PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi
+	@echo "make: installing into $(1) with $$($(2) --version)" >&2
+	@$(2) -m venv $(1)
+	@constraints=constraints-py311.txt; \
+	if $(1)/bin/python $(call is_new,12); then constraints=constraints-latest.txt; fi; \
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(3) --constraint $$constraints
+	@touch $(1)/.installed
+endef
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	$(call install,$(VENV),$(PYTHON),--editable '.[dev]')
+
+$(VENV_HF)/.installed: $(REQUIREMENTS)
+	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 transformers==5.23.0)
+
+$(VENV_LATEST)/.installed: $(REQUIREMENTS)
+	@if [ -z "$(PYTHON_LATEST)" ]; then \
+	    echo "make: test-latest needs Python 3.12 or newer; set PYTHON_LATEST=/path/to/python3.13" >&2; \
+	    exit 1; \
+	fi
+	$(call install,$(VENV_LATEST),$(PYTHON_LATEST),--editable '.[dev]')

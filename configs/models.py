@@ -1,0 +1,105 @@
+"""The published models of the Nemotron 3 family, and the tiny one that trains on a CPU.
+
+Sizes are those of the hub's config.json files; `init_std` is what training used (the hub files say
+0.02). Sources: the reports of Nemotron 3 Super (arXiv:2604.12374) and Nano (arXiv:2512.20848), the
+recipes of Megatron-LM and Megatron-Bridge.
+"""
+
+from nemotron_jax.config.model import (
+    AttentionConfig,
+    MambaConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+)
+
+SUPER_PATTERN = (
+    "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
+)
+NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+ULTRA_PATTERN = (
+    "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*"
+    "EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+)
+
+
+def super_120b() -> ModelConfig:
+    """Nemotron 3 Super: 120.7 billion parameters and an MTP block of 2.9 billion; 12.2 active."""
+    return ModelConfig(
+        vocab_size=131_072,
+        width=4096,
+        pattern=SUPER_PATTERN,
+        mamba=MambaConfig(num_heads=128, head_dim=64, state_size=128, num_groups=8),
+        attention=AttentionConfig(num_heads=32, num_kv_heads=2, head_dim=128),
+        moe=MoEConfig(
+            num_experts=512,
+            experts_per_token=22,
+            expert_width=2688,
+            shared_width=5376,
+            latent_width=1024,
+            weight_scale=5.0,
+        ),
+        mtp=MTPConfig(),
+        init_std=0.014,
+    )
+
+
+def nano_30b() -> ModelConfig:
+    """Nemotron 3 Nano: 31.6 billion parameters, experts at full width, no MTP."""
+    return ModelConfig(
+        vocab_size=131_072,
+        width=2688,
+        pattern=NANO_PATTERN,
+        mamba=MambaConfig(num_heads=64, head_dim=64, state_size=128, num_groups=8),
+        attention=AttentionConfig(num_heads=32, num_kv_heads=2, head_dim=128),
+        moe=MoEConfig(
+            num_experts=128,
+            experts_per_token=6,
+            expert_width=1856,
+            shared_width=3712,
+            weight_scale=2.5,
+        ),
+        init_std=0.0173,
+    )
+
+
+def ultra_550b() -> ModelConfig:
+    """Nemotron 3 Ultra: 549.3 billion parameters and an MTP block of 11.2 billion."""
+    return ModelConfig(
+        vocab_size=131_072,
+        width=8192,
+        pattern=ULTRA_PATTERN,
+        mamba=MambaConfig(num_heads=256, head_dim=64, state_size=128, num_groups=8),
+        attention=AttentionConfig(num_heads=64, num_kv_heads=2, head_dim=128),
+        moe=MoEConfig(
+            num_experts=512,
+            experts_per_token=22,
+            expert_width=5120,
+            shared_width=10_240,
+            latent_width=2048,
+            weight_scale=5.0,
+        ),
+        mtp=MTPConfig(),
+        init_std=0.0099,
+    )
+
+
+def tiny() -> ModelConfig:
+    """Super's architecture in small: every kind of its layers, LatentMoE, MTP."""
+    return ModelConfig(
+        vocab_size=4096,
+        width=128,
+        pattern="MEM*EME",
+        mamba=MambaConfig(num_heads=8, head_dim=32, state_size=32, num_groups=2, chunk=64),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32),
+        moe=MoEConfig(
+            num_experts=16,
+            experts_per_token=4,
+            expert_width=128,
+            shared_width=256,
+            latent_width=64,
+            weight_scale=2.0,
+        ),
+        mtp=MTPConfig(),
+        init_std=0.079,  # Super's 0.014 scaled by the square root of the widths' ratio
+    )

@@ -1,0 +1,47 @@
+"""Nemotron 3 Nano, pre-training: 25 T tokens.
+
+Command:  python train.py --config=configs/nano.py --workdir=runs/nano \
+              --config.data.sources='hf:/data/pretraining'
+Hardware: a pod of TPUs or GPUs; weights, gradients and AdamW moments in float32 are 505 GB.
+Expected: not run here. The tests build the model's shapes and pin the schedule.
+Source:   Nemotron 3 Nano report, arXiv:2512.20848; the length of the decay is taken from Super.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+from nemotron_jax.config.convert import to_config_dict
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.run import (
+    DataConfig,
+    LoggingConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+SCHEDULE = ScheduleConfig(
+    peak_learning_rate=1e-3,
+    final_learning_rate=1e-5,
+    warmup_tokens=8_400_000_000,
+    decay_tokens=5_000_000_000_000,
+    total_tokens=25_000_000_000_000,
+)
+
+
+def get_config() -> ConfigDict:
+    """The run, open to `--config.` overrides."""
+    return to_config_dict(
+        RunConfig(
+            model=models.nano_30b(),
+            training=TrainingConfig(steps=993_411, schedule=SCHEDULE, mtp_depths=0),
+            data=DataConfig(
+                sources=("hf:/data/pretraining",),
+                sequence_length=8192,
+                batch_size=3072,
+                held_out_fraction=0.0001,
+            ),
+            execution=Execution(compute_dtype="bfloat16", remat="mixers"),
+            logging=LoggingConfig(evaluate_every=1000, checkpoint_every=2000, keep_checkpoints=10),
+        )
+    )

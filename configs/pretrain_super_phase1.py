@@ -1,0 +1,49 @@
+"""Nemotron 3 Super, pre-training phase 1: 20 T tokens of the diverse mixture.
+
+Command:  python train.py --config=configs/pretrain_super_phase1.py --workdir=runs/super \
+              --config.data.sources='hf:/data/phase1'
+Hardware: a pod of TPUs or GPUs; weights, gradients and AdamW moments in float32 are 1.9 TB.
+Expected: not run here. The tests build the model's shapes and pin the published schedule.
+Source:   Nemotron 3 Super report, arXiv:2604.12374; schedule of the whole 25 T tokens, of which the
+          last 5 T, the decay, are phase 2.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+from nemotron_jax.config.convert import to_config_dict
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.run import (
+    DataConfig,
+    LoggingConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+ROWS, TOKENS_PER_ROW = 3072, 8192
+SCHEDULE = ScheduleConfig(
+    peak_learning_rate=4.5e-4,
+    final_learning_rate=4.5e-6,
+    warmup_tokens=200_000_000_000,
+    decay_tokens=5_000_000_000_000,
+    total_tokens=25_000_000_000_000,
+)
+
+
+def get_config() -> ConfigDict:
+    """The run, open to `--config.` overrides."""
+    return to_config_dict(
+        RunConfig(
+            model=models.super_120b(),
+            training=TrainingConfig(steps=794_728, schedule=SCHEDULE),
+            data=DataConfig(
+                sources=("hf:/data/phase1",),
+                sequence_length=TOKENS_PER_ROW,
+                batch_size=ROWS,
+                held_out_fraction=0.0001,
+            ),
+            execution=Execution(compute_dtype="bfloat16", remat="mixers"),
+            logging=LoggingConfig(evaluate_every=1000, checkpoint_every=2000, keep_checkpoints=10),
+        )
+    )

@@ -1,0 +1,40 @@
+"""The tiny model on the Python standard library's source text.
+
+Command:  python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny   (or `make train`)
+Hardware: a CPU; about five minutes on two cores.
+Expected: a loss plot in runs/tiny/plots/loss.png and samples of Python-like text.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+from nemotron_jax.config.convert import to_config_dict
+from nemotron_jax.config.run import (
+    DataConfig,
+    LoggingConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+STEPS, ROWS, TOKENS_PER_ROW = 600, 16, 256
+STEP_TOKENS = ROWS * TOKENS_PER_ROW
+
+
+def get_config() -> ConfigDict:
+    """The run, open to `--config.` overrides."""
+    schedule = ScheduleConfig(
+        peak_learning_rate=3e-3,
+        final_learning_rate=3e-5,
+        warmup_tokens=30 * STEP_TOKENS,
+        decay_tokens=150 * STEP_TOKENS,
+        total_tokens=STEPS * STEP_TOKENS,
+    )
+    return to_config_dict(
+        RunConfig(
+            model=models.tiny(),
+            training=TrainingConfig(steps=STEPS, schedule=schedule),
+            data=DataConfig(sequence_length=TOKENS_PER_ROW, batch_size=ROWS),
+            logging=LoggingConfig(evaluate_every=100, checkpoint_every=200),
+        )
+    )

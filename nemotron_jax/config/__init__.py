@@ -1,0 +1,1 @@
+"""Frozen, checked descriptions of models and runs; plain Python, no jax."""

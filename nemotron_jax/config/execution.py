@@ -1,0 +1,43 @@
+"""How a model function runs: chosen by the caller, never stored in a module."""
+
+import dataclasses
+
+from nemotron_jax.config.model import require
+
+DTYPES = ("auto", "float32", "bfloat16")
+REMAT = ("none", "full", "mixers")
+LAYERS = ("scan", "unrolled")
+AUX_LOSS = ("rows", "documents")
+KERNELS = ("auto", "xla", "reference", "pallas_tpu", "pallas_gpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """Compute dtype, rematerialisation, layer loop and kernels of one call.
+
+    `remat`: `none` keeps every activation; `full` keeps only what flows between units and
+    recomputes the rest; `mixers` keeps the inputs of each mixer and recomputes what lies inside.
+    `compute_dtype`: `auto` computes in the dtype of the model's matrices. `layers`: `scan` compiles
+    one unit, `unrolled` each of them; with a cache layers are always unrolled. `kernels`: `auto`
+    follows the target platform. `aux_loss`: the sequence balance loss takes each row as one
+    sequence (as published), or each document.
+    """
+
+    compute_dtype: str = "auto"
+    remat: str = "none"
+    layers: str = "scan"
+    kernels: str = "auto"
+    aux_loss: str = "rows"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("compute_dtype", DTYPES),
+            ("remat", REMAT),
+            ("layers", LAYERS),
+            ("kernels", KERNELS),
+            ("aux_loss", AUX_LOSS),
+        ):
+            value = getattr(self, field)
+            require(
+                value in allowed, "Execution", field, value, f"must be one of {', '.join(allowed)}"
+            )

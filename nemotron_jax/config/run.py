@@ -1,0 +1,208 @@
+"""Everything that a run file in configs/ decides, as one checked dataclass."""
+
+import dataclasses
+
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.model import ModelConfig, require, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes rows.
+
+    A source is `python_stdlib`, or `hf:PATH` naming a .jsonl, .parquet or text file, or a folder of
+    them. `tokenizer` is `train` (a BPE of the model's vocabulary size, trained on the training
+    split) or the path of a tokenizer.json.
+    """
+
+    sources: tuple[str, ...] = ("python_stdlib",)
+    source_weights: tuple[float, ...] = (1.0,)
+    tokenizer: str = "train"
+    sequence_length: int = 512
+    batch_size: int = 8  # rows of one optimizer step
+    held_out_fraction: float = 0.05
+    prefetch: int = 4  # batches made ahead of the step
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sequence_length", "batch_size", "prefetch")
+        require(
+            len(self.sources) > 0,
+            "DataConfig",
+            "sources",
+            self.sources,
+            "must name at least one source",
+        )
+        require(
+            len(self.source_weights) == len(self.sources),
+            "DataConfig",
+            "source_weights",
+            self.source_weights,
+            f"must give one weight for each of the {len(self.sources)} sources",
+        )
+        require(
+            all(w > 0 for w in self.source_weights),
+            "DataConfig",
+            "source_weights",
+            self.source_weights,
+            "must all be positive",
+        )
+        require(
+            0 < self.held_out_fraction < 1,
+            "DataConfig",
+            "held_out_fraction",
+            self.held_out_fraction,
+            "must lie between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on matrices and vectors alike, decay on matrices only."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            require(0 <= value < 1, "OptimizerConfig", field, value, "must lie in [0, 1)")
+        require(self.epsilon > 0, "OptimizerConfig", "epsilon", self.epsilon, "must be positive")
+        require(
+            self.weight_decay >= 0,
+            "OptimizerConfig",
+            "weight_decay",
+            self.weight_decay,
+            "must not be negative",
+        )
+        require(
+            self.clip_norm > 0, "OptimizerConfig", "clip_norm", self.clip_norm, "must be positive"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Warm-up, stable, minus-square-root decay (WSD), counted in tokens."""
+
+    peak_learning_rate: float
+    final_learning_rate: float
+    warmup_tokens: int
+    decay_tokens: int
+    total_tokens: int
+
+    def __post_init__(self) -> None:
+        require(
+            self.peak_learning_rate > 0,
+            "ScheduleConfig",
+            "peak_learning_rate",
+            self.peak_learning_rate,
+            "must be positive",
+        )
+        require(
+            0 <= self.final_learning_rate <= self.peak_learning_rate,
+            "ScheduleConfig",
+            "final_learning_rate",
+            self.final_learning_rate,
+            f"must lie between 0 and peak_learning_rate={self.peak_learning_rate}",
+        )
+        require(
+            min(self.warmup_tokens, self.decay_tokens) >= 0
+            and self.warmup_tokens + self.decay_tokens <= self.total_tokens,
+            "ScheduleConfig",
+            "total_tokens",
+            self.total_tokens,
+            f"must be at least warmup_tokens={self.warmup_tokens} + "
+            f"decay_tokens={self.decay_tokens}, neither negative",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The pre-training loop and its losses."""
+
+    steps: int
+    schedule: ScheduleConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    micro_batches: int = 1  # gradient accumulation: batch_size splits into this many
+    loss_chunk: int = 512  # tokens of one logits chunk
+    mtp_depths: int = 2
+    mtp_loss_scale: float = 0.3  # shared equally by the depths
+    aux_loss_scale: float = 1e-4
+    router_bias_rate: float = 1e-3
+    max_skipped_steps: int = 10  # consecutive non-finite steps before the run stops
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "micro_batches", "loss_chunk", "max_skipped_steps")
+        require(
+            self.mtp_depths >= 0,
+            "TrainingConfig",
+            "mtp_depths",
+            self.mtp_depths,
+            "must not be negative",
+        )
+        for field in ("mtp_loss_scale", "aux_loss_scale", "router_bias_rate"):
+            value = getattr(self, field)
+            require(value >= 0, "TrainingConfig", field, value, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What a run reports and keeps, in optimizer steps; free to change on resume."""
+
+    log_every: int = 10
+    evaluate_every: int = 200
+    evaluate_rows: int = 32  # held-out rows of each evaluation
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    sample_tokens: int = 200
+    merge_window: int = 0  # newest checkpoints averaged at the end; 0 leaves merging off
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self,
+            "log_every",
+            "evaluate_every",
+            "evaluate_rows",
+            "checkpoint_every",
+            "keep_checkpoints",
+        )
+        for field in ("sample_tokens", "merge_window"):
+            require(
+                getattr(self, field) >= 0,
+                "LoggingConfig",
+                field,
+                getattr(self, field),
+                "must not be negative",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run of train.py."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig = DataConfig()
+    execution: Execution = Execution()
+    logging: LoggingConfig = LoggingConfig()
+    stage: str = "pretrain"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.stage == "pretrain", "RunConfig", "stage", self.stage, "must be 'pretrain'")
+        require(
+            self.data.batch_size % self.training.micro_batches == 0,
+            "RunConfig",
+            "data.batch_size",
+            self.data.batch_size,
+            f"must be a multiple of training.micro_batches={self.training.micro_batches}",
+        )
+        require(
+            self.training.mtp_depths == 0 or self.model.mtp is not None,
+            "RunConfig",
+            "training.mtp_depths",
+            self.training.mtp_depths,
+            "needs a model with mtp; set it to 0 or configure model.mtp",
+        )

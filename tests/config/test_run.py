@@ -1,0 +1,90 @@
+"""A bad run fails when it is built, with the field, the value and the rule in the message."""
+
+import dataclasses
+
+import pytest
+
+from configs import models
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.model import AttentionConfig, MambaConfig, MLPConfig, MoEConfig, MTPConfig
+from nemotron_jax.config.run import (
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+SCHEDULE = ScheduleConfig(1e-3, 1e-5, 100, 200, 1000)
+VALID = {
+    ScheduleConfig: dataclasses.asdict(SCHEDULE),
+    TrainingConfig: {"steps": 5, "schedule": SCHEDULE},
+    RunConfig: {
+        "model": models.tiny(),
+        "training": TrainingConfig(steps=5, schedule=SCHEDULE),
+    },
+    MambaConfig: {"num_heads": 8, "head_dim": 4, "state_size": 4, "num_groups": 2},
+    AttentionConfig: {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
+    MoEConfig: {"num_experts": 8, "experts_per_token": 2, "expert_width": 4, "shared_width": 4},
+    MLPConfig: {"width": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "message"),
+    [
+        (DataConfig, {"sequence_length": 0}, "sequence_length=0"),
+        (DataConfig, {"sources": ()}, "sources"),
+        (DataConfig, {"source_weights": (1.0, 1.0)}, "source_weights"),
+        (DataConfig, {"source_weights": (-1.0,)}, "source_weights"),
+        (DataConfig, {"held_out_fraction": 1.0}, "held_out_fraction=1.0"),
+        (OptimizerConfig, {"beta2": 1.0}, "beta2=1.0"),
+        (OptimizerConfig, {"clip_norm": 0.0}, "clip_norm=0.0"),
+        (ScheduleConfig, {"final_learning_rate": 1.0}, "final_learning_rate=1.0.*0.001"),
+        (ScheduleConfig, {"peak_learning_rate": 0.0}, "peak_learning_rate=0.0"),
+        (ScheduleConfig, {"total_tokens": 299}, "total_tokens=299.*warmup_tokens=100"),
+        (ScheduleConfig, {"warmup_tokens": -1}, "warmup_tokens=-1"),
+        (TrainingConfig, {"steps": 0}, "steps=0"),
+        (TrainingConfig, {"mtp_depths": -1}, "mtp_depths=-1"),
+        (TrainingConfig, {"mtp_loss_scale": -0.1}, "mtp_loss_scale=-0.1"),
+        (LoggingConfig, {"log_every": 0}, "log_every=0"),
+        (LoggingConfig, {"merge_window": -1}, "merge_window=-1"),
+        (Execution, {"remat": "some"}, "remat='some'.*full"),
+        (Execution, {"kernels": "triton"}, "kernels='triton'"),
+        (RunConfig, {"stage": "dream"}, "stage='dream'"),
+        (
+            RunConfig,
+            {"data": DataConfig(batch_size=3), "micro": 2},
+            "batch_size=3.*micro_batches=2",
+        ),
+        (RunConfig, {"model": models.nano_30b()}, "mtp_depths=2.*model.mtp"),
+        (MambaConfig, {"num_heads": 7}, "num_heads=7.*num_groups=2"),
+        (MambaConfig, {"time_step_limit": (1.0, 0.5)}, "time_step_limit"),
+        (MambaConfig, {"time_step_min": 0.5}, "time_step_min=0.5"),
+        (AttentionConfig, {"num_heads": 5}, "num_heads=5"),
+        (MoEConfig, {"experts_per_token": 9}, "experts_per_token=9"),
+        (MoEConfig, {"num_expert_groups": 4, "experts_per_token": 3}, "at most 2"),
+        (MoEConfig, {"latent_width": 0}, "latent_width=0"),
+        (MLPConfig, {"width": 0}, "width=0"),
+        (MTPConfig, {"pattern": "M"}, "pattern='M'"),
+    ],
+)
+def test_a_bad_value_is_named_when_the_config_is_built(cls, change: dict, message: str) -> None:
+    arguments = dict(VALID.get(cls, {})) | change
+    if micro := arguments.pop("micro", None):
+        arguments["training"] = dataclasses.replace(arguments["training"], micro_batches=micro)
+    with pytest.raises(ValueError, match=f"{cls.__name__}.*{message}"):
+        cls(**arguments)
+
+
+def test_a_pattern_needs_the_parts_that_it_uses() -> None:
+    with pytest.raises(ValueError, match="ModelConfig.attention=None.*'\\*'"):
+        dataclasses.replace(models.tiny(), attention=None)
+    with pytest.raises(ValueError, match="pattern='MQ'"):
+        dataclasses.replace(models.tiny(), pattern="MQ")
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        models.tiny().width = 3

@@ -1,0 +1,14 @@
+"""Every test runs on the CPU unless told otherwise, and compiled programs are kept between runs."""
+
+import importlib.util
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# jax reads these when it is imported, so they stand before any test module.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+collect_ignore = [] if importlib.util.find_spec("torch") else ["hf"]

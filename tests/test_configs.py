@@ -1,0 +1,74 @@
+"""Every file in configs/ builds a checked run, and its model has the parameters that it should."""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+
+import jax
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import models, pretrain_super_phase1
+from nemotron_jax.config.convert import from_config_dict, from_json, to_json
+from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.model import accounting
+from nemotron_jax.model.nemotron import Nemotron
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+RUN_FILES = sorted(file for file in CONFIGS.glob("*.py") if file.stem != "models")
+MODELS = (models.super_120b, models.nano_30b, models.ultra_550b, models.tiny)
+
+
+def built(file: pathlib.Path) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def abstract_leaves(config: ModelConfig) -> list[jax.ShapeDtypeStruct]:
+    return jax.tree.leaves(jax.eval_shape(lambda: Nemotron(config, rngs=nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: file.stem)
+def test_a_run_file_converts_strictly(file: pathlib.Path) -> None:
+    config = from_config_dict(RunConfig, built(file))
+    assert from_json(to_json(config)) == config
+    tokens = config.training.steps * config.data.batch_size * config.data.sequence_length
+    assert tokens <= config.training.schedule.total_tokens * 1.001
+
+
+@pytest.mark.parametrize("file", RUN_FILES, ids=lambda file: file.stem)
+def test_a_run_file_opens_with_command_hardware_and_result(file: pathlib.Path) -> None:
+    head = file.read_text().split('"""')[1]
+    for word in (f"--config=configs/{file.name}", "Hardware:", "Expected:"):
+        assert word in head
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_the_built_model_has_the_parameters_of_the_accounting(build) -> None:
+    total = sum(math.prod(leaf.shape) for leaf in abstract_leaves(build()))
+    assert total == accounting.parameters(build()).total
+
+
+def test_a_forgotten_tensor_would_be_noticed() -> None:
+    config = models.tiny()
+    without_bias = dataclasses.replace(
+        config, mamba=dataclasses.replace(config.mamba, conv_bias=False)
+    )
+    total = sum(math.prod(leaf.shape) for leaf in abstract_leaves(without_bias))
+    assert total != accounting.parameters(config).total
+
+
+def test_super_runs_with_its_published_batch_and_optimizer() -> None:
+    config = from_config_dict(RunConfig, pretrain_super_phase1.get_config())
+    optimizer, training = config.training.optimizer, config.training
+    assert config.data.batch_size * config.data.sequence_length == 25_165_824
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
+    assert (training.mtp_depths, training.mtp_loss_scale) == (2, 0.3)
+    assert (training.router_bias_rate, training.aux_loss_scale) == (1e-3, 1e-4)
+    assert config.model.init_std == 0.014

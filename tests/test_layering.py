@@ -1,0 +1,261 @@
+"""The floors of the house, its sizes and its annotations hold in every file."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGES = ("nemotron_jax", "pallas_kernels", "configs")
+SCRIPTS = ("train.py", "eval.py")
+
+# A part imports itself and parts of lower floors only.
+FLOORS = {
+    "nemotron_jax.config": 1,
+    "nemotron_jax.environments": 1,
+    "pallas_kernels": 1,
+    "nemotron_jax.types": 1.5,  # what a layer is told holds an Execution
+    "nemotron_jax.quant": 2,
+    "nemotron_jax.sharding": 2,
+    "nemotron_jax.layers": 3,
+    "nemotron_jax.data": 3,
+    "nemotron_jax.model": 4,
+    "nemotron_jax.training": 5,
+    "nemotron_jax.decoding": 5,
+    "nemotron_jax.interop": 5,
+    "nemotron_jax.posttraining": 6,
+    "nemotron_jax.evaluation": 6,
+    "nemotron_jax.serving": 6,
+    # The facade and its commands are one part, and the scripts may use the facade.
+    "nemotron_jax": 7,
+    "train": 8,
+    "eval": 8,
+}
+FORBIDDEN = {
+    "nemotron_jax.config": {"jax", "flax", "jaxlib", "optax", "numpy"},
+    "nemotron_jax.environments": {"jax", "flax", "jaxlib", "optax"},
+    "pallas_kernels": {"nemotron_jax", "flax", "ml_collections", "configs"},
+    "configs": {"jax", "flax", "jaxlib", "optax", "pallas_kernels"},
+}
+MAX_FILE, MAX_BODY, MAX_KERNEL_BODY, MAX_POSITIONAL = 400, 50, 120, 6
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def source_files() -> dict[str, pathlib.Path]:
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    files += [ROOT / script for script in SCRIPTS if (ROOT / script).exists()]
+    return {module_name(file): file for file in files}
+
+
+FILES = source_files()
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+TEST_FILES = {str(file.relative_to(ROOT)): file for file in sorted((ROOT / "tests").rglob("*.py"))}
+
+
+def part_of(module: str) -> str | None:
+    """The row of the table that a module belongs to; None for a foreign module."""
+    for depth in (2, 1):
+        name = ".".join(module.split(".")[:depth])
+        if name in FLOORS:
+            return name
+    return None
+
+
+def imports(tree: ast.Module, *, when_imported: bool) -> Iterator[str]:
+    """Modules named by import statements: all, or those that run when the file is imported."""
+    nodes = list(ast.iter_child_nodes(tree))
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            for alias in node.names:
+                # `from a import b` names module a.b when there is one, else something in a.
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if not (when_imported and is_function):
+            nodes.extend(ast.iter_child_nodes(node))
+
+
+def layering_faults(module: str, tree: ast.Module) -> list[str]:
+    faults = []
+    here = "configs" if module.startswith("configs") else part_of(module)
+    assert here is not None, f"{module} is in no row of FLOORS: add its folder"
+    for target in imports(tree, when_imported=False):
+        there = part_of(target)
+        if target.split(".")[0] in FORBIDDEN.get(here, ()):
+            faults.append(f"{module} imports {target}, which {here} never does")
+        elif here == "configs":
+            if there not in (None, "nemotron_jax.config"):
+                faults.append(f"{module} imports {target}; configs/ uses nemotron_jax.config alone")
+        elif there is not None and there != here and FLOORS[there] >= FLOORS[here]:
+            faults.append(
+                f"{module} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[there]})"
+            )
+        elif target.split(".")[0] in ("configs", "tests"):
+            faults.append(f"{module} imports {target}")
+    return faults
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str] | None:
+    """Some cycle as a path that ends where it began, or None."""
+    done: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return path[path.index(node) :] + [node]
+        if node in done:
+            return None
+        for target in sorted(graph.get(node, ())):
+            if found := visit(target, [*path, node]):
+                return found
+        done.add(node)
+        return None
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), None)
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[ast.FunctionDef, bool, bool]]:
+    """Each function with whether it is a method and whether it is public."""
+
+    def walk(node: ast.AST, in_class: bool, public: bool) -> Iterator:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                is_dunder = child.name.startswith("__")
+                yield child, in_class, public and (is_dunder or not child.name.startswith("_"))
+                yield from walk(child, False, False)
+            elif isinstance(child, ast.ClassDef):
+                yield from walk(child, True, public and not child.name.startswith("_"))
+            else:
+                yield from walk(child, in_class, public)
+
+    return walk(tree, False, True)
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def positional(function: ast.FunctionDef, is_method: bool) -> list[ast.arg]:
+    arguments = function.args.posonlyargs + function.args.args
+    is_static = any(getattr(d, "id", "") == "staticmethod" for d in function.decorator_list)
+    return arguments[1:] if is_method and not is_static else arguments
+
+
+def size_faults(name: str, source: str) -> list[str]:
+    lines = source.count("\n")
+    faults = [f"{name} has {lines} lines"] if lines > MAX_FILE else []
+    is_kernel = pathlib.Path(name).name.startswith("pallas_")
+    limit = MAX_KERNEL_BODY if is_kernel else MAX_BODY
+    for function, is_method, _ in functions(ast.parse(source)):
+        where = f"{name}:{function.lineno} {function.name}"
+        if body_lines(function) > limit:
+            faults.append(f"{where} has a body of {body_lines(function)} lines")
+        # An op and its kernels take all the operands of their equation in order; options never.
+        arguments = positional(function, is_method)
+        is_equation = name.startswith("pallas_kernels/") and not function.args.defaults
+        if len(arguments) > MAX_POSITIONAL and not is_equation:
+            faults.append(f"{where} takes {len(arguments)} positional arguments")
+    return faults
+
+
+def annotation_faults(name: str, tree: ast.Module) -> list[str]:
+    faults = []
+    for function, is_method, public in functions(tree):
+        arguments = positional(function, is_method) + function.args.kwonlyargs
+        missing = [argument.arg for argument in arguments if argument.annotation is None]
+        if function.returns is None:
+            missing.append("return")
+        if public and missing:
+            faults.append(f"{name}:{function.lineno} {function.name} lacks {', '.join(missing)}")
+    return faults
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_go_down(module: str) -> None:
+    assert not layering_faults(module, TREES[module])
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    graph = {
+        name: {target for target in imports(tree, when_imported=True) if target in FILES}
+        for name, tree in TREES.items()
+    }
+    assert cycle_in(graph) is None
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_files_and_functions_are_small_and_annotated(module: str) -> None:
+    name = str(FILES[module].relative_to(ROOT))
+    source = FILES[module].read_text(encoding="utf-8")
+    assert not size_faults(name, source) + annotation_faults(name, TREES[module])
+
+
+@pytest.mark.parametrize("name", sorted(TEST_FILES))
+def test_tests_are_small_too(name: str) -> None:
+    assert not size_faults(name, TEST_FILES[name].read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("module", ["nemotron_jax.config.convert", "nemotron_jax.model.accounting"])
+def test_configuration_needs_no_jax(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("nemotron_jax.layers.norm", "from nemotron_jax.model import stack", "floor 4"),
+        ("nemotron_jax.training.step", "import nemotron_jax.interop.hf_names", "floor 5"),
+        ("nemotron_jax.model.stack", "def f():\n    import nemotron_jax.training", "floor 5"),
+        ("nemotron_jax.config.model", "import jax.numpy as jnp", "never"),
+        ("nemotron_jax.environments.base", "from jax import numpy", "never"),
+        ("pallas_kernels.ssd.op", "from nemotron_jax.types import Array", "never"),
+        ("pallas_kernels.ssd.op", "from flax import nnx", "never"),
+        ("configs.nano", "from nemotron_jax.types import Batch", "alone"),
+        ("nemotron_jax.model.stack", "from configs import models", "configs"),
+        ("nemotron_jax.data.loader", "import nemotron_jax", "floor 7"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, source: str, fault: str) -> None:
+    assert fault in " ".join(layering_faults(module, ast.parse(source)))
+
+
+def test_right_imports_are_let_through() -> None:
+    source = "import jax\nfrom nemotron_jax.layers import norm\nimport nemotron_jax.model.block"
+    assert not layering_faults("nemotron_jax.model.stack", ast.parse(source))
+
+
+def test_a_cycle_is_found() -> None:
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+def test_wrong_sizes_and_missing_annotations_are_found() -> None:
+    long_body = "def f():\n" + "    x = 1\n" * 51
+    assert "body of 51" in size_faults("a.py", long_body)[0]
+    assert not size_faults("pallas_kernels/ssd/pallas_tpu.py", long_body)
+    documented = 'def f():\n    """One.\n' + "\n" * 60 + '    """\n    return 1\n'
+    assert not size_faults("a.py", documented)
+    assert "401 lines" in size_faults("a.py", "x = 1\n" * 401)[0]
+    assert "7 positional" in size_faults("a.py", "def f(a, b, c, d, e, f, g): return 1\n")[0]
+    equation = "def f(a, b, c, d, e, f, g): return 1\n"
+    assert not size_faults("pallas_kernels/ssd/op.py", equation)
+    with_option = equation.replace("g)", "g=3)")
+    assert "7 positional" in size_faults("pallas_kernels/ssd/op.py", with_option)[0]
+    method = "class C:\n    def f(self, a, b, c, d, e, f): return 1\n"
+    assert not size_faults("a.py", method + "def g(a, *, b, c, d, e, f, h): return 1\n")
+    unannotated = "def f(a: int, *, b) -> int: return 1\nclass C:\n    def g(self): return 1\n"
+    faults = annotation_faults("a.py", ast.parse(unannotated))
+    assert "lacks b" in faults[0] and "lacks return" in faults[1]
+    assert not annotation_faults("a.py", ast.parse("def _f(a): return 1\n"))
