@@ -1,0 +1,126 @@
+"""Writing a model as a hub directory that transformers and `load_pretrained` both read."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from nemotron_jax.config import hub
+from nemotron_jax.interop.hf_import import INDEX_FILE, SINGLE_FILE, default_dtype
+from nemotron_jax.interop.hf_names import hub_tensors
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import flatten
+from nemotron_jax.types import Origin
+
+SHARD_BYTES = 5_000_000_000
+COPIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def save_hub(
+    model: Nemotron,
+    path: str | os.PathLike,
+    dtype: str | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `model` under the hub's names into the directory `path`.
+
+    `dtype=None` gives each tensor the dtype of the files it was loaded from (for a new model
+    bfloat16, selection biases float32). The new directory is written whole beside `path` and then
+    takes its place; files of an older directory that a model does not consist of are kept.
+    """
+    target = Path(path).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-writing-", dir=target.parent))
+    try:
+        origin = model.origin if model.origin is not None else Origin("", "bfloat16")
+        stored = origin.dtype if dtype is None else dtype
+        exceptions = dict(origin.dtype_exceptions) if dtype is None else {}
+        _write_tensors(model, staging, stored, exceptions, shard_bytes)
+        _write_companions(model, staging, origin)
+        config = {**hub.to_hf(model.config), "dtype": stored}
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        staging.chmod(0o755)
+        _take_place(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _take_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.rename(target, retired / target.name)
+    os.rename(staging, target)
+    for file in (retired / target.name).iterdir():
+        is_weights = file.suffix == ".safetensors" or file.name == INDEX_FILE
+        if not is_weights and not (target / file.name).exists():
+            os.rename(file, target / file.name)
+    shutil.rmtree(retired)
+
+
+def _write_tensors(
+    model: Nemotron, directory: Path, stored: str, exceptions: dict[str, str], shard_bytes: int
+) -> None:
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(model).items()}
+    shards, shard, size, places = 0, {}, 0, {}
+
+    def flush() -> None:
+        nonlocal shards, shard, size
+        shards += 1
+        name = f"model-{shards:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        shard, size = {}, 0
+
+    total = 0
+    for tensor in hub_tensors(model.config, set(arrays)):
+        kind = exceptions.get(tensor.name)
+        dtype = default_dtype(tensor.name, stored) if kind is None else default_dtype("", kind)
+        array = np.ascontiguousarray(tensor.to_hub(arrays).astype(dtype))
+        if shard and size + array.nbytes > shard_bytes:
+            flush()
+        shard[tensor.name] = array
+        size += array.nbytes
+        total += array.nbytes
+    flush()
+    _name_shards(directory, shards, places, total)
+
+
+def _name_shards(directory: Path, shards: int, places: dict[str, str], total: int) -> None:
+    if shards == 1:
+        os.replace(directory / "model-00001.safetensors", directory / SINGLE_FILE)
+        return
+    final = lambda name: name.replace(".safetensors", f"-of-{shards:05d}.safetensors")
+    for name in set(places.values()):
+        os.replace(directory / name, directory / final(name))
+    weight_map = {tensor: final(name) for tensor, name in places.items()}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_companions(model: Nemotron, directory: Path, origin: Origin) -> None:
+    source = Path(origin.directory)
+    for name in COPIED_FILES:
+        if origin.directory and (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    generation = directory / "generation_config.json"
+    if not generation.exists():
+        config = model.config
+        ids = {
+            "bos_token_id": config.bos_token,
+            "eos_token_id": list(origin.stop_tokens) or [config.eos_token],
+            "pad_token_id": config.pad_token,
+        }
+        generation.write_text(json.dumps(ids, indent=2) + "\n")

@@ -1,0 +1,113 @@
+"""Loading a hub directory (config.json and safetensors files) into a model."""
+
+import json
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
+from nemotron_jax.interop.safetensors_file import SafetensorsFile
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
+from nemotron_jax.types import Origin
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_LISTED = 20  # names shown of a long list of faults
+
+
+def load_hub(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
+    """The model of a hub directory, its matrices in `dtype` (None: as stored).
+
+    Tensors are read one at a time, file by file. Missing, extra and misshapen tensors are one
+    ValueError that lists them all.
+    """
+    directory = Path(path)
+    config = ModelConfig.from_hf(directory)
+    stored = _stored_dtype(directory)
+    model = abstract_model(config, stored if dtype is None else dtype)
+    shapes = {name: leaf.shape for name, leaf in flatten(model).items()}
+    tensors = {tensor.name: tensor for tensor in hub_tensors(config, set(shapes))}
+    files = _open_files(directory)
+    _check(directory, tensors, shapes, files)
+
+    arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in flatten(model).items()}
+    exceptions = []
+    for file in files:
+        for name, entry in file.entries.items():
+            tensors[name].from_hub(file.read(name), arrays)
+            if entry.dtype != default_dtype(name, stored):
+                exceptions.append((name, entry.dtype.name))
+    parameters = {name: jnp.asarray(arrays.pop(name)) for name in shapes}
+    loaded = unflatten(model, parameters)
+    loaded.origin = Origin(
+        str(directory), stored, tuple(sorted(exceptions)), read_stop_tokens(directory)
+    )
+    return loaded
+
+
+def default_dtype(name: str, stored: str) -> np.dtype:
+    """How a hub checkpoint of dtype `stored` keeps a tensor: as that, but selection biases as
+    float32."""
+    if name.endswith("e_score_correction_bias"):
+        return np.dtype(np.float32)
+    return np.dtype(ml_dtypes.bfloat16) if stored == "bfloat16" else np.dtype(stored)
+
+
+def read_stop_tokens(directory: Path) -> tuple[int, ...]:
+    """The end-of-sequence ids of generation_config.json; empty without one."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return ()
+    eos = json.loads(file.read_text()).get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+
+def _stored_dtype(directory: Path) -> str:
+    config = json.loads((directory / "config.json").read_text())
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+def _open_files(directory: Path) -> list[SafetensorsFile]:
+    index = directory / INDEX_FILE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [SINGLE_FILE]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{directory}: files are missing: {', '.join(missing)}; download them again"
+        )
+    return [SafetensorsFile(directory / name) for name in names]
+
+
+def _check(
+    directory: Path,
+    tensors: dict[str, HubTensor],
+    shapes: dict[str, tuple[int, ...]],
+    files: list[SafetensorsFile],
+) -> None:
+    found = {name: entry.shape for file in files for name, entry in file.entries.items()}
+    faults = [
+        f"missing {name} {tensors[name].shape(shapes)}" for name in tensors if name not in found
+    ]
+    faults += [f"unknown {name} {shape}" for name, shape in found.items() if name not in tensors]
+    for name in tensors.keys() & found.keys():
+        expected = tensors[name].shape(shapes)
+        if found[name] != expected:
+            faults.append(f"misshapen {name}: {found[name]}, expected {expected}")
+    if not faults:
+        return
+    more = f"\n  … and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+    hint = "compare config.json with the files"
+    if all(fault.startswith("missing mtp.") for fault in faults):
+        hint = "set num_nextn_predict_layers to 0 in config.json to load the model without MTP"
+    lines = "".join(f"\n  {fault}" for fault in sorted(faults)[:_LISTED])
+    raise ValueError(
+        f"{directory}: {len(faults)} tensors do not fit its config; {hint}:{lines}{more}"
+    )

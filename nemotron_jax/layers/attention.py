@@ -1,0 +1,86 @@
+"""Grouped-query attention without positions, and its key/value cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.config.model import AttentionConfig
+from nemotron_jax.layers.linear import Linear
+from nemotron_jax.types import Context
+from pallas_kernels import attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVState:
+    """Keys and values of the tokens seen so far; what lies past the cache's length is never
+    read."""
+
+    k: Float[Array, "B S K C"]
+    v: Float[Array, "B S K C"]
+
+    @classmethod
+    def zeros(cls, config: AttentionConfig, batch: int, capacity: int, dtype: str) -> "KVState":
+        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def append(
+        self, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], offset: Int[Array, "B"]
+    ) -> "KVState":
+        """Write T tokens of every row at its own offset; the caller keeps offset + T within S."""
+        capacity, num_tokens = self.k.shape[1], k.shape[1]
+        if num_tokens > capacity:
+            raise ValueError(
+                f"KVState: T={num_tokens} tokens exceed the cache's capacity of {capacity}; "
+                "give init_cache a larger max_length"
+            )
+        return KVState(_write(self.k, k, offset), _write(self.v, v, offset))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention; head h reads key/value head h // (H / K)."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        width: int,
+        *,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+    ) -> None:
+        self.config = config
+        query = config.num_heads * config.head_dim
+        key = config.num_kv_heads * config.head_dim
+        options = {"std": std, "rngs": rngs, "dtype": dtype}
+        self.q = Linear("attention_q", ("width", "heads"), (width, query), **options)
+        self.k = Linear("attention_k", ("width", "kv_heads"), (width, key), **options)
+        self.v = Linear("attention_v", ("width", "kv_heads"), (width, key), **options)
+        options["std"] = out_std
+        self.out = Linear("attention_out", ("heads", "width"), (query, width), **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Int[Array, "B T"] | None,
+        state: KVState | None,
+        context: Context,
+    ) -> tuple[Float[Array, "B T D"], KVState | None, None]:
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (project(x, context).reshape(heads) for project in (self.q, self.k, self.v))
+        options = {"lengths": context.lengths, "implementation": context.implementation}
+        if state is None:
+            y = attention(q, k, v, segment_ids=segments, **options)
+        else:
+            state = state.append(k, v, context.offset)
+            y = attention(q, state.k, state.v, q_offset=context.offset, **options)
+        return self.out(y.reshape(*x.shape[:2], -1), context), state, None
+
+
+def _write(cached: Array, new: Array, offset: Array) -> Array:
+    write = jax.vmap(lambda row, tokens, at: jax.lax.dynamic_update_slice(row, tokens, (at, 0, 0)))
+    return write(cached, new.astype(cached.dtype), offset)

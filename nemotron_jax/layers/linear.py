@@ -1,0 +1,39 @@
+"""A matrix, stored input-first, and its optional bias."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from nemotron_jax import quant
+from nemotron_jax.types import Context
+
+
+class Linear(nnx.Module):
+    """`x @ weight + bias`; `role` names the matmul for the precision recipe."""
+
+    def __init__(
+        self,
+        role: str,
+        axes: tuple[str, str],
+        shape: tuple[int, int],
+        *,
+        std: float,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        dtype: str = "float32",
+    ) -> None:
+        self.role = role
+        self.weight = nnx.Param(normal(rngs, shape, std, dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
+
+    def __call__(
+        self, x: Float[Array, "... In"], context: Context, out_dtype: jnp.dtype | None = None
+    ) -> Float[Array, "... Out"]:
+        y = quant.dot(x, self.weight[...], role=self.role, context=context, out_dtype=out_dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> Array:
+    """N(0, std²), drawn in float32."""
+    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)

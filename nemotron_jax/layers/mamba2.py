@@ -1,0 +1,169 @@
+"""Mamba-2 mixer: projections, causal convolution, selective state space, gated norm."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.config.model import MambaConfig
+from nemotron_jax.layers.linear import Linear
+from nemotron_jax.layers.norm import GatedGroupNorm
+from nemotron_jax.types import Context
+from pallas_kernels import causal_conv1d, ssd_scan, ssd_step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MambaState:
+    """What a Mamba-2 layer remembers of a row, whatever its length.
+
+    After a call with `every_state` each array has a token axis behind the batch: the state after
+    each token.
+    """
+
+    ssm: Float[Array, "B M P N"]  # float32
+    x_tail: Float[Array, "B W-1 I"]  # the last inputs of the convolutions, oldest first
+    b_tail: Float[Array, "B W-1 GN"]
+    c_tail: Float[Array, "B W-1 GN"]
+
+    @classmethod
+    def zeros(cls, config: MambaConfig, batch: int, dtype: str) -> "MambaState":
+        heads = (config.num_heads, config.head_dim, config.state_size)
+        tail = (batch, config.conv_width - 1)
+        shared = config.num_groups * config.state_size
+        return cls(
+            ssm=jnp.zeros((batch, *heads), jnp.float32),
+            x_tail=jnp.zeros((*tail, config.inner_width), dtype),
+            b_tail=jnp.zeros((*tail, shared), dtype),
+            c_tail=jnp.zeros((*tail, shared), dtype),
+        )
+
+
+class CausalConv(nnx.Module):
+    """Depthwise causal convolution with SiLU; the last tap multiplies the current token."""
+
+    def __init__(self, config: MambaConfig, channels: int, axis: str, *, rngs: nnx.Rngs) -> None:
+        bound = 1 / math.sqrt(config.conv_width)
+        draw = lambda shape: jax.random.uniform(
+            rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
+        )
+        self.weight = nnx.Param(draw((config.conv_width, channels)), axes=("conv_width", axis))
+        self.bias = nnx.Param(draw((channels,)), axes=(axis,)) if config.conv_bias else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T channels"],
+        segments: Int[Array, "B T"] | None,
+        tail: Array | None,
+        context: Context,
+    ) -> tuple[Float[Array, "B T channels"], Array]:
+        return causal_conv1d(
+            x,
+            self.weight[...].astype(x.dtype),
+            None if self.bias is None else self.bias[...].astype(x.dtype),
+            tail=tail,
+            segment_ids=segments,
+            lengths=context.lengths,
+            every_tail=context.every_state,
+            implementation=context.implementation,
+        )
+
+
+class Mamba2(nnx.Module):
+    """Selective state space with heads in groups that share B and C.
+
+    A_log, D, dt_bias and the convolution stay float32. The step size is clamped only where the
+    config gives a `time_step_limit`.
+    """
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        width: int,
+        *,
+        epsilon: float,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+    ) -> None:
+        self.config = config
+        inner, shared = config.inner_width, config.num_groups * config.state_size
+        options = {"std": std, "rngs": rngs, "bias": config.projection_bias, "dtype": dtype}
+        project = lambda axis, size: Linear("mamba_in", ("width", axis), (width, size), **options)
+        self.z, self.x = project("mamba_inner", inner), project("mamba_inner", inner)
+        self.b, self.c = project("mamba_groups", shared), project("mamba_groups", shared)
+        self.dt = project("mamba_heads", config.num_heads)
+        self.x_conv = CausalConv(config, inner, "mamba_inner", rngs=rngs)
+        self.b_conv = CausalConv(config, shared, "mamba_groups", rngs=rngs)
+        self.c_conv = CausalConv(config, shared, "mamba_groups", rngs=rngs)
+        self.A_log, self.D, self.dt_bias = _initial_dynamics(config, rngs)
+        self.norm = GatedGroupNorm(inner, config.num_groups, epsilon)
+        options["std"] = out_std
+        self.out = Linear("mamba_out", ("mamba_inner", "width"), (inner, width), **options)
+
+    def __call__(
+        self,
+        u: Float[Array, "B T D"],
+        segments: Int[Array, "B T"] | None,
+        state: MambaState | None,
+        context: Context,
+    ) -> tuple[Float[Array, "B T D"], MambaState | None, None]:
+        tails = (None,) * 3 if state is None else (state.x_tail, state.b_tail, state.c_tail)
+        x, x_tail = self.x_conv(self.x(u, context), segments, tails[0], context)
+        b, b_tail = self.b_conv(self.b(u, context), segments, tails[1], context)
+        c, c_tail = self.c_conv(self.c(u, context), segments, tails[2], context)
+        y, ssm = self._scan(
+            (x, self._step_size(u, context), b, c),
+            segments,
+            None if state is None else state.ssm,
+            context,
+        )
+        y = self.out(self.norm(y, self.z(u, context)), context)
+        return y, None if state is None else MambaState(ssm, x_tail, b_tail, c_tail), None
+
+    def _step_size(self, u: Array, context: Context) -> Float[Array, "B T M"]:
+        raw = self.dt(u, context, out_dtype=jnp.float32)
+        dt = jax.nn.softplus(raw + self.dt_bias[...])
+        low, high = self.config.time_step_limit
+        return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
+
+    def _scan(
+        self, inputs: tuple, segments: Array | None, ssm: Array | None, context: Context
+    ) -> tuple[Array, Array]:
+        x, dt, b, c = inputs
+        rows, config = x.shape[:2], self.config
+        x = x.reshape(*rows, config.num_heads, config.head_dim)
+        b, c = (v.reshape(*rows, config.num_groups, config.state_size) for v in (b, c))
+        operands = (x, dt, -jnp.exp(self.A_log[...]), b, c, self.D[...])
+        if ssm is not None and (rows[1] == 1 or context.every_state):
+            y, ssm = ssd_step(
+                *operands, ssm, lengths=context.lengths, every_state=context.every_state
+            )
+        else:
+            y, ssm = ssd_scan(
+                *operands,
+                initial_state=ssm,
+                segment_ids=segments,
+                lengths=context.lengths,
+                chunk=config.chunk,
+                implementation=context.implementation,
+            )
+        return y.reshape(*rows, config.inner_width), ssm
+
+
+def _initial_dynamics(
+    config: MambaConfig, rngs: nnx.Rngs
+) -> tuple[nnx.Param, nnx.Param, nnx.Param]:
+    """A uniform in (1, 16), D one, step sizes log-uniform in their range through softplus."""
+    shape = (config.num_heads,)
+    A = jax.random.uniform(rngs.params(), shape, jnp.float32, minval=1.0, maxval=16.0)
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    dt = jnp.exp(jax.random.uniform(rngs.params(), shape, jnp.float32, minval=low, maxval=high))
+    dt = jnp.maximum(dt, config.time_step_floor)
+    dt_bias = dt + jnp.log(-jnp.expm1(-dt))  # inverse of softplus
+    parameter = lambda value: nnx.Param(value, axes=("mamba_heads",))
+    return parameter(jnp.log(A)), parameter(jnp.ones(shape, jnp.float32)), parameter(dt_bias)

@@ -1,0 +1,39 @@
+"""Squared-ReLU MLP: the dense `-` layer, and every MoE layer's shared expert."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.layers.linear import Linear
+from nemotron_jax.types import Context
+
+
+class MLP(nnx.Module):
+    """`down(relu(up(x))²)` at the model's width."""
+
+    def __init__(
+        self,
+        role: str,
+        width: int,
+        hidden: int,
+        *,
+        std: float,
+        out_std: float,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        dtype: str = "float32",
+    ) -> None:
+        up_axes, down_axes = ("width", "mlp_hidden"), ("mlp_hidden", "width")
+        options = {"rngs": rngs, "bias": bias, "dtype": dtype}
+        self.up = Linear(f"{role}_up", up_axes, (width, hidden), std=std, **options)
+        self.down = Linear(f"{role}_down", down_axes, (hidden, width), std=out_std, **options)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segments: Int[Array, "B T"] | None,
+        state: None,
+        context: Context,
+    ) -> tuple[Float[Array, "B T D"], None, None]:
+        return self.down(jnp.square(jax.nn.relu(self.up(x, context))), context), None, None

@@ -1,0 +1,267 @@
+"""The model: one pure function for training, prefill, decoding and verification."""
+
+import copy
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
+from nemotron_jax.layers.linear import Linear, normal
+from nemotron_jax.layers.norm import RMSNorm
+from nemotron_jax.model.block import make_stack
+from nemotron_jax.model.cache import Cache
+from nemotron_jax.model.mtp import MTPBlock
+from nemotron_jax.model.stack import Stacks, run_stack, split_layers
+from nemotron_jax.types import Context, Origin, Output
+
+
+class Nemotron(nnx.Module):
+    """Nemotron-H / Nemotron 3: hybrid Mamba-2, attention and (Latent)MoE, with an optional MTP
+    block.
+
+    An immutable pytree whose leaves are its parameters; nothing is ever assigned in a forward pass.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: str = "float32") -> None:
+        self.config = config
+        self.origin: Origin | None = None
+        table, width = (config.vocab_size, config.width), config.width
+        self.embedding = nnx.Param(
+            normal(rngs, table, config.init_std, dtype), axes=("vocabulary", "width")
+        )
+        for letter, kind in BLOCK_KINDS.items():
+            count = config.pattern.count(letter)
+            setattr(self, kind, make_stack(config, letter, count, rngs=rngs, dtype=dtype))
+        self.final_norm = RMSNorm(width, config.norm_epsilon)
+        self.head = Linear(
+            "head",
+            ("width", "vocabulary"),
+            table[::-1],
+            std=config.init_std,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.mtp_block = MTPBlock(config, rngs=rngs, dtype=dtype) if config.mtp else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        lengths: Int[Array, "B"] | None = None,
+        key: Array | None = None,
+        every_state: bool = False,
+        execution: Execution = Execution(),
+    ) -> Output:
+        """Hidden states of tokens, after those already in `cache`.
+
+        `segment_ids` packs documents into a row (each change starts one; 0 is padding at the row's
+        end); `lengths` marks padding otherwise: padded tokens change no state and no router load. A
+        cache's rows are one document each, so it excludes `segment_ids`.
+        """
+        _check_call(self, cache, segment_ids, lengths)
+        return _forward(
+            self,
+            tokens,
+            cache,
+            segment_ids,
+            lengths,
+            key=key,
+            every_state=every_state,
+            execution=execution,
+        )
+
+    def logits(
+        self, hidden: Float[Array, "... D"], *, execution: Execution = Execution()
+    ) -> Float[Array, "... V"]:
+        """float32 logits of the next token."""
+        return _logits(self, hidden, execution)
+
+    def mtp(
+        self,
+        hidden: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        depth: int,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        execution: Execution = Execution(),
+    ) -> Output:
+        """The hidden states of MTP depth `depth`: at t they predict token t+depth+1.
+
+        `hidden` is the backbone's and `tokens` the same row; depth d embeds token t+d, or token 0
+        where that lies past the row or in another document. A cache serves depth 1 only; use
+        `mtp_step`.
+        """
+        if depth < 1 or (cache is not None and depth != 1):
+            raise ValueError(f"Nemotron.mtp: depth={depth} must be at least 1, and 1 with a cache")
+        for d in range(1, depth + 1):
+            shifted = shift_tokens(tokens, d, segment_ids)
+            output = self.mtp_step(hidden, shifted, segment_ids, cache, execution=execution)
+            hidden = output.hidden
+        return output
+
+    def mtp_step(
+        self,
+        hidden: Float[Array, "B T D"],
+        next_tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        *,
+        lengths: Int[Array, "B"] | None = None,
+        execution: Execution = Execution(),
+    ) -> Output:
+        """One application of the MTP block: the previous depth's hidden states and the token to
+        embed."""
+        if self.mtp_block is None:
+            raise ValueError("Nemotron.mtp_step: this model has no MTP block; configure model.mtp")
+        _check_call(self, cache, segment_ids, lengths)
+        return _mtp_step(
+            self, hidden, next_tokens, segment_ids, cache, lengths=lengths, execution=execution
+        )
+
+    def mtp_logits(
+        self, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], depth: int
+    ) -> Float[Array, "B T V"]:
+        """float32 logits of token t+depth+1 from hidden t and tokens t+1..t+depth."""
+        return self.logits(self.mtp(hidden, tokens, depth).hidden)
+
+    def init_cache(self, batch: int, max_length: int, dtype: str | None = None) -> Cache:
+        """An empty cache for rows of up to `max_length` tokens; recurrent states are always
+        float32."""
+        return self._empty_cache(self.config.pattern, batch, max_length, dtype)
+
+    def init_mtp_cache(self, batch: int, max_length: int, dtype: str | None = None) -> Cache:
+        """An empty cache for the MTP block's own attention."""
+        return self._empty_cache(self.config.mtp.pattern, batch, max_length, dtype)
+
+    def split_layers(self) -> "Nemotron":
+        """The same model with single layers in place of stacks, for loops that run one token at a
+        time.
+
+        Inside a compiled loop a layer of a stack would be copied out at every step.
+        """
+        model = copy.copy(self)
+        for letter, layers in split_layers(self._stacks()).items():
+            setattr(model, BLOCK_KINDS[letter], layers)
+        return model
+
+    def _empty_cache(self, pattern: str, batch: int, max_length: int, dtype: str | None) -> Cache:
+        if batch < 1 or max_length < 1:
+            raise ValueError(
+                f"Nemotron.init_cache: batch={batch} and max_length={max_length} must be at least 1"
+            )
+        dtype = self.embedding[...].dtype if dtype is None else dtype
+        return Cache.zeros(self.config, pattern, batch, max_length, dtype)
+
+    def _stacks(self) -> Stacks:
+        return {letter: getattr(self, kind) for letter, kind in BLOCK_KINDS.items()}
+
+    def _context(
+        self, cache: Cache | None, lengths: Array | None, execution: Execution, **options: object
+    ) -> Context:
+        chosen = execution.compute_dtype
+        dtype = self.embedding[...].dtype if chosen == "auto" else jnp.dtype(chosen)
+        offset = None if cache is None else cache.length
+        return Context(execution, dtype, lengths, offset, **options)
+
+
+def shift_tokens(
+    tokens: Int[Array, "B T"], distance: int, segment_ids: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """The token `distance` further on, or 0 where it lies past the row or in another document."""
+    pad = ((0, 0), (0, distance))
+    shifted = jnp.pad(tokens[:, distance:], pad)
+    if segment_ids is None:
+        return shifted
+    return jnp.where(jnp.pad(segment_ids[:, distance:], pad) == segment_ids, shifted, 0)
+
+
+# Compiled once for eager callers; inside a caller's own jit these calls are inlined.
+@functools.partial(jax.jit, static_argnames=("every_state", "execution"))
+def _forward(
+    model: Nemotron,
+    tokens: Array,
+    cache: Cache | None,
+    segment_ids: Array | None,
+    lengths: Array | None,
+    *,
+    key: Array | None,
+    every_state: bool,
+    execution: Execution,
+) -> Output:
+    lengths = _valid_lengths(segment_ids, lengths)
+    context = model._context(cache, lengths, execution, every_state=every_state, key=key)
+    x = model.embedding[...][tokens].astype(context.dtype)
+    states = None if cache is None else cache.layers
+    x, states, metrics = run_stack(x, model.config, model._stacks(), segment_ids, states, context)
+    return Output(
+        hidden=model.final_norm(x),
+        cache=_advance(cache, states, tokens.shape[1], lengths, every_state),
+        router_load=metrics.load,
+        aux_loss=jnp.sum(metrics.aux_loss),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("execution",))
+def _logits(model: Nemotron, hidden: Array, execution: Execution) -> Array:
+    context = model._context(None, None, execution)
+    return model.head(hidden, context, out_dtype=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("execution",))
+def _mtp_step(
+    model: Nemotron,
+    hidden: Array,
+    next_tokens: Array,
+    segment_ids: Array | None,
+    cache: Cache | None,
+    *,
+    lengths: Array | None,
+    execution: Execution,
+) -> Output:
+    lengths = _valid_lengths(segment_ids, lengths)
+    context = model._context(cache, lengths, execution)
+    embedded = model.embedding[...][next_tokens].astype(context.dtype)
+    states = None if cache is None else cache.layers
+    hidden, states, metrics = model.mtp_block(hidden, embedded, segment_ids, states, context)
+    experts = model.config.moe.num_experts if model.config.moe else 0
+    loads = [report.load for report in metrics]
+    return Output(
+        hidden=hidden,
+        cache=_advance(cache, states, next_tokens.shape[1], lengths, False),
+        router_load=jnp.stack(loads) if loads else jnp.zeros((0, experts)),
+        aux_loss=sum((report.aux_loss for report in metrics), jnp.zeros(())),
+    )
+
+
+def _valid_lengths(segment_ids: Array | None, lengths: Array | None) -> Array | None:
+    return lengths if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+
+
+def _advance(
+    cache: Cache | None,
+    states: tuple | None,
+    num_tokens: int,
+    lengths: Array | None,
+    every_state: bool,
+) -> Cache | None:
+    if cache is None:
+        return None
+    length = cache.length + (num_tokens if lengths is None else lengths)
+    return Cache(states, length, cache.length if every_state else None)
+
+
+def _check_call(
+    model: Nemotron, cache: Cache | None, segment_ids: Array | None, lengths: Array | None
+) -> None:
+    if segment_ids is not None and (cache is not None or lengths is not None):
+        raise ValueError(
+            "Nemotron: segment_ids come with a cache or lengths; a cache holds one document "
+            "per row, and segment id 0 marks padding, so pass segment_ids alone"
+        )

@@ -1,0 +1,39 @@
+"""A model's parameters as a flat table of dotted names, and back."""
+
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.model.nemotron import Nemotron
+
+
+def abstract_model(config: ModelConfig, dtype: str = "float32") -> Nemotron:
+    """The model with shapes in place of arrays; costs no memory at any size."""
+    return jax.eval_shape(lambda: Nemotron(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def flatten(model: Nemotron) -> dict[str, jax.Array]:
+    """Every parameter under its dotted name, such as `mamba.mixer.x.weight`, in tree order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {_dotted(path): leaf for path, leaf in leaves}
+
+
+def unflatten(like: Nemotron, parameters: Mapping[str, jax.Array]) -> Nemotron:
+    """`like` with its parameters replaced by name; raises ValueError unless the names are the
+    same."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    names = [_dotted(path) for path, _ in leaves]
+    if set(names) != set(parameters):
+        missing, extra = set(names) - set(parameters), set(parameters) - set(names)
+        raise ValueError(
+            f"unflatten: parameters do not fit the model: missing {sorted(missing)[:5]}, "
+            f"unknown {sorted(extra)[:5]}; the configs differ"
+        )
+    return jax.tree_util.tree_unflatten(structure, [parameters[name] for name in names])
+
+
+def _dotted(path: tuple) -> str:
+    keys = [str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", k)))) for k in path]
+    return ".".join(keys[:-1] if keys[-1] == "value" else keys)

@@ -1,0 +1,27 @@
+"""Kernels on plain arrays: an op, its definition, its XLA form, and Pallas forms for accelerators."""
+
+from pallas_kernels.attention.op import attention
+from pallas_kernels.causal_conv1d.op import causal_conv1d
+from pallas_kernels.grouped_matmul.op import grouped_matmul, grouped_mlp, grouped_outer
+from pallas_kernels.grouped_matmul.routing import (
+    ExpertOrder,
+    combine_rows,
+    gather_rows,
+    sort_by_expert,
+)
+from pallas_kernels.ssd.op import ssd_scan, ssd_state, ssd_step
+
+__all__ = [
+    "ExpertOrder",
+    "attention",
+    "causal_conv1d",
+    "combine_rows",
+    "gather_rows",
+    "grouped_matmul",
+    "grouped_mlp",
+    "grouped_outer",
+    "sort_by_expert",
+    "ssd_scan",
+    "ssd_state",
+    "ssd_step",
+]

@@ -1,0 +1,307 @@
+"""Blocked online softmax in plain XLA: memory linear in tokens, work only where a query sees keys.
+
+The G = H / K query heads of a kv head are stacked: R = block_q * G columns of every product. Scores
+stay transposed, [keys, R]: maxima and sums then run down the columns, which vectorises where running
+along a row would not, and every matrix product has a wide right side although C is small.
+For one block of queries a first loop takes wide blocks of keys that every query sees (without masks if
+there are no segments), a second one narrow blocks with masks up to the diagonal. Trip counts depend
+on positions, so blocks above the diagonal and past a cache's filled part cost nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.attention.masks import Masks
+
+BLOCK_Q, WIDE, NARROW = 128, 512, 128  # queries; keys without and with causal masks
+FEW_COLUMNS = 64  # up to here one loop serves all rows and kv heads at once: decoding
+LOWEST = -1e30  # below every score, and finite: LOWEST - LOWEST is 0 where -inf - -inf is NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Static sizes: a job is one block of queries for `rows` rows and `kv_heads` kv heads."""
+
+    rows: int
+    kv_heads: int
+    block_q: int
+    wide: int  # 0 where there are fewer keys than a wide block, or few columns
+    narrow: int
+    query_blocks: int
+    groups: int
+    causal: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Where a job stands: its first row, kv head and query."""
+
+    row: Int[Array, ""]
+    kv_head: Int[Array, ""]
+    query: Int[Array, ""]
+
+
+def forward(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    masks: Masks,
+    *,
+    causal: bool,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B K R"]]:
+    """Outputs, and the float32 logsumexp of scores for `backward`: +inf where a query sees nothing."""
+    plan = _plan(q, k, causal, together=True)
+    grouped, masks = _grouped(q, plan), _padded(masks, plan)
+    scale = q.shape[-1] ** -0.5
+
+    def job(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, logsumexp = carry
+        at = _job(index, plan, k)
+        columns = _columns(grouped, at, plan) * scale
+        o, sums = _online_softmax(columns, k, v, masks, at, plan)
+        out = lax.dynamic_update_slice(
+            out, _uncolumns(o, plan).astype(out.dtype), (at.row, at.query, at.kv_head, 0, 0)
+        )
+        start = (at.row, at.kv_head, at.query * plan.groups)
+        return out, lax.dynamic_update_slice(logsumexp, sums, start)
+
+    lines = grouped.shape[1] * plan.groups
+    logsumexp = jnp.zeros((q.shape[0], k.shape[2], lines), jnp.float32)
+    jobs = _num_jobs(plan, k)
+    out, logsumexp = lax.fori_loop(0, jobs, job, (jnp.zeros_like(grouped), logsumexp))
+    return _ungrouped(out, q.shape), logsumexp
+
+
+def backward(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    masks: Masks,
+    out: Float[Array, "B T H C"],
+    logsumexp: Float[Array, "B K R"],
+    dout: Float[Array, "B T H C"],
+    *,
+    causal: bool,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+    """Gradients of q, k and v, summed in float32; scores are computed again block by block."""
+    plan = _plan(q, k, causal, together=False)
+    masks = _padded(masks, plan)
+    grouped_q, grouped_out, grouped_dout = (_grouped(a, plan) for a in (q, out, dout))
+    scale = q.shape[-1] ** -0.5
+
+    def job(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        dq, dk, dv = carry
+        at = _job(index, plan, k)
+        columns = _columns(grouped_q, at, plan) * scale
+        dcolumns = _columns(grouped_dout, at, plan)
+        delta = jnp.sum(dcolumns * _columns(grouped_out, at, plan), axis=2, keepdims=True)
+        start = (at.row, at.kv_head, at.query * plan.groups)
+        sums = lax.dynamic_slice(logsumexp, start, (1, 1, columns.shape[-1]))[:, :, None]
+
+        def step(keys: Array, values: Array, mask: Array | None, key: Array, carry: Any) -> Any:
+            dqueries, dk, dv = carry
+            weights = jnp.exp(_masked(_dot(keys, columns, 3, 2), mask) - sums)
+            dscores = weights * (_dot(values, dcolumns, 3, 2) - delta)
+            dqueries = dqueries + _dot(keys, dscores, 2, 2)
+            dk = _add(dk, _dot(dscores, columns, 3, 3), at, key)
+            return dqueries, dk, _add(dv, _dot(weights, dcolumns, 3, 3), at, key)
+
+        first = (jnp.zeros_like(columns), dk, dv)
+        dqueries, dk, dv = _over_keys(step, first, k, v, masks, at, plan)
+        dqueries = _uncolumns(dqueries * scale, plan).astype(dq.dtype)
+        dq = lax.dynamic_update_slice(dq, dqueries, (at.row, at.query, at.kv_head, 0, 0))
+        return dq, dk, dv
+
+    zeros = jnp.zeros_like(grouped_q), jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dq, dk, dv = lax.fori_loop(0, _num_jobs(plan, k), job, zeros)
+    return _ungrouped(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _online_softmax(
+    columns: Float[Array, "b k C R"], k: Array, v: Array, masks: Masks, at: _Job, plan: _Plan
+) -> tuple[Float[Array, "b k C R"], Float[Array, "b k R"]]:
+    """Outputs and logsumexp of one job's scaled queries."""
+
+    def step(keys: Array, values: Array, mask: Array | None, key: Array, carry: Any) -> Any:
+        del key
+        largest, total, out = carry
+        scores = _masked(_dot(keys, columns, 3, 2), mask)
+        new = jnp.maximum(largest, jnp.max(scores, axis=2, keepdims=True))
+        weights = jnp.exp(scores - new)
+        decay = jnp.exp(largest - new)
+        total = total * decay + jnp.sum(weights, axis=2, keepdims=True)
+        return new, total, out * decay + _dot(values, weights, 2, 2)
+
+    line = columns[:, :, :1]
+    first = jnp.full_like(line, LOWEST), jnp.zeros_like(line), jnp.zeros_like(columns)
+    largest, total, out = _over_keys(step, first, k, v, masks, at, plan)
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    logsumexp = jnp.where(seen, largest + jnp.log(total), jnp.inf)
+    return out / total, logsumexp[:, :, 0]
+
+
+def _over_keys(
+    step: Callable[..., Any], carry: Any, k: Array, v: Array, masks: Masks, at: _Job, plan: _Plan
+) -> Any:
+    """Folds `step(keys, values, mask, first key, carry)` over the key blocks that a job sees."""
+    first, whole, end = _key_range(k, masks, at, plan)
+
+    def loop(width: int, low: Array, high: Array, mask_all: bool, carry: Any) -> Any:
+        def body(block: Array, carry: Any) -> Any:
+            # The last block of keys moves up to end with them; the mask leaves out what it repeats.
+            key = jnp.minimum(block * width, k.shape[1] - width)
+            keys, values = (_key_block(a, at, key, width, plan) for a in (k, v))
+            mask = _mask(masks, at, key, block * width, width, plan) if mask_all else None
+            return step(keys, values, mask, key, carry)
+
+        return lax.fori_loop(low, high, body, carry)
+
+    start = first
+    if plan.wide:
+        blocks = whole // plan.wide
+        has_segments = masks.segment_ids is not None
+        carry = loop(plan.wide, first // plan.wide, blocks, has_segments, carry)
+        start = jnp.maximum(first, blocks * plan.wide)
+    return loop(plan.narrow, start // plan.narrow, -(-end // plan.narrow), True, carry)
+
+
+def _key_range(
+    k: Array, masks: Masks, at: _Job, plan: _Plan
+) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    """First key that a job may see, how many all its queries see, and the end of what any sees."""
+    offset, lengths = (
+        lax.dynamic_slice(a, (at.row,), (plan.rows,)) for a in (masks.offset, masks.lengths)
+    )
+    last = jnp.minimum(at.query + plan.block_q, lengths)
+    real = last > at.query
+    keys = jnp.int32(k.shape[1])
+    if not plan.causal:
+        end = jnp.max(jnp.where(real, keys, 0))
+        return jnp.int32(0), end, end
+    whole = jnp.min(jnp.where(real, offset + at.query + 1, 0))
+    end = jnp.max(jnp.where(real, offset + last, 0))
+    whole, end = jnp.minimum(whole, keys), jnp.minimum(end, keys)
+    return _first_key(masks, at, plan), jnp.minimum(whole, end), end
+
+
+def _first_key(masks: Masks, at: _Job, plan: _Plan) -> Int[Array, ""]:
+    """A multiple of the wide and narrow blocks before which no key shares a segment with the job."""
+    return jnp.int32(0)
+
+
+def _mask(
+    masks: Masks, at: _Job, key: Array, first: Array, width: int, plan: _Plan
+) -> Bool[Array, "b 1 keys R"]:
+    """Which keys of a block each column sees; keys before `first` belong to the block before."""
+    keys = (key + jnp.arange(width, dtype=jnp.int32))[None, :, None]
+    visible = keys >= first
+    query = at.query + jnp.arange(plan.block_q * plan.groups, dtype=jnp.int32) // plan.groups
+    if plan.causal:
+        offset = lax.dynamic_slice(masks.offset, (at.row,), (plan.rows,))
+        visible &= keys <= (offset[:, None] + query)[:, None]
+    if masks.segment_ids is not None:
+        own = lax.dynamic_slice(
+            masks.segment_ids, (at.row, at.query), (plan.rows, plan.block_q)
+        )
+        own = jnp.repeat(own, plan.groups, axis=1)
+        theirs = lax.dynamic_slice(masks.kv_segment_ids, (at.row, key), (plan.rows, width))
+        visible &= own[:, None] == theirs[..., None]
+    lengths = lax.dynamic_slice(masks.lengths, (at.row,), (plan.rows,))
+    visible &= (query < lengths[:, None])[:, None]
+    return visible[:, None]
+
+
+def _masked(scores: Array, mask: Array | None) -> Array:
+    return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
+
+
+def _plan(q: Array, k: Array, causal: bool, *, together: bool) -> _Plan:
+    """Block sizes for these shapes; `together` lets one job serve everything if columns are few."""
+    batch, tokens, heads, _ = q.shape
+    keys, kv_heads = k.shape[1:3]
+    groups = heads // kv_heads
+    few = together and tokens * groups <= FEW_COLUMNS
+    return _Plan(
+        rows=batch if few else 1,
+        kv_heads=kv_heads if few else 1,
+        block_q=min(tokens, BLOCK_Q),
+        wide=0 if few or keys < WIDE else WIDE,
+        narrow=min(keys, 2 * NARROW if few else NARROW),
+        query_blocks=-(-tokens // BLOCK_Q),
+        groups=groups,
+        causal=causal,
+    )
+
+
+def _num_jobs(plan: _Plan, k: Array) -> int:
+    return plan.query_blocks * (k.shape[0] // plan.rows) * (k.shape[2] // plan.kv_heads)
+
+
+def _job(index: Array, plan: _Plan, k: Array) -> _Job:
+    pair, block = index // plan.query_blocks, index % plan.query_blocks
+    heads = k.shape[2] // plan.kv_heads
+    return _Job(pair // heads, pair % heads, block * plan.block_q)
+
+
+def _grouped(q: Float[Array, "B T H C"], plan: _Plan) -> Float[Array, "B padded K G C"]:
+    """Heads split by kv head, and tokens padded with zeros to whole blocks."""
+    batch, tokens, heads, channels = q.shape
+    padding = plan.query_blocks * plan.block_q - tokens
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0))) if padding else q
+    return q.reshape(batch, tokens + padding, heads // plan.groups, plan.groups, channels)
+
+
+def _ungrouped(out: Float[Array, "B padded K G C"], shape: tuple[int, ...]) -> Array:
+    return out[:, : shape[1]].reshape(shape)
+
+
+def _padded(masks: Masks, plan: _Plan) -> Masks:
+    """Segment ids as long as the padded queries."""
+    if masks.segment_ids is None:
+        return masks
+    padding = plan.query_blocks * plan.block_q - masks.segment_ids.shape[1]
+    return dataclasses.replace(
+        masks, segment_ids=jnp.pad(masks.segment_ids, ((0, 0), (0, padding)))
+    )
+
+
+def _columns(grouped: Array, at: _Job, plan: _Plan) -> Float[Array, "b k C R"]:
+    """A job's queries as float32 columns, token-major and the heads of a group side by side."""
+    size = (plan.rows, plan.block_q, plan.kv_heads, plan.groups, grouped.shape[-1])
+    block = lax.dynamic_slice(grouped, (at.row, at.query, at.kv_head, 0, 0), size)
+    block = block.astype(jnp.float32).transpose(0, 2, 4, 1, 3)
+    return block.reshape(*block.shape[:3], plan.block_q * plan.groups)
+
+
+def _uncolumns(columns: Float[Array, "b k C R"], plan: _Plan) -> Float[Array, "b q k G C"]:
+    blocks = columns.reshape(*columns.shape[:3], plan.block_q, plan.groups)
+    return blocks.transpose(0, 3, 1, 4, 2)
+
+
+def _key_block(
+    array: Float[Array, "B S K C"], at: _Job, key: Array, width: int, plan: _Plan
+) -> Float[Array, "b k keys C"]:
+    size = (plan.rows, width, plan.kv_heads, array.shape[-1])
+    block = lax.dynamic_slice(array, (at.row, key, at.kv_head, 0), size)
+    return block.astype(jnp.float32).swapaxes(1, 2)
+
+
+def _add(total: Float[Array, "B S K C"], block: Array, at: _Job, key: Array) -> Array:
+    """`total` with a [1, 1, keys, C] block added at a job's row and kv head."""
+    block = block.swapaxes(1, 2)
+    start = (at.row, key, at.kv_head, 0)
+    return lax.dynamic_update_slice(
+        total, lax.dynamic_slice(total, start, block.shape) + block, start
+    )
+
+
+def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    """Product over one axis of each, for every row and kv head, in float32."""
+    axes = (((left_axis,), (right_axis,)), ((0, 1), (0, 1)))
+    return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)

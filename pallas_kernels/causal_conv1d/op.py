@@ -1,0 +1,148 @@
+"""The causal depthwise convolution before Mamba-2's scan: contract, checks, gradients."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.causal_conv1d import reference, xla
+
+ACTIVATIONS = ("silu", None)
+
+
+def _definition(x, weight, bias, tail, documents, *, activation):
+    """The definition under the signature of an implementation."""
+    options = {"tail": tail, "segment_ids": documents, "activation": activation}
+    return reference.causal_conv1d(x, weight, bias, **options)[0]
+
+
+def _definition_gradients(x, weight, bias, tail, documents, dy, *, activation):
+    conv = functools.partial(_definition, documents=documents, activation=activation)
+    return jax.vjp(lambda *operands: conv(*operands), x, weight, bias, tail)[1](dy)
+
+
+# Forward: (x, weight, bias, tail, documents, *, activation) -> y, where `documents` is None or counts
+# the document starts along each row; backward takes dy after them.
+IMPLEMENTATIONS = {
+    "reference": dispatch.Implementation(_definition, _definition_gradients),
+    "xla": dispatch.Implementation(xla.forward, xla.backward),
+}
+
+
+def causal_conv1d(
+    x: Float[Array, "B T channels"],
+    weight: Float[Array, "W channels"],
+    bias: Float[Array, "channels"] | None = None,
+    *,
+    tail: Float[Array, "B W-1 channels"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    activation: Literal["silu"] | None = "silu",
+    every_tail: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T channels"], Float[Array, "B *each W-1 channels"]]:
+    """Outputs y in x's dtype, and the tail: the last W - 1 inputs, where the next piece goes on.
+
+    y_t = activation(bias + sum_w weight[w] x_{t-W+1+w}) for each channel, summed in float32;
+    `weight[W-1]` multiplies the current token. `tail` holds the inputs before the row, of the document
+    of the first token; None stands for zeros. A change of segment id starts a document, and no tap
+    reaches into an earlier one. Tokens at or past `lengths` give y = 0, enter no tail and receive no
+    gradient. The returned tail reaches into the given one where the row is shorter than W - 1, and is 0
+    where it would leave the document of the last token. With `every_tail` it is the tail after each
+    token, [B, T, W-1, channels], meant for the few tokens of a verification.
+    Raises ValueError for shapes that disagree, an unknown activation or implementation.
+    """
+    _check(x, weight, bias, tail, segment_ids, lengths, activation)
+    batch, tokens, channels = x.shape
+    if tail is None:
+        tail = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
+    tail = tail.astype(x.dtype)
+    documents = None if segment_ids is None else _documents(segment_ids)
+    operands = (x, weight, bias, tail, documents)
+    names = dispatch.choose(
+        "causal_conv1d", IMPLEMENTATIONS, implementation, *operands, activation=activation
+    )
+    y = _convolve(names, activation, *operands)
+    if lengths is not None:
+        y = jnp.where((jnp.arange(tokens) < lengths[:, None])[..., None], y, 0)
+    if every_tail:
+        ends = jnp.broadcast_to(jnp.arange(1, tokens + 1), (batch, tokens))
+        ends = ends if lengths is None else jnp.minimum(ends, lengths[:, None])
+        return y, _tails(x, tail, documents, ends)
+    if lengths is None and documents is None:
+        return y, _last(x, tail)
+    ends = jnp.full((batch,), tokens) if lengths is None else jnp.minimum(lengths, tokens)
+    return y, _tails(x, tail, documents, ends[:, None])[:, 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve(names: tuple[str, ...], activation: str | None, *operands: Any) -> Array:
+    return dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, activation=activation)
+
+
+def _convolve_forward(names: tuple[str, ...], activation: str | None, *operands: Any) -> Any:
+    return _convolve(names, activation, *operands), operands
+
+
+def _convolve_backward(
+    names: tuple[str, ...], activation: str | None, operands: Any, dy: Array
+) -> Any:
+    gradients = dispatch.run(
+        IMPLEMENTATIONS, names, "backward", *operands, dy, activation=activation
+    )
+    return *gradients, None
+
+
+_convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many documents have started since the row's first token."""
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def _last(x: Array, tail: Array) -> Array:
+    """The last W - 1 of tail and x, without joining them when x alone is long enough."""
+    kept = tail.shape[1]
+    if x.shape[1] >= kept:
+        return x[:, x.shape[1] - kept :]
+    return jnp.concatenate([tail, x], axis=1)[:, x.shape[1] :]
+
+
+def _tails(
+    x: Array, tail: Array, documents: Array | None, ends: Int[Array, "B n"]
+) -> Float[Array, "B n W-1 channels"]:
+    """The W - 1 inputs before each end, zero where they belong to an earlier document than the last."""
+    kept = tail.shape[1]
+    at = ends[..., None] + jnp.arange(kept)  # in [tail, x], where token t stands at t + W - 1
+    inputs = jnp.concatenate([tail, x], axis=1)
+    taken = jnp.take_along_axis(inputs[:, None], at[..., None], axis=2)
+    if documents is None or not kept:
+        return taken
+    documents = jnp.pad(documents, ((0, 0), (kept, 0)))
+    owner = jnp.take_along_axis(documents[:, None], at, axis=2)
+    return jnp.where((owner == owner[..., -1:])[..., None], taken, 0)
+
+
+def _check(x, weight, bias, tail, segment_ids, lengths, activation) -> None:
+    """Shapes agree, the activation is known, and there is at least one token and one tap."""
+    op, sizes = "causal_conv1d", {}
+    dispatch.expect_shape(op, sizes, x=(x, "B T channels"), weight=(weight, "W channels"))
+    sizes["W-1"] = sizes["W"] - 1
+    optional = {
+        "bias": (bias, "channels"),
+        "tail": (tail, "B W-1 channels"),
+        "segment_ids": (segment_ids, "B T"),
+        "lengths": (lengths, "B"),
+    }
+    given = {name: pair for name, pair in optional.items() if pair[0] is not None}
+    dispatch.expect_shape(op, sizes, **given)
+    for letter, what in (("T", "token"), ("W", "tap")):
+        if sizes[letter] < 1:
+            raise ValueError(f"{op}: {letter}={sizes[letter]}; at least one {what} is needed")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation={activation!r} must be 'silu' or None")
