@@ -1,0 +1,266 @@
+"""A run's tokenizer and token arrays, made once and found again when the run resumes."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from nemotron_jax.config.run import DataConfig
+from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.held_out import Split, split_documents
+from nemotron_jax.data.packing import DocumentTokens
+from nemotron_jax.data.sources import Collection, Document, Manifest, collect, manifest_of
+from nemotron_jax.data.tokenizer import FILE_NAME, Tokenizer, check_vocabulary, train_tokenizer
+from nemotron_jax.types import Batch
+
+FORMAT_VERSION = 1
+FOLDER = "corpus"
+TRAIN_TOKENIZER = "train"  # the value of DataConfig.tokenizer that asks for a new one
+ENCODED_TOGETHER = 256  # documents whose ids are Python lists at one time
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutFacts:
+    """Numbers of the held-out text that a model's loss is read against."""
+
+    bytes: int  # UTF-8 bytes of the text
+    tokens: int  # ids, one eos a document included
+    unigram_entropy: float  # nats a token under the training frequencies with add-one smoothing
+    gzip_bits_per_byte: float  # of the documents joined, at gzip's level 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokenised training documents of each source and held-out documents of all.
+
+    `fingerprint` is one SHA-256 over the data's manifest and the tokenizer.
+    """
+
+    train: tuple[DocumentTokens, ...]
+    held_out: DocumentTokens
+    byte_lengths: Int[np.ndarray, "V"]  # bytes of text that each id stands for
+    facts: HeldOutFacts
+    fingerprint: str
+
+    def bytes_of(self, batch: Batch) -> Int[np.ndarray, "B"]:
+        """UTF-8 bytes that the scored next tokens of each row spell; eos spells none.
+
+        Bits per byte = summed next-token loss in nats / ln 2 / these bytes.
+        """
+        lengths = self.byte_lengths[np.asarray(batch.targets[..., 0])].astype(np.int64)
+        return np.where(np.asarray(batch.weights[..., 0]) > 0, lengths, 0).sum(axis=-1)
+
+
+def prepare(
+    data: DataConfig,
+    vocab_size: int,
+    directory: str | Path,
+    *,
+    progress: Progress = print,
+) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer and the corpus of a run, from its directory where they are there already.
+
+    Writes directory/tokenizer.json, corpus/*.npy and, last, corpus/manifest.json. `progress` gets
+    a line about each part. Raises ValueError when the data or the tokenizer are not those that the
+    directory was made with, when a source cannot be read, or when the tokenizer exceeds
+    `vocab_size`.
+    """
+    directory = Path(directory)
+    collections = [collect(source) for source in data.sources]
+    manifest = manifest_of(collections, data.held_out_fraction)
+    for collection in collections:
+        progress(_describe_source(collection))
+    stored = _read_stored(directory)
+    if stored is not None:
+        _check_same_data(directory, Manifest.from_json(stored["manifest"]), manifest)
+    tokenizer = _existing_tokenizer(data, directory, stored)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, vocab_size)
+        if stored is not None and (corpus := _load(directory, stored, tokenizer)) is not None:
+            progress(f"{directory / FOLDER}: {_describe(corpus)}, as stored with the run")
+            return tokenizer, corpus
+        if stored is not None:
+            progress(f"{directory / FOLDER}: stored arrays are missing or damaged, making new ones")
+    split = split_documents(collections, data.held_out_fraction)
+    progress(
+        f"held out: {len(split.held_out)} documents; "
+        f"{len(split.dropped)} more dropped as near-duplicates of training text"
+    )
+    if tokenizer is None:
+        texts = [document.text for part in split.train for document in part]
+        tokenizer = train_tokenizer(texts, vocab_size)
+        progress(f"tokenizer: {tokenizer.vocab_size} ids learned from {len(texts)} documents")
+    tokenizer.save(directory)
+    corpus = build_corpus(split, tokenizer, manifest)
+    progress(f"{directory / FOLDER}: {_describe(corpus)}")
+    _save(directory, corpus, tokenizer, manifest, split)
+    return tokenizer, corpus
+
+
+def build_corpus(split: Split, tokenizer: Tokenizer, manifest: Manifest) -> Corpus:
+    """The split's documents as ids, each closed by eos, with the facts of its held-out part."""
+    train = tuple(tokenize(documents, tokenizer) for documents in split.train)
+    held_out = tokenize(split.held_out, tokenizer)
+    counts = sum(np.bincount(d.tokens, minlength=tokenizer.vocab_size) for d in train)
+    text = "".join(document.text for document in split.held_out).encode()
+    facts = HeldOutFacts(
+        bytes=len(text),
+        tokens=len(held_out.tokens),
+        unigram_entropy=unigram_entropy(counts, held_out.tokens),
+        gzip_bits_per_byte=8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text),
+    )
+    fingerprint = _fingerprint(manifest, tokenizer)
+    return Corpus(train, held_out, tokenizer.byte_lengths, facts, fingerprint)
+
+
+def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> DocumentTokens:
+    """The documents' ids, each followed by eos; no bos, as in the family's pre-training."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    parts: list[np.ndarray] = []
+    for first in range(0, len(documents), ENCODED_TOGETHER):
+        texts = [document.text for document in documents[first : first + ENCODED_TOGETHER]]
+        parts += [np.array([*ids, tokenizer.eos], dtype) for ids in tokenizer.encode_batch(texts)]
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+    return DocumentTokens(np.concatenate(parts), offsets)
+
+
+def unigram_entropy(counts: Int[np.ndarray, "V"], tokens: Integer[np.ndarray, "N"]) -> float:
+    """Mean nats that `tokens` cost under the smoothed frequencies (counts + 1) / sum."""
+    smoothed = counts.astype(np.float64) + 1
+    return float(-np.log(smoothed / smoothed.sum())[tokens].mean())
+
+
+def _describe_source(collection: Collection) -> str:
+    size = sum(record.bytes for record in collection.files) / 1e6
+    line = f"{len(collection.documents)} documents, {len(collection.files)} files, {size:.2f} MB"
+    if collection.skipped:
+        line += f", {len(collection.skipped)} files skipped as not UTF-8"
+    return f"{collection.source}: {line}"
+
+
+def _describe(corpus: Corpus) -> str:
+    tokens = sum(len(documents.tokens) for documents in corpus.train)
+    return f"{tokens:,} training tokens, {corpus.facts.tokens:,} held out"
+
+
+def _fingerprint(manifest: Manifest, tokenizer: Tokenizer) -> str:
+    joined = f"{manifest.fingerprint()} {tokenizer.fingerprint()}"
+    return hashlib.sha256(joined.encode()).hexdigest()
+
+
+def _manifest_path(directory: Path) -> Path:
+    return directory / FOLDER / "manifest.json"
+
+
+def _read_stored(directory: Path) -> dict[str, Any] | None:
+    path = _manifest_path(directory)
+    if not path.exists():
+        return None
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        version = stored["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error!r}); "
+            f"remove the folder {path.parent} and it is made anew"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format_version={version}, this code writes {FORMAT_VERSION}; "
+            f"remove the folder {path.parent} and it is made anew"
+        )
+    return stored
+
+
+def _check_same_data(directory: Path, before: Manifest, now: Manifest) -> None:
+    if before.fingerprint() == now.fingerprint():
+        return
+    lines = before.differences(now) or ["the files' order changed"]
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    raise ValueError(
+        f"the data of run {directory} changed since it began: {'; '.join(lines[:3])}{more}; "
+        "restore the data, or start in a new directory"
+    )
+
+
+def _existing_tokenizer(
+    data: DataConfig, directory: Path, stored: dict[str, Any] | None
+) -> Tokenizer | None:
+    """The run's or the configured tokenizer; None when one is still to be trained."""
+    given = None if data.tokenizer == TRAIN_TOKENIZER else Tokenizer.load(data.tokenizer)
+    own = Tokenizer.load(directory) if (directory / FILE_NAME).exists() else None
+    if own is None and stored is not None and given is None:
+        raise ValueError(
+            f"run {directory} has a corpus and no {FILE_NAME}; restore the file, "
+            "or start in a new directory"
+        )
+    for tokenizer in filter(None, (own, given)):
+        if stored is not None and tokenizer.fingerprint() != stored["tokenizer"]:
+            raise ValueError(
+                f"tokenizer {tokenizer.origin} is not the one that the corpus of run {directory} "
+                "was made with; restore it, or start in a new directory"
+            )
+    if own is not None and given is not None and own.fingerprint() != given.fingerprint():
+        raise ValueError(
+            f"data.tokenizer={data.tokenizer!r} differs from {own.origin}, which run {directory} "
+            "already has; name the same tokenizer, or start in a new directory"
+        )
+    return own or given
+
+
+def _arrays(directory: Path, sources: int) -> list[tuple[Path, Path]]:
+    """Token and offset files: one pair for each source's training part, then the held-out one."""
+    names = [f"train_{source}" for source in range(sources)] + ["held_out"]
+    folder = directory / FOLDER
+    return [(folder / f"{name}.tokens.npy", folder / f"{name}.offsets.npy") for name in names]
+
+
+def _save(
+    directory: Path, corpus: Corpus, tokenizer: Tokenizer, manifest: Manifest, split: Split
+) -> None:
+    sums = {}
+    pairs = _arrays(directory, len(corpus.train))
+    for paths, documents in zip(pairs, (*corpus.train, corpus.held_out), strict=True):
+        for path, array in zip(paths, (documents.tokens, documents.offsets), strict=True):
+            with atomic_writer(path) as file:
+                np.save(file, array)
+            sums[path.name] = _sha256(path)
+    stored = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": tokenizer.fingerprint(),
+        "held_out_facts": dataclasses.asdict(corpus.facts),
+        "held_out": [document.name for document in split.held_out],
+        "dropped": list(split.dropped),
+        "arrays": sums,
+        "manifest": manifest.to_json(),
+    }
+    with atomic_writer(_manifest_path(directory)) as file:
+        file.write(json.dumps(stored, indent=1).encode())
+
+
+def _load(directory: Path, stored: dict[str, Any], tokenizer: Tokenizer) -> Corpus | None:
+    """The stored corpus, its arrays mapped from their files; None when one is not whole."""
+    pairs = _arrays(directory, len(stored["manifest"]["sources"]))
+    for path in (path for pair in pairs for path in pair):
+        if not path.exists() or _sha256(path) != stored["arrays"].get(path.name):
+            return None
+    *train, held_out = (
+        DocumentTokens(np.load(tokens, mmap_mode="r"), np.load(offsets))
+        for tokens, offsets in pairs
+    )
+    facts = HeldOutFacts(**stored["held_out_facts"])
+    return Corpus(tuple(train), held_out, tokenizer.byte_lengths, facts, stored["fingerprint"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,155 @@
+"""Documents joined to one endless stream, cut in rows, and made into batches with their shifts."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from nemotron_jax.data.held_out import mix64
+from nemotron_jax.types import Batch
+
+HELD_OUT_KEY = 0  # the order of held-out rows is the same in every run
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentTokens:
+    """The ids of many documents end to end, each with its closing eos.
+
+    Document d is tokens[offsets[d] : offsets[d + 1]]; none is empty. The array may be mapped
+    from a file: only the rows that are read touch it.
+    """
+
+    tokens: Integer[np.ndarray, "N"]  # uint16, or uint32 for vocabularies above 65536
+    offsets: Int[np.ndarray, "bounds"]
+
+    def __post_init__(self) -> None:
+        lengths = np.diff(self.offsets)
+        whole = self.offsets[0] == 0 and self.offsets[-1] == len(self.tokens)
+        if not (len(lengths) > 0 and whole and lengths.min() > 0):
+            raise ValueError(
+                f"DocumentTokens: offsets={self.offsets} do not cut {len(self.tokens)} tokens in "
+                "non-empty documents; rebuild the corpus"
+            )
+
+
+class Row(NamedTuple):
+    """Tokens of one row and the few after it, with the document that each belongs to.
+
+    The look-ahead is only ever a target or an MTP input of the row's own tokens.
+    """
+
+    tokens: Int[np.ndarray, "read"]  # T and the look-ahead
+    segments: Int[np.ndarray, "read"]  # counted from 1 within the row; 0 is padding
+
+
+def lookahead_of(mtp_depths: int) -> int:
+    """How many tokens past a row's end its targets reach."""
+    return 1 + mtp_depths
+
+
+class Stream:
+    """An endless stream of one source's documents, newly shuffled at each epoch.
+
+    The order of epoch e is a function of (seed, source, e), by a hash of our own: NumPy does not
+    promise the same permutations from version to version. Reading costs one binary search and the
+    documents that are touched; an epoch keeps one table with an entry for each document.
+    """
+
+    def __init__(self, documents: DocumentTokens, seed: int, source: int = 0) -> None:
+        self._documents = documents
+        self._key = mix64(mix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(source))
+        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+
+    def order(self, epoch: int) -> Int[np.ndarray, "documents"]:
+        """The documents in the order of an epoch."""
+        return self._epoch(epoch)[0]
+
+    def row(self, index: int, length: int, lookahead: int) -> Row:
+        """Row `index` of the stream cut in rows of `length` tokens, with what follows it."""
+        return self.read(index * length, length + lookahead)
+
+    def read(self, start: int, count: int) -> Row:
+        """`count` tokens of the stream from position `start` on."""
+        tokens, segments = np.empty(count, np.int32), np.empty(count, np.int32)
+        epoch, place = divmod(start, len(self._documents.tokens))
+        order, ends = self._epoch(epoch)
+        ordinal = int(np.searchsorted(ends, place, side="right"))
+        filled, segment = 0, 1
+        while filled < count:
+            if ordinal == len(order):
+                epoch, ordinal, place = epoch + 1, 0, 0
+                order, ends = self._epoch(epoch)
+            stop = int(self._documents.offsets[order[ordinal] + 1])
+            begin = stop - int(ends[ordinal]) + place
+            taken = min(stop - begin, count - filled)
+            tokens[filled : filled + taken] = self._documents.tokens[begin : begin + taken]
+            segments[filled : filled + taken] = segment
+            filled, segment = filled + taken, segment + 1
+            place, ordinal = int(ends[ordinal]), ordinal + 1
+        return Row(tokens, segments)
+
+    def _make_epoch(
+        self, epoch: int
+    ) -> tuple[Int[np.ndarray, "documents"], Int[np.ndarray, "documents"]]:
+        """The order of the documents, and where each ends in the epoch."""
+        lengths = np.diff(self._documents.offsets)
+        key = mix64(self._key ^ np.uint64(epoch))
+        order = np.argsort(mix64(np.arange(len(lengths), dtype=np.uint64) ^ key), kind="stable")
+        return order, np.cumsum(lengths[order])
+
+
+def count_rows(documents: DocumentTokens, length: int) -> int:
+    """How many rows `pack_once` makes of the documents."""
+    return -(-len(documents.tokens) // length)
+
+
+def pack_once(documents: DocumentTokens, length: int, lookahead: int, rows: int) -> list[Row]:
+    """The first `rows` rows of the documents, each taken once, in an order fixed for all runs.
+
+    The last row of all is padded. With `count_rows` rows, each token that has a predecessor in
+    its document is a target once.
+    """
+    stream = Stream(documents, HELD_OUT_KEY)
+    packed = []
+    for index in range(min(rows, count_rows(documents, length))):
+        start = index * length
+        count = min(length + lookahead, len(documents.tokens) - start)
+        row = stream.read(start, count)
+        padding = (0, length + lookahead - count)
+        packed.append(Row(np.pad(row.tokens, padding), np.pad(row.segments, padding)))
+    return packed
+
+
+def empty_row(length: int, lookahead: int) -> Row:
+    """A row of padding, to fill a batch."""
+    return Row(np.zeros(length + lookahead, np.int32), np.zeros(length + lookahead, np.int32))
+
+
+def make_batch(rows: Sequence[Row], mtp_depths: int) -> Batch:
+    """The rows as NumPy arrays of a Batch, all shifts made.
+
+    targets[..., k] is the token 1 + k further on and mtp_tokens[..., k - 1] the token k further
+    on, where it belongs to the same document, also when it lies past the row's end: no pair of
+    context and target is lost at a cut. Elsewhere both are 0, and so is the target's weight.
+    """
+    lookahead = lookahead_of(mtp_depths)
+    tokens = np.stack([row.tokens for row in rows])
+    segments = np.stack([row.segments for row in rows])
+    length = tokens.shape[1] - lookahead
+    own = segments[:, :length]
+    shifted, inside = [], []
+    for shift in range(1, lookahead + 1):
+        same = (segments[:, shift : shift + length] == own) & (own > 0)
+        shifted.append(np.where(same, tokens[:, shift : shift + length], 0))
+        inside.append(same)
+    targets = np.stack(shifted, axis=-1)
+    return Batch(
+        tokens=np.ascontiguousarray(tokens[:, :length]),
+        targets=targets,
+        mtp_tokens=np.ascontiguousarray(targets[..., :mtp_depths]),
+        segment_ids=np.ascontiguousarray(own),
+        weights=np.stack(inside, axis=-1).astype(np.float32),
+    )

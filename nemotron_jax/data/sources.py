@@ -1,0 +1,248 @@
+"""Documents and their manifest, from the standard library's own source text or from files."""
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PYTHON_STDLIB = "python_stdlib"
+FILES_PREFIX = "hf:"
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
+TEXT_COLUMN = "text"  # the field of a .jsonl row and the column of a .parquet table
+
+# Tests repeat the library's code; encodings, pydoc_data and lib2to3 are tables, idlelib is an
+# application; the last three hold no source of the standard library.
+EXCLUDED_FOLDERS = frozenset(
+    ["test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"]
+    + ["site-packages", "dist-packages", "__pycache__"]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text; `name` is its path below the source, with `:row` where a file holds several."""
+
+    text: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What the manifest keeps of one file that was read."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """Everything read from one source, in the order of the sorted file names."""
+
+    source: str
+    documents: tuple[Document, ...]
+    files: tuple[FileRecord, ...]
+    skipped: tuple[str, ...] = ()  # standard-library files that are not UTF-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The files that a run's corpus was made from.
+
+    `fingerprint()` is the SHA-256 of the files' names and contents, source by source, and of the
+    held-out fraction. Where the files lie does not enter it: moved data is the same data.
+    """
+
+    sources: tuple[str, ...]
+    files: tuple[tuple[FileRecord, ...], ...]  # one tuple for each source
+    held_out_fraction: float
+
+    def fingerprint(self) -> str:
+        body = [[dataclasses.astuple(record) for record in files] for files in self.files]
+        text = json.dumps([self.held_out_fraction, body], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sources": list(self.sources),
+            "held_out_fraction": self.held_out_fraction,
+            "files": [[dataclasses.asdict(record) for record in files] for files in self.files],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Manifest":
+        files = tuple(tuple(FileRecord(**record) for record in files) for files in value["files"])
+        return cls(tuple(value["sources"]), files, value["held_out_fraction"])
+
+    def differences(self, other: "Manifest") -> list[str]:
+        """One line for each way in which `other` is not this manifest; empty for the same data."""
+        if len(self.files) != len(other.files):
+            return [f"{len(self.files)} sources became {len(other.files)}"]
+        lines = []
+        if self.held_out_fraction != other.held_out_fraction:
+            lines.append(
+                f"held_out_fraction {self.held_out_fraction} became {other.held_out_fraction}"
+            )
+        for source, before, after in zip(self.sources, self.files, other.files, strict=True):
+            old, new = ({record.name: record for record in files} for files in (before, after))
+            lines += [f"{source}: {name} is gone" for name in old if name not in new]
+            lines += [f"{source}: {name} is new" for name in new if name not in old]
+            lines += [
+                f"{source}: {name} has other contents"
+                for name in old
+                if name in new and old[name] != new[name]
+            ]
+        return lines
+
+
+def manifest_of(collections: Iterable[Collection], held_out_fraction: float) -> Manifest:
+    """The manifest of the collections, to be stored with the run."""
+    collections = tuple(collections)
+    sources = tuple(collection.source for collection in collections)
+    return Manifest(sources, tuple(c.files for c in collections), held_out_fraction)
+
+
+def collect(source: str) -> Collection:
+    """Every document of a source: `python_stdlib`, or `hf:PATH` naming a file or a folder.
+
+    PATH is a .jsonl (one object a row, field "text"), a .parquet (column "text"; needs pyarrow),
+    a .txt, .md or .py, or a folder of those, searched to any depth without hidden folders. Files
+    come sorted by path. Blank documents are left out. The text stays in memory.
+
+    Raises ValueError naming the source, the file and the row when the source is unknown or
+    missing, holds no document, or has a row that cannot be read. Only in `python_stdlib` is a file
+    that is not UTF-8 skipped, and named in `skipped`.
+    """
+    if source == PYTHON_STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        paths = list(_library_files(root))
+    elif source.startswith(FILES_PREFIX):
+        given = Path(source.removeprefix(FILES_PREFIX)).expanduser()
+        root = given if given.is_dir() else given.parent
+        paths = _user_files(source, given)
+    else:
+        raise ValueError(
+            f"data source {source!r} is unknown: name {PYTHON_STDLIB!r}, or {FILES_PREFIX}PATH "
+            f"of a {', '.join(SUFFIXES)} file or a folder of them"
+        )
+    documents: list[Document] = []
+    files: list[FileRecord] = []
+    skipped: list[str] = []
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        content = path.read_bytes()
+        try:
+            read = list(_documents(source, name, content))
+        except UnicodeDecodeError as error:
+            if source != PYTHON_STDLIB:
+                raise ValueError(
+                    f"data source {source!r}: {name} is not UTF-8 at byte {error.start}; "
+                    "convert the file or leave it out of the folder"
+                ) from None
+            skipped.append(name)
+            continue
+        files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
+        documents += [document for document in read if document.text.strip()]
+    if not documents:
+        raise ValueError(
+            f"data source {source!r} holds no text: read {len(files)} files below {root}; "
+            f"name a {', '.join(SUFFIXES)} file with text, or a folder of them"
+        )
+    return Collection(source, tuple(documents), tuple(files), tuple(skipped))
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for path in sorted(root.rglob("*.py")):
+        if path.is_file() and not EXCLUDED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
+            yield path
+
+
+def _user_files(source: str, given: Path) -> list[Path]:
+    if given.is_dir():
+        return [
+            path
+            for path in sorted(given.rglob("*"))
+            if path.suffix in SUFFIXES
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(given).parts)
+        ]
+    if not given.is_file():
+        raise ValueError(f"data source {source!r}: there is no file or folder {given}")
+    if given.suffix not in SUFFIXES:
+        raise ValueError(
+            f"data source {source!r}: {given.name} has none of the endings {', '.join(SUFFIXES)}; "
+            "rename it or convert it"
+        )
+    return [given]
+
+
+def _documents(source: str, name: str, content: bytes) -> Iterator[Document]:
+    if name.endswith(".jsonl"):
+        rows: Iterable[tuple[int, Any]] = _json_rows(source, name, content)
+    elif name.endswith(".parquet"):
+        rows = _parquet_rows(source, name, content)
+    else:
+        yield Document(content.decode("utf-8"), name)
+        return
+    for number, text in rows:
+        place = f"data source {source!r}: {name} row {number}"
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{place} has {type(text).__name__} in field {TEXT_COLUMN!r}: every row needs a "
+                f"string there; repair or remove the row"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"{place} holds half of a surrogate pair, which is no character; "
+                "repair or remove the row"
+            )
+        yield Document(text, f"{name}:{number}")
+
+
+def _json_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    # bytes.split: str.splitlines would also cut at U+2028, which JSON strings may hold unescaped
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"data source {source!r}: {name} row {number} is not JSON ({error.msg}); "
+                "repair or remove the row"
+            ) from None
+        yield number, row.get(TEXT_COLUMN) if isinstance(row, dict) else row
+
+
+def _parquet_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    parquet = _import_parquet(source, name)
+    try:
+        table = parquet.ParquetFile(io.BytesIO(content))
+        if TEXT_COLUMN not in table.schema_arrow.names:
+            raise ValueError(f"it has columns {table.schema_arrow.names}, none named 'text'")
+        number = 0
+        for batch in table.iter_batches(columns=[TEXT_COLUMN]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield number, text
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two kinds
+        raise ValueError(
+            f"data source {source!r}: {name} cannot be read as parquet: {error}"
+        ) from error
+
+
+def _import_parquet(source: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(
+            f"data source {source!r}: reading {name} needs pyarrow; install it "
+            "(pip install pyarrow) or convert the file to .jsonl"
+        ) from None
