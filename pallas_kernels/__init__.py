@@ -1,4 +1,4 @@
-"""Kernels on plain arrays: an op, its definition, its XLA form, and Pallas forms for accelerators."""
+"""Kernels on plain arrays: ops with a definition, an XLA form and Pallas forms."""
 
 from pallas_kernels.attention.op import attention
 from pallas_kernels.causal_conv1d.op import causal_conv1d

@@ -68,7 +68,7 @@ def run(
     *arrays: Any,
     **options: Any,
 ) -> Any:
-    """What the chosen implementation for the target platform returns; `names` come from `choose`."""
+    """What the implementation for the target platform returns; `names` come from `choose`."""
 
     def branch(name: str) -> Callable[..., Any]:
         function = getattr(implementations[name], direction)
@@ -89,7 +89,9 @@ def expect_shape(op: str, sizes: dict[str, int], **arrays: tuple[Any, str]) -> N
     for name, (array, axes) in arrays.items():
         letters = axes.split()
         if array.ndim != len(letters):
-            raise ValueError(f"{op}: {name} has shape {array.shape}; it must be [{', '.join(letters)}]")
+            raise ValueError(
+                f"{op}: {name} has shape {array.shape}; it must be [{', '.join(letters)}]"
+            )
         for letter, size in zip(letters, array.shape, strict=True):
             if sizes.setdefault(letter, size) != size:
                 raise ValueError(

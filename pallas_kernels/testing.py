@@ -1,4 +1,4 @@
-"""One harness for every kernel: an op equals its reference in values and in every gradient, by name."""
+"""One harness for every kernel: values and every gradient equal the reference's, by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,10 +23,11 @@ def check(
 ) -> None:
     """Raises AssertionError naming the first output or gradient in which `op` leaves `reference`.
 
-    Both take `arrays` by name and return one array, or a tuple with a name each in `outputs`; options
-    are bound by the caller (functools.partial). Every floating array is differentiated against random
-    cotangents of every output, under jit. The error is relative: |a - b| / |b| in the L2 norm, and
-    against the largest magnitude element by element, so that one bad element in a large array shows.
+    Both take `arrays` by name and return one array, or a tuple with a name each in `outputs`;
+    options are bound by the caller (functools.partial). Every floating array is differentiated
+    against random cotangents of every output, under jit. The error is relative: |a - b| / |b| in
+    the L2 norm, and against the largest magnitude element by element, so that one bad element in a
+    large array shows.
     """
     values, gradients = outputs_and_gradients(op, arrays, outputs, seed)
     expected, expected_gradients = outputs_and_gradients(reference, arrays, outputs, seed)
@@ -68,14 +69,20 @@ def is_floating(array: Any) -> bool:
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float, name: str) -> None:
-    """Same shape and dtype, finite, and within `tolerance` of `expected` in norm and at each element."""
-    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
-    assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    """Same shape and dtype, finite, within `tolerance` of `expected` in norm and by element."""
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {actual.shape}, expected {expected.shape}"
+    )
+    assert actual.dtype == expected.dtype, (
+        f"{name}: dtype {actual.dtype}, expected {expected.dtype}"
+    )
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if not b.size:
         return
     assert np.isfinite(b).all(), f"{name}: the reference itself is not finite"
-    assert np.isfinite(a).all(), f"{name}: {np.size(a) - np.isfinite(a).sum()} elements are not finite"
+    assert np.isfinite(a).all(), (
+        f"{name}: {np.size(a) - np.isfinite(a).sum()} elements are not finite"
+    )
     gap = np.abs(a - b)
     norm = np.linalg.norm(gap) / max(np.linalg.norm(b), np.finfo(np.float32).tiny)
     assert norm <= tolerance, f"{name}: relative L2 error {norm:.2e} exceeds {tolerance:.1e}"

@@ -1,4 +1,4 @@
-"""Who sees whom in attention: positions, lengths and segments, the same for every implementation."""
+"""Who sees whom in attention: positions, lengths and segments, for every implementation."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """A query sees the keys at or before its own position, of its own segment if there are segments.
+    """A query sees keys at or before its own position, of its own segment if there are segments.
 
     Query t of row b stands at position offset[b] + t, key s at position s; queries from lengths[b]
     on are padding and see nothing.

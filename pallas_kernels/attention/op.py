@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import few, reference, xla
 from pallas_kernels.attention.masks import Masks
 
 
@@ -27,16 +27,24 @@ def _definition(q, k, v, masks, *, causal):
     return out.astype(q.dtype), None
 
 
-def _definition_gradients(q, k, v, masks, out, logsumexp, dout, *, causal):
-    del out, logsumexp
+def _definition_gradients(q, k, v, masks, results, dout, *, causal):
+    del results
     forward = lambda *qkv: _definition(*qkv, masks, causal=causal)[0]  # noqa: E731
     return jax.vjp(forward, q, k, v)[1](dout)
 
 
-# Forward: (q, k, v, masks, *, causal) -> (out, logsumexp); backward takes both, and dout, after masks.
+def _xla(q, k, v, masks, *, causal):
+    """Decoding has a loop of its own; its logsumexp is laid out like that of whole blocks."""
+    rows = q.shape[1] * (q.shape[2] // k.shape[2])
+    module = few if rows <= few.MOST_ROWS else xla
+    return module.forward(q, k, v, masks, causal=causal)
+
+
+# Forward: (q, k, v, masks, *, causal) -> results = (out, logsumexp); backward takes
+# (q, k, v, masks, results, dout, *, causal).
 IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(_definition, _definition_gradients),
-    "xla": dispatch.Implementation(xla.forward, xla.backward),
+    "xla": dispatch.Implementation(_xla, xla.backward),
 }
 
 
@@ -54,17 +62,26 @@ def attention(
 ) -> Float[Array, "B T H C"]:
     """softmax(q kᵀ / sqrt(C)) v in q's dtype, over the keys that each query sees. No positions.
 
-    Query head h uses kv head h // (H // K). Key s stands at position s; query t at position t, or at
-    q_offset[b] + t if k and v are a cache that already holds the new tokens: then cache positions from
-    q_offset[b] + T on are never seen, whatever they hold. With `segment_ids` a query sees keys of its
-    own id only; keys take `kv_segment_ids`, or the queries' ids where there is no cache. Queries from
-    `lengths` on, and queries that see no key, give zeros and no gradient.
+    Query head h uses kv head h // (H // K). Key s stands at position s; query t at position t, or
+    at q_offset[b] + t if k and v are a cache that already holds the new tokens: then positions from
+    q_offset[b] + T on are not seen, whatever finite numbers they hold. With `segment_ids` a query
+    sees keys of its own id only; keys take `kv_segment_ids`, or the queries' ids where there is no
+    cache. Queries from `lengths` on, and queries that see no key, give zeros and no gradient.
     `causal=False` lets every query see every key, without a cache only.
     Statistics and sums are float32; memory grows linearly with T and S.
     Raises ValueError for shapes that disagree, for options that contradict each other and for an
     implementation that cannot run.
     """
-    _check(q, k, v, segment_ids, kv_segment_ids, lengths, q_offset, causal)
+    _check(
+        q,
+        k,
+        v,
+        causal=causal,
+        segment_ids=segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        lengths=lengths,
+        q_offset=q_offset,
+    )
     batch, tokens = q.shape[:2]
     if segment_ids is not None and kv_segment_ids is None:
         kv_segment_ids = segment_ids
@@ -86,14 +103,12 @@ def _attention(names: tuple[str, ...], causal: bool, *operands: Any) -> Array:
 
 
 def _attention_forward(names: tuple[str, ...], causal: bool, *operands: Any) -> Any:
-    out, logsumexp = dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, causal=causal)
-    return out, (*operands, out, logsumexp)
+    results = dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, causal=causal)
+    return results[0], (*operands, results)
 
 
 def _attention_backward(names: tuple[str, ...], causal: bool, residuals: Any, dout: Array) -> Any:
-    gradients = dispatch.run(
-        IMPLEMENTATIONS, names, "backward", *residuals, dout, causal=causal
-    )
+    gradients = dispatch.run(IMPLEMENTATIONS, names, "backward", *residuals, dout, causal=causal)
     return *gradients, None
 
 
@@ -104,7 +119,7 @@ def _int32(values: Array | None, batch: int, default: int) -> Int[Array, "B"]:
     return jnp.full(batch, default, jnp.int32) if values is None else values.astype(jnp.int32)
 
 
-def _check(q, k, v, segment_ids, kv_segment_ids, lengths, q_offset, causal) -> None:
+def _check(q, k, v, *, causal, segment_ids, kv_segment_ids, lengths, q_offset) -> None:
     """Shapes agree, heads divide into groups, and segments are given for keys as for queries."""
     sizes: dict[str, int] = {}
     optional = {
@@ -129,5 +144,9 @@ def _check(q, k, v, segment_ids, kv_segment_ids, lengths, q_offset, causal) -> N
         raise ValueError("attention: causal=False does not go with q_offset; a cache is causal")
     if kv_segment_ids is not None and segment_ids is None:
         raise ValueError("attention: kv_segment_ids needs segment_ids for the queries")
-    if segment_ids is not None and kv_segment_ids is None and (q_offset is not None or sizes["S"] != sizes["T"]):
+    if (
+        segment_ids is not None
+        and kv_segment_ids is None
+        and (q_offset is not None or sizes["S"] != sizes["T"])
+    ):
         raise ValueError("attention: segment_ids with a cache needs kv_segment_ids for its keys")

@@ -1,4 +1,4 @@
-"""Named shapes of attention for tests, benchmarks and tuning, and the edge cases of its contract."""
+"""Named shapes of attention for tests, benchmarks and tuning, and its edge cases."""
 
 import dataclasses
 from typing import Any
@@ -58,9 +58,7 @@ SHAPES = {
     "super": Case("super", 1, 8192, heads=32, kv_heads=2, head_dim=128),
     "bench": Case("bench", 8, 512, heads=8, kv_heads=2, head_dim=32),
     "long": Case("long", 1, 8192, heads=8, kv_heads=2, head_dim=32),
-    "decode": Case(
-        "decode", 1, 1, heads=8, kv_heads=2, head_dim=32, keys=1024, q_offset=(255,)
-    ),
+    "decode": Case("decode", 1, 1, heads=8, kv_heads=2, head_dim=32, keys=1024, q_offset=(255,)),
 }
 
 EDGE_CASES = (
@@ -95,6 +93,7 @@ EDGE_CASES = (
         lengths=(0, 17, 150),
         starts=((20,), (5,), (140,)),
     ),
+    Case("lengths of long rows", 2, 700, 2, 1, 24, lengths=(650, 300)),
     Case("every key", 2, 150, heads=4, kv_heads=2, head_dim=24, causal=False),
     Case("every key of longer rows", 1, 40, 2, 1, 24, keys=600, causal=False),
     Case("decoding", 3, 1, 8, 2, 32, keys=300, q_offset=(0, 130, 299)),

@@ -1,11 +1,11 @@
 """Blocked online softmax in plain XLA: memory linear in tokens, work only where a query sees keys.
 
 The G = H / K query heads of a kv head are stacked: R = block_q * G columns of every product. Scores
-stay transposed, [keys, R]: maxima and sums then run down the columns, which vectorises where running
-along a row would not, and every matrix product has a wide right side although C is small.
-For one block of queries a first loop takes wide blocks of keys that every query sees (without masks if
-there are no segments), a second one narrow blocks with masks up to the diagonal. Trip counts depend
-on positions, so blocks above the diagonal and past a cache's filled part cost nothing.
+stay transposed, [keys, R]: maxima and sums then run down the columns, which vectorises where along
+a row it would not, and every matrix product has a wide right side although C is small.
+For one block of queries a first loop takes wide blocks of keys that every query sees, without masks
+if there are no segments; a second one takes narrow blocks with masks up to the diagonal. Trip
+counts depend on positions, so blocks above the diagonal and past a cache's filled part are free.
 """
 
 import dataclasses
@@ -18,19 +18,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention.masks import Masks
 
-BLOCK_Q, WIDE, NARROW = 128, 512, 128  # queries; keys without and with causal masks
-FEW_COLUMNS = 64  # up to here one loop serves all rows and kv heads at once: decoding
+# Columns of a product, keys of a block without masks and keys of one with them; measured in
+# docs/performance.md. Longer rows have relatively less work at the diagonal.
+SHORT, LONG, LONG_KEYS = (512, 256, 64), (1024, 512, 128), 2048
+FEWEST_QUERIES = 16  # of a block, however many heads share a kv head
 LOWEST = -1e30  # below every score, and finite: LOWEST - LOWEST is 0 where -inf - -inf is NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Static sizes: a job is one block of queries for `rows` rows and `kv_heads` kv heads."""
+    """Static sizes; a job is one block of queries of one row and the heads of one kv head."""
 
-    rows: int
-    kv_heads: int
     block_q: int
-    wide: int  # 0 where there are fewer keys than a wide block, or few columns
+    wide: int  # 0 where there are fewer keys than a wide block
     narrow: int
     query_blocks: int
     groups: int
@@ -38,8 +38,16 @@ class _Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Scope:
+    """The masks, and with segments the first key that each block of queries may see."""
+
+    masks: Masks
+    first_key: Int[Array, "B blocks"] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
-    """Where a job stands: its first row, kv head and query."""
+    """Where a job stands: its row, kv head and first query."""
 
     row: Int[Array, ""]
     kv_head: Int[Array, ""]
@@ -54,16 +62,16 @@ def forward(
     *,
     causal: bool,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B K R"]]:
-    """Outputs, and the float32 logsumexp of scores for `backward`: +inf where a query sees nothing."""
-    plan = _plan(q, k, causal, together=True)
-    grouped, masks = _grouped(q, plan), _padded(masks, plan)
+    """Outputs, and for `backward` the float32 logsumexp: +inf where a query sees nothing."""
+    plan = _plan(q, k, causal)
+    grouped, scope = _grouped(q, plan), _scope(masks, k, plan)
     scale = q.shape[-1] ** -0.5
 
     def job(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out, logsumexp = carry
         at = _job(index, plan, k)
         columns = _columns(grouped, at, plan) * scale
-        o, sums = _online_softmax(columns, k, v, masks, at, plan)
+        o, sums = _online_softmax(columns, k, v, scope, at, plan)
         out = lax.dynamic_update_slice(
             out, _uncolumns(o, plan).astype(out.dtype), (at.row, at.query, at.kv_head, 0, 0)
         )
@@ -82,15 +90,18 @@ def backward(
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
     masks: Masks,
-    out: Float[Array, "B T H C"],
-    logsumexp: Float[Array, "B K R"],
+    results: tuple[Float[Array, "B T H C"], Float[Array, "B K R"]],
     dout: Float[Array, "B T H C"],
     *,
     causal: bool,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    """Gradients of q, k and v, summed in float32; scores are computed again block by block."""
-    plan = _plan(q, k, causal, together=False)
-    masks = _padded(masks, plan)
+    """Gradients of q, k and v, summed in float32, from what `forward` returned.
+
+    Scores are computed again block by block.
+    """
+    out, logsumexp = results
+    plan = _plan(q, k, causal)
+    scope = _scope(masks, k, plan)
     grouped_q, grouped_out, grouped_dout = (_grouped(a, plan) for a in (q, out, dout))
     scale = q.shape[-1] ** -0.5
 
@@ -112,19 +123,23 @@ def backward(
             return dqueries, dk, _add(dv, _dot(weights, dcolumns, 3, 3), at, key)
 
         first = (jnp.zeros_like(columns), dk, dv)
-        dqueries, dk, dv = _over_keys(step, first, k, v, masks, at, plan)
+        dqueries, dk, dv = _over_keys(step, first, (k, v), scope, at, plan)
         dqueries = _uncolumns(dqueries * scale, plan).astype(dq.dtype)
         dq = lax.dynamic_update_slice(dq, dqueries, (at.row, at.query, at.kv_head, 0, 0))
         return dq, dk, dv
 
-    zeros = jnp.zeros_like(grouped_q), jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    zeros = (
+        jnp.zeros_like(grouped_q),
+        jnp.zeros(k.shape, jnp.float32),
+        jnp.zeros(v.shape, jnp.float32),
+    )
     dq, dk, dv = lax.fori_loop(0, _num_jobs(plan, k), job, zeros)
     return _ungrouped(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _online_softmax(
-    columns: Float[Array, "b k C R"], k: Array, v: Array, masks: Masks, at: _Job, plan: _Plan
-) -> tuple[Float[Array, "b k C R"], Float[Array, "b k R"]]:
+    columns: Float[Array, "1 1 C R"], k: Array, v: Array, scope: _Scope, at: _Job, plan: _Plan
+) -> tuple[Float[Array, "1 1 C R"], Float[Array, "1 1 R"]]:
     """Outputs and logsumexp of one job's scaled queries."""
 
     def step(keys: Array, values: Array, mask: Array | None, key: Array, carry: Any) -> Any:
@@ -139,25 +154,32 @@ def _online_softmax(
 
     line = columns[:, :, :1]
     first = jnp.full_like(line, LOWEST), jnp.zeros_like(line), jnp.zeros_like(columns)
-    largest, total, out = _over_keys(step, first, k, v, masks, at, plan)
-    seen = total > 0
+    largest, total, out = _over_keys(step, first, (k, v), scope, at, plan)
+    # Wide blocks are not masked, so padding beside real queries has summed something there.
+    seen = (total > 0) & (_queries(at, plan) < scope.masks.lengths[at.row])
     total = jnp.where(seen, total, 1)
     logsumexp = jnp.where(seen, largest + jnp.log(total), jnp.inf)
-    return out / total, logsumexp[:, :, 0]
+    return jnp.where(seen, out / total, 0), logsumexp[:, :, 0]
 
 
 def _over_keys(
-    step: Callable[..., Any], carry: Any, k: Array, v: Array, masks: Masks, at: _Job, plan: _Plan
+    step: Callable[..., Any],
+    carry: Any,
+    keys_values: tuple[Array, Array],
+    scope: _Scope,
+    at: _Job,
+    plan: _Plan,
 ) -> Any:
     """Folds `step(keys, values, mask, first key, carry)` over the key blocks that a job sees."""
-    first, whole, end = _key_range(k, masks, at, plan)
+    num_keys = keys_values[0].shape[1]
+    first, whole, end = _key_range(num_keys, scope, at, plan)
 
     def loop(width: int, low: Array, high: Array, mask_all: bool, carry: Any) -> Any:
         def body(block: Array, carry: Any) -> Any:
             # The last block of keys moves up to end with them; the mask leaves out what it repeats.
-            key = jnp.minimum(block * width, k.shape[1] - width)
-            keys, values = (_key_block(a, at, key, width, plan) for a in (k, v))
-            mask = _mask(masks, at, key, block * width, width, plan) if mask_all else None
+            key = jnp.minimum(block * width, num_keys - width)
+            keys, values = (_key_block(a, at, key, width) for a in keys_values)
+            mask = _mask(scope.masks, at, key, block * width, width, plan) if mask_all else None
             return step(keys, values, mask, key, carry)
 
         return lax.fori_loop(low, high, body, carry)
@@ -165,88 +187,80 @@ def _over_keys(
     start = first
     if plan.wide:
         blocks = whole // plan.wide
-        has_segments = masks.segment_ids is not None
+        has_segments = scope.first_key is not None
         carry = loop(plan.wide, first // plan.wide, blocks, has_segments, carry)
         start = jnp.maximum(first, blocks * plan.wide)
     return loop(plan.narrow, start // plan.narrow, -(-end // plan.narrow), True, carry)
 
 
 def _key_range(
-    k: Array, masks: Masks, at: _Job, plan: _Plan
+    keys: int, scope: _Scope, at: _Job, plan: _Plan
 ) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
     """First key that a job may see, how many all its queries see, and the end of what any sees."""
-    offset, lengths = (
-        lax.dynamic_slice(a, (at.row,), (plan.rows,)) for a in (masks.offset, masks.lengths)
-    )
-    last = jnp.minimum(at.query + plan.block_q, lengths)
-    real = last > at.query
-    keys = jnp.int32(k.shape[1])
-    if not plan.causal:
-        end = jnp.max(jnp.where(real, keys, 0))
-        return jnp.int32(0), end, end
-    whole = jnp.min(jnp.where(real, offset + at.query + 1, 0))
-    end = jnp.max(jnp.where(real, offset + last, 0))
-    whole, end = jnp.minimum(whole, keys), jnp.minimum(end, keys)
-    return _first_key(masks, at, plan), jnp.minimum(whole, end), end
-
-
-def _first_key(masks: Masks, at: _Job, plan: _Plan) -> Int[Array, ""]:
-    """A multiple of the wide and narrow blocks before which no key shares a segment with the job."""
-    return jnp.int32(0)
+    masks = scope.masks
+    last = jnp.minimum(at.query + plan.block_q, masks.lengths[at.row])
+    if plan.causal:
+        offset = masks.offset[at.row]
+        whole = jnp.minimum(offset + at.query + 1, keys)
+        end = jnp.minimum(offset + last, keys)
+    else:
+        whole = end = jnp.int32(keys)
+    end = jnp.where(last > at.query, end, 0)  # a block of padding sees nothing
+    first = jnp.int32(0)
+    if scope.first_key is not None:
+        first = scope.first_key[at.row, at.query // plan.block_q]
+    return first, jnp.minimum(whole, end), end
 
 
 def _mask(
     masks: Masks, at: _Job, key: Array, first: Array, width: int, plan: _Plan
-) -> Bool[Array, "b 1 keys R"]:
+) -> Bool[Array, "keys R"]:
     """Which keys of a block each column sees; keys before `first` belong to the block before."""
-    keys = (key + jnp.arange(width, dtype=jnp.int32))[None, :, None]
-    visible = keys >= first
-    query = at.query + jnp.arange(plan.block_q * plan.groups, dtype=jnp.int32) // plan.groups
+    keys = (key + jnp.arange(width, dtype=jnp.int32))[:, None]
+    query = _queries(at, plan)
+    visible = (keys >= first) & (query < masks.lengths[at.row])
     if plan.causal:
-        offset = lax.dynamic_slice(masks.offset, (at.row,), (plan.rows,))
-        visible &= keys <= (offset[:, None] + query)[:, None]
+        visible &= keys <= masks.offset[at.row] + query
     if masks.segment_ids is not None:
-        own = lax.dynamic_slice(
-            masks.segment_ids, (at.row, at.query), (plan.rows, plan.block_q)
-        )
-        own = jnp.repeat(own, plan.groups, axis=1)
-        theirs = lax.dynamic_slice(masks.kv_segment_ids, (at.row, key), (plan.rows, width))
-        visible &= own[:, None] == theirs[..., None]
-    lengths = lax.dynamic_slice(masks.lengths, (at.row,), (plan.rows,))
-    visible &= (query < lengths[:, None])[:, None]
-    return visible[:, None]
+        own = lax.dynamic_slice(masks.segment_ids, (at.row, at.query), (1, plan.block_q))
+        theirs = lax.dynamic_slice(masks.kv_segment_ids, (at.row, key), (1, width))
+        visible &= jnp.repeat(own[0], plan.groups) == theirs[0][:, None]
+    return visible
+
+
+def _queries(at: _Job, plan: _Plan) -> Int[Array, "R"]:
+    """The query that each column belongs to."""
+    return at.query + jnp.arange(plan.block_q * plan.groups, dtype=jnp.int32) // plan.groups
 
 
 def _masked(scores: Array, mask: Array | None) -> Array:
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 
-def _plan(q: Array, k: Array, causal: bool, *, together: bool) -> _Plan:
-    """Block sizes for these shapes; `together` lets one job serve everything if columns are few."""
-    batch, tokens, heads, _ = q.shape
+def _plan(q: Array, k: Array, causal: bool) -> _Plan:
+    """Block sizes for these shapes."""
+    _, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     groups = heads // kv_heads
-    few = together and tokens * groups <= FEW_COLUMNS
+    columns, wide, narrow = LONG if tokens >= LONG_KEYS else SHORT
+    block_q = min(tokens, max(FEWEST_QUERIES, columns // groups))
     return _Plan(
-        rows=batch if few else 1,
-        kv_heads=kv_heads if few else 1,
-        block_q=min(tokens, BLOCK_Q),
-        wide=0 if few or keys < WIDE else WIDE,
-        narrow=min(keys, 2 * NARROW if few else NARROW),
-        query_blocks=-(-tokens // BLOCK_Q),
+        block_q=block_q,
+        wide=0 if keys < wide else wide,
+        narrow=min(keys, narrow),
+        query_blocks=-(-tokens // block_q),
         groups=groups,
         causal=causal,
     )
 
 
 def _num_jobs(plan: _Plan, k: Array) -> int:
-    return plan.query_blocks * (k.shape[0] // plan.rows) * (k.shape[2] // plan.kv_heads)
+    return plan.query_blocks * k.shape[0] * k.shape[2]
 
 
 def _job(index: Array, plan: _Plan, k: Array) -> _Job:
     pair, block = index // plan.query_blocks, index % plan.query_blocks
-    heads = k.shape[2] // plan.kv_heads
-    return _Job(pair // heads, pair % heads, block * plan.block_q)
+    return _Job(pair // k.shape[2], pair % k.shape[2], block * plan.block_q)
 
 
 def _grouped(q: Float[Array, "B T H C"], plan: _Plan) -> Float[Array, "B padded K G C"]:
@@ -261,33 +275,57 @@ def _ungrouped(out: Float[Array, "B padded K G C"], shape: tuple[int, ...]) -> A
     return out[:, : shape[1]].reshape(shape)
 
 
-def _padded(masks: Masks, plan: _Plan) -> Masks:
-    """Segment ids as long as the padded queries."""
+def _scope(masks: Masks, k: Array, plan: _Plan) -> _Scope:
+    """Masks with segment ids as long as the padded queries, and where each block's keys begin."""
     if masks.segment_ids is None:
-        return masks
-    padding = plan.query_blocks * plan.block_q - masks.segment_ids.shape[1]
-    return dataclasses.replace(
-        masks, segment_ids=jnp.pad(masks.segment_ids, ((0, 0), (0, padding)))
-    )
+        return _Scope(masks, None)
+    tokens = masks.segment_ids.shape[1]
+    padding = ((0, 0), (0, plan.query_blocks * plan.block_q - tokens))
+    masks = dataclasses.replace(masks, segment_ids=jnp.pad(masks.segment_ids, padding, mode="edge"))
+    return _Scope(masks, _first_keys(masks, k.shape[1], plan))
 
 
-def _columns(grouped: Array, at: _Job, plan: _Plan) -> Float[Array, "b k C R"]:
+def _first_keys(masks: Masks, keys: int, plan: _Plan) -> Int[Array, "B blocks"]:
+    """A multiple of narrow blocks before which no key shares a segment with a block of queries.
+
+    It compares ranges of ids: any order of ids is right, and rising ids skip earlier documents.
+    """
+    low, high = _id_range(masks.segment_ids, masks.lengths, plan.block_q)
+    padding = ((0, 0), (0, -keys % plan.narrow))
+    ids = jnp.pad(masks.kv_segment_ids, padding, mode="edge")
+    key_low, key_high = _id_range(ids, jnp.full_like(masks.lengths, ids.shape[1]), plan.narrow)
+    overlap = (key_low[:, None] <= high[..., None]) & (key_high[:, None] >= low[..., None])
+    return jnp.argmax(overlap, axis=-1).astype(jnp.int32) * plan.narrow
+
+
+def _id_range(
+    ids: Int[Array, "B T"], lengths: Int[Array, "B"], width: int
+) -> tuple[Int[Array, "B blocks"], Int[Array, "B blocks"]]:
+    """Smallest and largest id of each block of `width`, padding left out."""
+    limits = jnp.iinfo(ids.dtype)
+    real = jnp.arange(ids.shape[1]) < lengths[:, None]
+    blocks = (ids.shape[0], -1, width)
+    low = jnp.min(jnp.where(real, ids, limits.max).reshape(blocks), axis=-1)
+    return low, jnp.max(jnp.where(real, ids, limits.min).reshape(blocks), axis=-1)
+
+
+def _columns(grouped: Array, at: _Job, plan: _Plan) -> Float[Array, "1 1 C R"]:
     """A job's queries as float32 columns, token-major and the heads of a group side by side."""
-    size = (plan.rows, plan.block_q, plan.kv_heads, plan.groups, grouped.shape[-1])
+    size = (1, plan.block_q, 1, plan.groups, grouped.shape[-1])
     block = lax.dynamic_slice(grouped, (at.row, at.query, at.kv_head, 0, 0), size)
     block = block.astype(jnp.float32).transpose(0, 2, 4, 1, 3)
     return block.reshape(*block.shape[:3], plan.block_q * plan.groups)
 
 
-def _uncolumns(columns: Float[Array, "b k C R"], plan: _Plan) -> Float[Array, "b q k G C"]:
+def _uncolumns(columns: Float[Array, "1 1 C R"], plan: _Plan) -> Float[Array, "1 q 1 G C"]:
     blocks = columns.reshape(*columns.shape[:3], plan.block_q, plan.groups)
     return blocks.transpose(0, 3, 1, 4, 2)
 
 
 def _key_block(
-    array: Float[Array, "B S K C"], at: _Job, key: Array, width: int, plan: _Plan
-) -> Float[Array, "b k keys C"]:
-    size = (plan.rows, width, plan.kv_heads, array.shape[-1])
+    array: Float[Array, "B S K C"], at: _Job, key: Array, width: int
+) -> Float[Array, "1 1 keys C"]:
+    size = (1, width, 1, array.shape[-1])
     block = lax.dynamic_slice(array, (at.row, key, at.kv_head, 0), size)
     return block.astype(jnp.float32).swapaxes(1, 2)
 

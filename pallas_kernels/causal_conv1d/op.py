@@ -24,8 +24,8 @@ def _definition_gradients(x, weight, bias, tail, documents, dy, *, activation):
     return jax.vjp(lambda *operands: conv(*operands), x, weight, bias, tail)[1](dy)
 
 
-# Forward: (x, weight, bias, tail, documents, *, activation) -> y, where `documents` is None or counts
-# the document starts along each row; backward takes dy after them.
+# Forward: (x, weight, bias, tail, documents, *, activation) -> y, where bias and tail may be None;
+# documents is None or counts the document starts along each row. Backward takes dy after them.
 IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(_definition, _definition_gradients),
     "xla": dispatch.Implementation(xla.forward, xla.backward),
@@ -47,19 +47,17 @@ def causal_conv1d(
     """Outputs y in x's dtype, and the tail: the last W - 1 inputs, where the next piece goes on.
 
     y_t = activation(bias + sum_w weight[w] x_{t-W+1+w}) for each channel, summed in float32;
-    `weight[W-1]` multiplies the current token. `tail` holds the inputs before the row, of the document
-    of the first token; None stands for zeros. A change of segment id starts a document, and no tap
-    reaches into an earlier one. Tokens at or past `lengths` give y = 0, enter no tail and receive no
-    gradient. The returned tail reaches into the given one where the row is shorter than W - 1, and is 0
-    where it would leave the document of the last token. With `every_tail` it is the tail after each
-    token, [B, T, W-1, channels], meant for the few tokens of a verification.
+    `weight[W-1]` multiplies the current token. `tail` holds the inputs before the row, in the
+    document of its first token; None stands for zeros. A change of segment id starts a document,
+    and no tap reaches into an earlier one. Tokens at or past `lengths` give y = 0, enter no tail
+    and receive no gradient. The returned tail reaches into the given one where the row is shorter
+    than W - 1, and is 0 where it would leave the document of the last token. With `every_tail` it
+    is the tail after each token, [B, T, W-1, channels], for the few tokens of a verification.
     Raises ValueError for shapes that disagree, an unknown activation or implementation.
     """
     _check(x, weight, bias, tail, segment_ids, lengths, activation)
     batch, tokens, channels = x.shape
-    if tail is None:
-        tail = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
-    tail = tail.astype(x.dtype)
+    tail = None if tail is None else tail.astype(x.dtype)
     documents = None if segment_ids is None else _documents(segment_ids)
     operands = (x, weight, bias, tail, documents)
     names = dispatch.choose(
@@ -68,6 +66,8 @@ def causal_conv1d(
     y = _convolve(names, activation, *operands)
     if lengths is not None:
         y = jnp.where((jnp.arange(tokens) < lengths[:, None])[..., None], y, 0)
+    if tail is None:
+        tail = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
     if every_tail:
         ends = jnp.broadcast_to(jnp.arange(1, tokens + 1), (batch, tokens))
         ends = ends if lengths is None else jnp.minimum(ends, lengths[:, None])
@@ -116,7 +116,7 @@ def _last(x: Array, tail: Array) -> Array:
 def _tails(
     x: Array, tail: Array, documents: Array | None, ends: Int[Array, "B n"]
 ) -> Float[Array, "B n W-1 channels"]:
-    """The W - 1 inputs before each end, zero where they belong to an earlier document than the last."""
+    """The W - 1 inputs before each end, 0 where they are of an earlier document than the last."""
     kept = tail.shape[1]
     at = ends[..., None] + jnp.arange(kept)  # in [tail, x], where token t stands at t + W - 1
     inputs = jnp.concatenate([tail, x], axis=1)

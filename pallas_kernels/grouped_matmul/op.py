@@ -46,10 +46,10 @@ def grouped_matmul(
     """Each row times the matrix of its group, in lhs's dtype with float32 accumulation.
 
     Rows are sorted by group: the first group_sizes[0] rows belong to expert 0, and so on. Rows past
-    the sum of the sizes give zeros and receive no gradient; a group may be empty, and then its matrix
-    has a gradient of exact zeros. `transpose_rhs` multiplies by the transposed matrices, rhs [E, N, K].
-    The gradient of rhs is accumulated in float32 and returned in rhs's dtype; `grouped_outer` gives it
-    in float32. Sizes that sum to more than the rows are cut off at the last row.
+    the sum of the sizes give zeros and receive no gradient; a group may be empty, and its matrix
+    then has a gradient of exact zeros. `transpose_rhs` multiplies by the transposed matrices of
+    rhs [E, N, K]. The gradient of rhs is accumulated in float32 and returned in rhs's dtype;
+    `grouped_outer` gives it in float32. Sizes that sum to more than the rows are cut off there.
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     """
     axes = "E N K" if transpose_rhs else "E K N"
@@ -99,9 +99,8 @@ def grouped_mlp(
 ) -> Float[Array, "rows L"]:
     """Each row through its group's MLP, down(relu(up(row))²), in lhs's dtype.
 
-    Equals two `grouped_matmul`s with the hidden rounded to lhs's dtype between them, but keeps neither
-    the hidden nor its activation: the backward pass computes them again. Rows and gradients follow
-    `grouped_matmul`.
+    Equals two `grouped_matmul`s with the activation rounded to lhs's dtype, but keeps no hidden for
+    the backward pass, which computes it again. Rows and gradients follow `grouped_matmul`.
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     """
     _check(

@@ -1,4 +1,4 @@
-"""The definition of grouped products: every expert multiplies every row, and a mask picks its own."""
+"""The definition of grouped products: every expert takes every row, and a mask picks its own."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Order of routed rows: tokens sorted by expert, gathered there and combined back, by gathers alone.
+"""Order of routed rows: tokens sorted by expert and combined back, by gathers alone.
 
 Each token has R entries, one for each of its experts; an entry becomes a row of the sorted order.
 Both directions and both derivatives read through a permutation or its inverse, so nothing is
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+LARGEST_KEY = np.iinfo(np.int32).max  # expert and entry share one word up to here
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +52,7 @@ def sort_by_expert(
         known &= valid[:, None]
     key = jnp.where(known, expert_index, num_experts).reshape(rows).astype(jnp.int32)
     entry = jnp.arange(rows, dtype=jnp.int32)
-    if (num_experts + 1) * rows <= np.iinfo(np.int32).max:
+    if (num_experts + 1) * rows <= LARGEST_KEY:
         # One sort of one operand, seven times faster on a CPU than a stable sort of two.
         row_entry = jnp.sort(key * rows + entry) % rows
     else:

@@ -47,7 +47,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """A routed layer: each token goes to `choices` different experts of relu²-MLPs in the latent."""
+    """A routed layer: each token goes to `choices` different relu²-MLPs in the latent."""
 
     name: str
     tokens: int

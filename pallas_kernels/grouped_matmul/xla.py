@@ -1,15 +1,18 @@
-"""Grouped products as a loop over tiles: each takes the rows of one expert, and no tile is empty.
+"""Grouped products as loops over tiles: each takes the rows of one expert, and no tile is empty.
 
 Every loop's trip count is the number of used tiles, known on the device alone; that makes it a
 `while` without a derivative of its own, which the ops' custom VJPs never need.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.grouped_matmul.tiles import block_rows, tile_table, window
+from pallas_kernels.grouped_matmul.tiles import tile_heights, tile_tables, window
 
 
 def matmul(
@@ -20,37 +23,29 @@ def matmul(
     transpose_rhs: bool,
 ) -> Float[Array, "rows N"]:
     """Rows times their expert's matrix, or its transpose without making a copy of it."""
-    rows, block = lhs.shape[0], block_rows(lhs.shape[0], rhs.shape[0])
-    tiles = tile_table(group_sizes, rows, block)
-    contracting = 1 if transpose_rhs else 0
-    width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
+    contracting, columns = (1, 0) if transpose_rhs else (0, 1)
 
-    def step(i, out):
-        start, mask = window(tiles, i, rows, block)
-        tile = _rows(lhs, start, block)
-        product = _dot(tile, _expert(rhs, tiles.expert[i]), 1, contracting)
-        return _put(out, product, start, mask)
+    def step(start: Array, mask: Array, expert: Array, out: Array) -> Array:
+        tile = _rows(lhs, start, mask)
+        return _put(out, _dot(tile, _expert(rhs, expert), 1, contracting), start, mask)
 
-    return lax.fori_loop(0, tiles.used, step, jnp.zeros((rows, width), lhs.dtype))
+    out = jnp.zeros((lhs.shape[0], rhs.shape[1 + columns]), lhs.dtype)
+    return _over_tiles(step, out, lhs.shape[0], group_sizes, rhs[0].size)
 
 
 def outer(
     lhs: Float[Array, "rows K"], dout: Float[Array, "rows N"], group_sizes: Int[Array, "E"]
 ) -> Float[Array, "E K N"]:
     """Each group's lhsᵀ dout, accumulated and returned in float32; an empty group stays zero."""
-    rows, experts = lhs.shape[0], group_sizes.shape[0]
-    block = block_rows(rows, experts)
-    tiles = tile_table(group_sizes, rows, block)
 
-    def step(i, total):
-        start, mask = window(tiles, i, rows, block)
+    def step(start: Array, mask: Array, expert: Array, total: Array) -> Array:
         # Both sides are masked: a row outside the group may hold infinities, and inf * 0 is NaN.
-        left = jnp.where(mask, _rows(lhs, start, block), 0)
-        right = jnp.where(mask, _rows(dout, start, block), 0)
-        return _accumulate(total, _dot(left, right, 0, 0), tiles.expert[i])
+        left, right = (jnp.where(mask, _rows(a, start, mask), 0) for a in (lhs, dout))
+        return _accumulate(total, _dot(left, right, 0, 0), expert)
 
-    zeros = jnp.zeros((experts, lhs.shape[1], dout.shape[1]), jnp.float32)
-    return lax.fori_loop(0, tiles.used, step, zeros)
+    shape = (group_sizes.shape[0], lhs.shape[1], dout.shape[1])
+    total = jnp.zeros(shape, jnp.float32)
+    return _over_tiles(step, total, lhs.shape[0], group_sizes, shape[1] * shape[2])
 
 
 def mlp(
@@ -60,16 +55,13 @@ def mlp(
     group_sizes: Int[Array, "E"],
 ) -> Float[Array, "rows L"]:
     """Rows through their expert's relu²-MLP; the hidden of one tile never leaves the cache."""
-    rows, block = lhs.shape[0], block_rows(lhs.shape[0], up.shape[0])
-    tiles = tile_table(group_sizes, rows, block)
 
-    def step(i, out):
-        start, mask = window(tiles, i, rows, block)
-        hidden = _dot(_rows(lhs, start, block), _expert(up, tiles.expert[i]), 1, 0)
-        hidden = jnp.square(jax.nn.relu(hidden)).astype(lhs.dtype)
-        return _put(out, _dot(hidden, _expert(down, tiles.expert[i]), 1, 0), start, mask)
+    def step(start: Array, mask: Array, expert: Array, out: Array) -> Array:
+        hidden = jax.nn.relu(_dot(_rows(lhs, start, mask), _expert(up, expert), 1, 0))
+        hidden = jnp.square(hidden).astype(lhs.dtype)
+        return _put(out, _dot(hidden, _expert(down, expert), 1, 0), start, mask)
 
-    return lax.fori_loop(0, tiles.used, step, jnp.zeros_like(lhs))
+    return _over_tiles(step, jnp.zeros_like(lhs), lhs.shape[0], group_sizes, up[0].size)
 
 
 def mlp_gradients(
@@ -80,15 +72,10 @@ def mlp_gradients(
     dout: Float[Array, "rows L"],
 ) -> tuple[Float[Array, "rows L"], Float[Array, "E L F"], Float[Array, "E F L"]]:
     """Gradients of lhs, up and down (these in float32), recomputing each tile's hidden."""
-    rows, block = lhs.shape[0], block_rows(lhs.shape[0], up.shape[0])
-    tiles = tile_table(group_sizes, rows, block)
 
-    def step(i, carry):
+    def step(start: Array, mask: Array, expert: Array, carry: Any) -> Any:
         dlhs, dup, ddown = carry
-        start, mask = window(tiles, i, rows, block)
-        expert = tiles.expert[i]
-        tile = jnp.where(mask, _rows(lhs, start, block), 0)
-        dtile = jnp.where(mask, _rows(dout, start, block), 0)
+        tile, dtile = (jnp.where(mask, _rows(a, start, mask), 0) for a in (lhs, dout))
         positive = jax.nn.relu(_dot(tile, _expert(up, expert), 1, 0))
         dhidden = _dot(dtile, _expert(down, expert), 1, 1)
         dbefore = (2 * positive * dhidden).astype(lhs.dtype)
@@ -98,11 +85,30 @@ def mlp_gradients(
         return dlhs, dup, _accumulate(ddown, _dot(hidden, dtile, 0, 0), expert)
 
     zeros = jnp.zeros(up.shape, jnp.float32), jnp.zeros(down.shape, jnp.float32)
-    return lax.fori_loop(0, tiles.used, step, (jnp.zeros_like(lhs), *zeros))
+    carry = (jnp.zeros_like(lhs), *zeros)
+    return _over_tiles(step, carry, lhs.shape[0], group_sizes, up[0].size)
 
 
-def _rows(array: Array, start: Array, block: int) -> Array:
-    return lax.dynamic_slice_in_dim(array, start, block)
+def _over_tiles(
+    step: Callable[[Array, Array, Array, Any], Any],
+    carry: Any,
+    rows: int,
+    group_sizes: Int[Array, "E"],
+    matrix: int,
+) -> Any:
+    """Folds `step(first row, mask, expert, carry)` over all tiles, level by level."""
+    heights = tile_heights(rows, group_sizes.shape[0], matrix)
+    for tiles in tile_tables(group_sizes, rows, heights):
+
+        def body(i: Array, carry: Any, tiles: Any = tiles) -> Any:
+            return step(*window(tiles, i, rows), tiles.expert[i], carry)
+
+        carry = lax.fori_loop(0, tiles.used, body, carry)
+    return carry
+
+
+def _rows(array: Float[Array, "rows _"], start: Array, mask: Bool[Array, "height 1"]) -> Array:
+    return lax.dynamic_slice_in_dim(array, start, mask.shape[0])
 
 
 def _expert(matrices: Array, expert: Array) -> Array:
@@ -119,8 +125,7 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
 
 def _put(out: Array, product: Array, start: Array, mask: Array) -> Array:
     """`out` with the tile's rows replaced; the block's other rows belong to other tiles."""
-    old = _rows(out, start, product.shape[0])
-    new = jnp.where(mask, product.astype(out.dtype), old)
+    new = jnp.where(mask, product.astype(out.dtype), _rows(out, start, mask))
     return lax.dynamic_update_slice_in_dim(out, new, start, 0)
 
 

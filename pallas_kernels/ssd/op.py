@@ -21,7 +21,7 @@ def _recurrence_gradients(x, dt, A, B, C, D, state, documents, dy, dstate, *, ch
     return jax.vjp(scan, x, dt, A, B, C, D, state)[1]((dy, dstate))
 
 
-# Forward: (x, dt, A, B, C, D, state, documents, *, chunk) -> (y, state), where `documents` is None or
+# Forward: (x, dt, A, B, C, D, state, documents, *, chunk) -> (y, state), where documents is None or
 # counts the document starts along each row; backward takes (dy, dstate) after them.
 IMPLEMENTATIONS = {
     "reference": dispatch.Implementation(_recurrence, _recurrence_gradients),
@@ -45,11 +45,11 @@ def ssd_scan(
 ) -> tuple[Float[Array, "B T M P"], Float[Array, "B M P N"]]:
     """Outputs y in x's dtype and the float32 state after the last token.
 
-    S <- exp(dt A) S + dt x Bᵀ and y = S C + D x at each token, for every head; heads of a group share
-    B and C. `dt` is the step after softplus, `A` is negative. A change of segment id empties S, and
-    `initial_state` belongs to the document of the first token. Tokens at or past `lengths` give
-    y = 0, leave the state as it is and receive no gradient. `chunk` is the longest piece of a row
-    that is computed by matrix products; it changes rounding alone.
+    S <- exp(dt A) S + dt x Bᵀ and y = S C + D x at each token, for every head; the heads of a group
+    share B and C. `dt` is the step after softplus, `A` is negative. A change of segment id empties
+    S, and `initial_state` belongs to the document of the first token. Tokens at or past `lengths`
+    give y = 0, leave the state as it is and receive no gradient. `chunk` is the longest piece of a
+    row that is computed by matrix products; it changes rounding alone.
     Decays and states are float32; matrix products take operands of x's dtype.
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     Source: Mamba-2, arXiv:2405.21060, sections 6 and 7.
@@ -62,7 +62,18 @@ def ssd_scan(
     if valid is not None:
         dt = jnp.where(valid[..., None], dt, 0)  # no step: neither decay nor input
     names = dispatch.choose(
-        "ssd_scan", IMPLEMENTATIONS, implementation, x, dt, A, B, C, D, state, documents, chunk=chunk
+        "ssd_scan",
+        IMPLEMENTATIONS,
+        implementation,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        state,
+        documents,
+        chunk=chunk,
     )
     y, state = _scan(names, chunk, x, dt, A, B, C, D, state, documents)
     return y if valid is None else jnp.where(valid[..., None, None], y, 0), state
@@ -80,11 +91,11 @@ def ssd_step(
     lengths: Int[Array, "B"] | None = None,
     every_state: bool = True,
 ) -> tuple[Float[Array, "B T M P"], Float[Array, "B T M P N"] | Float[Array, "B M P N"]]:
-    """Outputs of a few tokens and the float32 state after each, or only the last without `every_state`.
+    """Outputs of a few tokens and the float32 state after each, or after the last alone.
 
-    The recurrence of `ssd_scan` token by token, for decoding one token or verifying a few drafts; the
-    cost is that of reading and writing the state T times. Tokens at or past `lengths` give y = 0 and
-    repeat the state before them. Raises ValueError for shapes that disagree.
+    The recurrence of `ssd_scan` token by token, for decoding one token or verifying a few drafts.
+    Without `every_state` the states in between are not kept. Tokens at or past `lengths` give y = 0
+    and repeat the state before them. Raises ValueError for shapes that disagree.
     """
     _check("ssd_step", x, dt, A, B, C, D, state, None, lengths)
     groups, valid, tokens = B.shape[2], _valid(x, lengths), x.shape[1]
@@ -121,8 +132,8 @@ def ssd_state(
     """What a shard of a row does to the state: (decay, state), both float32.
 
     The state after the shard is `decay * state_before + state`; decay is 0 once a document starts
-    inside. Summaries compose: (d1, s1) then (d2, s2) is (d2 d1, d2 s1 + s2). Whether a document starts
-    at the shard's own first token is for the caller, who knows the token before it.
+    inside. Summaries compose: (d1, s1) then (d2, s2) is (d2 d1, d2 s1 + s2). Whether a document
+    starts at the shard's own first token is for the caller, who knows the token before it.
     Raises ValueError for shapes that disagree.
     """
     _check("ssd_state", x, dt, A, B, B, A, None, segment_ids, lengths)

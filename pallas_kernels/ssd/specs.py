@@ -45,7 +45,7 @@ class Case:
         return arrays
 
     def rows(self) -> dict[str, np.ndarray]:
-        """`segment_ids` and `lengths` as far as the case has them; ids only tell neighbours apart."""
+        """`segment_ids` and `lengths`, if the case has them; ids only tell neighbours apart."""
         rows = {}
         if self.starts:
             ids = np.zeros((self.batch, self.tokens), np.int32)

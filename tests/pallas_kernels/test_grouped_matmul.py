@@ -15,7 +15,7 @@ from pallas_kernels import (
     grouped_outer,
     sort_by_expert,
 )
-from pallas_kernels.grouped_matmul import reference, specs, tiles
+from pallas_kernels.grouped_matmul import reference, routing, specs, tiles
 from pallas_kernels.testing import check
 
 F32 = 1e-5  # sums of at most 128 products of normal numbers in float32
@@ -43,6 +43,14 @@ def test_grouped_mlp_and_gradients_equal_the_definition(case):
     check(grouped_mlp, reference.grouped_mlp, case.mlp_arrays(), tolerance=F32)
 
 
+def test_the_definitions_run_as_implementations():
+    case = specs.EDGE_CASES[3]
+    op = functools.partial(grouped_matmul, implementation="reference")
+    check(op, reference.grouped_matmul, case.matmul_arrays(), tolerance=F32)
+    op = functools.partial(grouped_mlp, implementation="reference")
+    check(op, reference.grouped_mlp, case.mlp_arrays(), tolerance=F32)
+
+
 def test_grouped_mlp_is_two_grouped_matmuls_with_a_squared_relu_between():
     arrays = specs.EDGE_CASES[5].mlp_arrays()
 
@@ -53,7 +61,7 @@ def test_grouped_mlp_is_two_grouped_matmuls_with_a_squared_relu_between():
     check(grouped_mlp, two, arrays, tolerance=F32)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_sizes_equal_the_definition(seed):
     rng = np.random.default_rng(seed)
     experts, rows = int(rng.integers(1, 40)), int(rng.integers(1, 900))
@@ -111,40 +119,59 @@ def test_the_harness_rejects_a_gradient_that_misses_an_expert():
         check(wrong, reference.grouped_matmul, arrays, tolerance=F32)
 
 
+def flops_of_a_tile(jaxpr):
+    """Height of the tiles -> FLOPs of all matrix products in the loops that have this height."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out = equation.outvars[0].aval
+            total += 2 * out.size * int(np.prod([left[axis] for axis in contracting]))
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            total += flops_of_a_tile(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
 @pytest.mark.parametrize("experts", [16, 128, 512])
-def test_tiles_and_so_the_cost_do_not_grow_with_the_number_of_experts(experts):
-    """Rows of work: every used tile costs `block` rows, which must stay near the rows there are."""
-    rows = 2048
+def test_cost_follows_the_rows_and_not_the_number_of_experts(experts):
+    """FLOPs that run, from the program: those of each level's loop body times its used tiles."""
+    rows, width = 2048, 32
     routed = np.random.default_rng(experts).integers(0, experts, rows)
     sizes = jnp.asarray(np.bincount(routed, minlength=experts), jnp.int32)
-    block = tiles.block_rows(rows, experts)
-    table = tiles.tile_table(sizes, rows, block)
-    assert int(table.used) * block <= 4 * rows
-    assert int(table.used) <= tiles.tile_bound(rows, experts, block) == table.expert.shape[0]
+    heights = tiles.tile_heights(rows, experts, width * width)
+    tables = tiles.tile_tables(sizes, rows, heights)
+    shapes = [
+        jnp.zeros(s) for s in ((rows, width), (experts, width, width), (experts, width, width))
+    ]
+    program = jax.make_jaxpr(grouped_mlp)(*shapes, sizes)
+    a_row = 2 * 2 * width * width  # two products
+    assert flops_of_a_tile(program.jaxpr) == a_row * sum(heights)  # nothing outside the loops
+    assert sum(int(t.used) * t.height for t in tables) <= 2.5 * rows  # dense: experts * rows
+    for table in tables:
+        assert int(table.used) <= tiles.tile_bound(rows, experts, table.height)
 
 
-@pytest.mark.parametrize("experts", [4, 64])
-def test_loops_run_over_used_tiles_and_no_product_is_as_large_as_all_experts(experts):
-    """All products stand in loops, and each has the operands of one tile: FLOPs = used tiles * these."""
-    case = specs.Case("counted", 512, 24, 40, (512 // experts,) * experts)
-    block = tiles.block_rows(case.rows, experts)
-    arrays = case.mlp_arrays()
-    text = str(jax.make_jaxpr(jax.grad(lambda lhs, **w: grouped_mlp(lhs, **w).sum()))(**arrays))
-    assert text.count("dot_general") == 2 + 5  # forward, and backward with its recomputation
-    for shape in (f"f32[{block},24]", f"f32[{block},40]", "f32[24,40]", "f32[40,24]"):
-        assert shape in text
-    assert "while" in text and "cond_jaxpr" in text
+@pytest.mark.parametrize(
+    "rows, experts, matrix", [(16384, 16, 128 * 128), (2048, 16, 128 * 128), (32, 16, 64)]
+)
+def test_balanced_groups_waste_little_of_their_tiles(rows, experts, matrix):
+    heights = tiles.tile_heights(rows, experts, matrix)
+    sizes = np.bincount(np.random.default_rng(0).integers(0, experts, rows), minlength=experts)
+    tables = tiles.tile_tables(jnp.asarray(sizes), rows, heights)
+    assert sum(int(t.used) * t.height for t in tables) <= (1.2 if rows > 64 else 3) * rows
 
 
 def test_tiles_cover_each_routed_row_once_with_its_expert():
-    sizes, rows, block = np.array([3, 0, 17, 8, 0]), 40, 8
-    table = tiles.tile_table(jnp.asarray(sizes), rows, block)
+    sizes, rows = np.array([3, 0, 17, 8, 100, 0]), 140
     owner = np.full(rows, -1)
-    for i in range(int(table.used)):
-        first, last = int(table.first[i]), int(table.last[i])
-        assert 0 < last - first <= block and (owner[first:last] == -1).all()
-        owner[first:last] = table.expert[i]
-    np.testing.assert_array_equal(owner, [*np.repeat(np.arange(5), sizes), *[-1] * 12])
+    for table in tiles.tile_tables(jnp.asarray(sizes), rows, (32, 8, 4)):
+        for i in range(int(table.used)):
+            first, last = int(table.first[i]), int(table.last[i])
+            assert 0 < last - first <= table.height and (owner[first:last] == -1).all()
+            owner[first:last] = table.expert[i]
+    np.testing.assert_array_equal(owner, [*np.repeat(np.arange(6), sizes), *[-1] * 12])
 
 
 def test_sizes_past_the_rows_are_cut_off():
@@ -153,14 +180,18 @@ def test_sizes_past_the_rows_are_cut_off():
     np.testing.assert_array_equal(cut, grouped_matmul(**arrays))
 
 
-@pytest.mark.parametrize("tokens, choices, experts", [(1, 4, 16), (33, 3, 5), (64, 2, 512), (7, 1, 1)])
+@pytest.mark.parametrize(
+    "tokens, choices, experts", [(1, 4, 16), (33, 3, 5), (64, 2, 512), (7, 1, 1)]
+)
 def test_sorted_order_is_a_stable_permutation(tokens, choices, experts):
     rng = np.random.default_rng(tokens)
     index = rng.integers(0, experts, (tokens, choices)).astype(np.int32)
     order = jax.jit(sort_by_expert, static_argnums=1)(index, experts)
     flat = index.reshape(-1)
     np.testing.assert_array_equal(order.row_entry, np.argsort(flat, kind="stable"))
-    np.testing.assert_array_equal(order.entry_row.reshape(-1)[order.row_entry], np.arange(flat.size))
+    np.testing.assert_array_equal(
+        order.entry_row.reshape(-1)[order.row_entry], np.arange(flat.size)
+    )
     np.testing.assert_array_equal(order.group_sizes, np.bincount(flat, minlength=experts))
 
 
@@ -175,7 +206,8 @@ def test_foreign_experts_and_padding_come_last_and_belong_to_no_group():
 def test_sorting_keys_too_large_for_one_word_agrees(monkeypatch):
     index = np.random.default_rng(0).integers(0, 9, (50, 3)).astype(np.int32)
     one = sort_by_expert(index, 9)
-    two = sort_by_expert(index, 2**28)
+    monkeypatch.setattr(routing, "LARGEST_KEY", 9 * 150)
+    two = sort_by_expert(index, 9)
     np.testing.assert_array_equal(one.row_entry, two.row_entry)
 
 

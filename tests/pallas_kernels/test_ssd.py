@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ssd_scan, ssd_state, ssd_step
-from pallas_kernels.ssd import op, reference, specs, xla
+from pallas_kernels.ssd import reference, specs
 from pallas_kernels.testing import assert_close, check
 
 OUTPUTS = ("y", "state")
@@ -39,12 +39,6 @@ def test_chunked_scan_equals_the_recurrence(case: specs.Case) -> None:
     check(*scan_and_reference(case), case.arrays(), outputs=OUTPUTS, tolerance=ROUNDING)
 
 
-@pytest.mark.parametrize("case", specs.EDGE_CASES[-3:], ids=str)
-def test_a_row_of_several_blocks_equals_the_recurrence(case: specs.Case, monkeypatch) -> None:
-    monkeypatch.setattr(xla, "BLOCK_FLOATS", 1)  # a block of one chunk
-    check(*scan_and_reference(case), case.arrays(), outputs=OUTPUTS, tolerance=ROUNDING)
-
-
 def test_the_reference_has_the_gradients_of_its_own_definition() -> None:
     case = specs.EDGE_CASES[-1]
     by_name, direct = scan_and_reference(case, implementation="reference")
@@ -58,7 +52,7 @@ def test_the_length_of_a_chunk_changes_rounding_alone(chunk: int) -> None:
     check(scan, other, specs.EDGE_CASES[5].arrays(), outputs=OUTPUTS, tolerance=ROUNDING)
 
 
-@pytest.mark.parametrize("middle", [1, 16, 30, 70])
+@pytest.mark.parametrize("middle", [16, 70])
 def test_two_pieces_with_a_carried_state_equal_the_whole(middle: int) -> None:
     def pieces(initial_state: jax.Array, **arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         first, state = ssd_scan(**cut(arrays, 0, middle), initial_state=initial_state, chunk=16)
@@ -70,7 +64,7 @@ def test_two_pieces_with_a_carried_state_equal_the_whole(middle: int) -> None:
 
 
 def test_packed_documents_equal_the_documents_apart() -> None:
-    lengths = (3, 16, 1, 29, 22)
+    lengths = (16, 1, 54)
     bounds = np.cumsum((0, *lengths))
 
     def apart(initial_state: jax.Array, **arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +75,7 @@ def test_packed_documents_equal_the_documents_apart() -> None:
             state = jnp.zeros_like(initial_state)
         return jnp.concatenate(outputs, axis=1), last
 
-    ids = np.broadcast_to(np.repeat(np.arange(5) % 2, lengths), (2, 71)).astype(np.int32)
+    ids = np.broadcast_to(np.repeat(np.arange(3) % 2, lengths), (2, 71)).astype(np.int32)
     packed = functools.partial(ssd_scan, segment_ids=ids, chunk=16)
     check(packed, apart, CASE.arrays(), outputs=OUTPUTS, tolerance=ROUNDING)
 
@@ -90,17 +84,20 @@ def test_padding_changes_no_state_and_gets_no_gradient() -> None:
     arrays, lengths = operands(CASE), jnp.asarray([0, 40])
     tokens = np.arange(CASE.tokens) < np.asarray(lengths)[:, None]
 
-    def scan(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return ssd_scan(**arrays, lengths=lengths, chunk=16)
+    @jax.jit
+    def scan(arrays: dict[str, jax.Array]) -> tuple:
+        (y, state), pullback = jax.vjp(
+            lambda arrays: ssd_scan(**arrays, lengths=lengths, chunk=16), arrays
+        )
+        return y, state, pullback((jnp.ones_like(y), jnp.ones_like(state)))[0]
 
-    (y, state), pullback = jax.vjp(scan, arrays)
+    y, state, gradients = scan(arrays)
     short = {k: v[1:] if v.ndim > 1 else v for k, v in cut(arrays, 0, 40).items()}
-    expected_y, expected_state = ssd_scan(**short, chunk=16)
+    expected_y, expected_state = jax.jit(functools.partial(ssd_scan, chunk=16))(**short)
     assert_close(y[1:, :40], expected_y, ROUNDING, "y")
     assert_close(state[1:], expected_state, ROUNDING, "state")
     np.testing.assert_array_equal(state[0], arrays["initial_state"][0])
     assert not np.asarray(y)[~tokens].any()
-    gradients = pullback((jnp.ones_like(y), jnp.ones_like(state)))[0]
     for name in ("x", "dt", "B", "C"):
         gradient = np.asarray(gradients[name])
         assert not gradient[~tokens].any(), name
@@ -110,7 +107,8 @@ def test_padding_changes_no_state_and_gets_no_gradient() -> None:
 def test_documents_in_the_padding_start_nothing() -> None:
     arrays = operands(CASE)
     ids = jnp.asarray(np.arange(CASE.tokens) // 25, jnp.int32) * jnp.ones((2, 1), jnp.int32)
-    scan = functools.partial(ssd_scan, **arrays, lengths=jnp.asarray([20, 50]), chunk=16)
+    lengths = jnp.asarray([20, 50])
+    scan = jax.jit(functools.partial(ssd_scan, **arrays, lengths=lengths, chunk=16))
     padded = ids.at[0, 20:].set(0).at[1, 50:].set(9)
     assert_close(scan(segment_ids=padded)[1], scan(segment_ids=ids)[1], 0.0, "state")
 
@@ -127,7 +125,7 @@ def test_bfloat16_operands_leave_decays_and_states_in_float32() -> None:
     case = specs.Case("bf16", 2, 100, **specs.SMALL, initial_state=True, largest_step=0.1)
     arrays = case.arrays(dtype=jnp.bfloat16)
     scan = functools.partial(ssd_scan, chunk=32)
-    # 2^-8 is bfloat16's rounding; dA and ddt would be off by 0.2 and more with a cancelling formula.
+    # bfloat16 rounds by 2^-8; with formulas that cancel, dA and ddt would be off by 0.2 and more.
     check(scan, reference.ssd_scan, arrays, outputs=OUTPUTS, tolerance=8e-3)
 
 
@@ -165,11 +163,10 @@ def test_steps_equal_the_scan_and_return_every_state(lengths: tuple[int, ...] | 
         return y, states
 
     def scans(**arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = [
-            reference.ssd_scan(**arrays, lengths=jnp.minimum(n + 1, jnp.asarray(lengths or 5)[..., None]).reshape(-1) * jnp.ones(3, jnp.int32))[1]
-            for n in range(5)
-        ]
-        return reference.ssd_scan(**arrays, **case.rows())[0], jnp.stack(states, axis=1)
+        scan = functools.partial(reference.ssd_scan, **arrays)
+        reached = [jnp.minimum(n + 1, jnp.asarray(lengths or (5, 5, 5))) for n in range(5)]
+        states = [scan(lengths=tokens)[1] for tokens in reached]
+        return scan(**case.rows())[0], jnp.stack(states, axis=1)
 
     check(steps, scans, case.arrays(), outputs=("y", "states"), tolerance=ROUNDING)
     arrays = operands(case)
@@ -198,3 +195,13 @@ def test_unknown_implementations_and_chunks_are_refused() -> None:
         ssd_scan(**operands(CASE), implementation="cuda")
     with pytest.raises(ValueError, match="ssd_scan: chunk=0 must be at least 1"):
         ssd_scan(**operands(CASE), chunk=0)
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square() -> None:
+    def temporary_bytes(tokens: int) -> int:
+        case = specs.Case("long", 1, tokens, **specs.SMALL)
+        shapes = jax.eval_shape(lambda: operands(case))
+        gradient = jax.jit(jax.grad(lambda arrays: jnp.sum(ssd_scan(**arrays)[0])))
+        return gradient.lower(shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 4.5 * temporary_bytes(1024)
