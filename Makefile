@@ -18,8 +18,10 @@ VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_HF ?= .venv-hf
 REQUIREMENTS := requirements.txt pyproject.toml constraints-py311.txt constraints-latest.txt
-FAST := -m "not slow and not hf" --ignore=tests/hf
-ALL := -m "not hf" --ignore=tests/hf
+# Two workers: a test is mostly compilation, which one core does.
+WORKERS := --numprocesses 2 --dist loadfile
+FAST := -m "not slow and not hf" --ignore=tests/hf $(WORKERS)
+ALL := -m "not hf" --ignore=tests/hf $(WORKERS)
 
 .PHONY: help
 help:  ## list the targets
@@ -46,8 +48,8 @@ test-latest: $(VENV_LATEST)/.installed  ## run the fast tests on Python >= 3.12 
 	@$(VENV_LATEST)/bin/python -m pytest $(FAST)
 
 .PHONY: bench
-bench: $(VENV)/.installed  ## time the kernels on this machine's device
-	@$(VENV)/bin/python -m pallas_kernels.bench
+bench: $(VENV)/.installed  ## speed and memory on this CPU, beside transformers where .venv-hf is made
+	@$(VENV)/bin/python -m tests.benchmarks.compare --peer-python=$(VENV_HF)/bin/python $(BENCH)
 
 .PHONY: lint
 lint: $(VENV)/.installed  ## check style and formatting

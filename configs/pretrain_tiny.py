@@ -12,12 +12,13 @@ from nemotron_jax.config.convert import to_config_dict
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
+    MeshConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
 )
 
-STEPS, ROWS, TOKENS_PER_ROW = 600, 16, 256
+STEPS, ROWS, TOKENS_PER_ROW = 360, 16, 256
 STEP_TOKENS = ROWS * TOKENS_PER_ROW
 
 
@@ -27,7 +28,7 @@ def get_config() -> ConfigDict:
         peak_learning_rate=3e-3,
         final_learning_rate=3e-5,
         warmup_tokens=30 * STEP_TOKENS,
-        decay_tokens=150 * STEP_TOKENS,
+        decay_tokens=120 * STEP_TOKENS,
         total_tokens=STEPS * STEP_TOKENS,
     )
     return to_config_dict(
@@ -35,6 +36,7 @@ def get_config() -> ConfigDict:
             model=models.tiny(),
             training=TrainingConfig(steps=STEPS, schedule=schedule),
             data=DataConfig(sequence_length=TOKENS_PER_ROW, batch_size=ROWS),
-            logging=LoggingConfig(evaluate_every=100, checkpoint_every=200),
+            mesh=MeshConfig(data=2),
+            logging=LoggingConfig(evaluate_every=90, checkpoint_every=90),
         )
     )

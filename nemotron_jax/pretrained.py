@@ -1,27 +1,60 @@
 """Models and tokenizers by path: hub directories and directories of runs."""
 
+import json
 import os
 from pathlib import Path
 
+import jax.numpy as jnp
+
+from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.interop.hf_export import save_hub
 from nemotron_jax.interop.hf_import import load_hub
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
+from nemotron_jax.training.checkpoint import load_parameters
 
 
 def load_pretrained(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
-    """The model of a hub directory.
+    """The model of a hub directory, or of a run's directory as of its newest whole checkpoint.
 
     `dtype` is that of the matrices (None: as stored); what the family computes in float32 stays
-    float32.
+    float32. Raises ValueError when the directory holds neither, or a file of it is damaged.
     """
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"load_pretrained: {directory} holds no config.json; pass a model's directory"
-        )
+    if _is_run(directory):
+        return _load_run(directory, dtype)
     return load_hub(directory, dtype)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a hub directory, a run's directory or a tokenizer.json."""
+    return Tokenizer.load(path)
 
 
 def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None = None) -> None:
     """Write `model` as a hub directory; `dtype=None` keeps each tensor's original dtype."""
     save_hub(model, path, dtype)
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether config.json is a run's and not a hub model's; both have that name."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"load_pretrained: {directory} holds no config.json; pass the directory of a model or "
+            "of a run"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"load_pretrained: {file} cannot be read ({error})") from error
+    return isinstance(config, dict) and "format_version" in config and "model_type" not in config
+
+
+def _load_run(directory: Path, dtype: str | None) -> Nemotron:
+    config, parameters = load_parameters(directory)
+    model = abstract_model(config, dtype or "float32")  # runs store float32
+    dtypes = {name: leaf.dtype for name, leaf in flatten(model).items()}
+    return unflatten(
+        model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}
+    )

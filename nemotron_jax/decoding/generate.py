@@ -16,6 +16,7 @@ from nemotron_jax.model.nemotron import Nemotron
 PREFILL_CHUNK = 512  # tokens of one prefill call; memory of a long prompt is a chunk's
 _SMALLEST_CHUNK = 16
 _NEW_TOKENS_STEP = 64  # buffers grow by this many tokens, so that few loops are ever compiled
+_STOPS_STEP = 8  # likewise for the table of stop tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +67,21 @@ def generate(
         stop_tokens = default_stop_tokens(model)
     capacity = _round_up(max_new_tokens, _NEW_TOKENS_STEP)
     cache, logits = prefill(model, rows, extra=capacity)
-    stops = jnp.asarray(tuple(stop_tokens) or (-1,), jnp.int32)
-    tokens, logprobs, lengths = _decode(
+    end = _decode(
         model,
         cache,
         logits,
         sampling,
-        stops=stops,
+        stops=_stop_table(stop_tokens),
         key=jax.random.key(seed),
         limit=max_new_tokens,
         capacity=capacity,
     )
-    tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
-    return Generated(tokens[:, :max_new_tokens], np.asarray(lengths), logprobs[:, :max_new_tokens])
+    return Generated(
+        tokens=np.asarray(end.tokens)[:, :max_new_tokens],
+        lengths=np.asarray(end.lengths),
+        logprobs=np.asarray(end.logprobs)[:, :max_new_tokens],
+    )
 
 
 def default_stop_tokens(model: Nemotron) -> tuple[int, ...]:
@@ -129,7 +132,8 @@ def _decode(
     key: Array,
     limit: Array,
     capacity: int,
-) -> tuple[Array, Array, Array]:
+) -> _Loop:
+    """The loop's end; its cache is a result, so that the donated one is written in place."""
     model = model.split_layers()
     batch = logits.shape[0]
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
@@ -164,19 +168,23 @@ def _decode(
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
     )
-    end = jax.lax.while_loop(unfinished, emit, start)
-    return end.tokens, end.logprobs, end.lengths
+    return jax.lax.while_loop(unfinished, emit, start)
 
 
 def _checked_rows(
     model: Nemotron, prompt_tokens: Sequence, max_new_tokens: int, speculative: int
 ) -> list[list[int]]:
-    rows = [np.asarray(row).astype(int).tolist() for row in prompt_tokens]
+    rows = [np.asarray(row).tolist() for row in prompt_tokens]
     vocabulary = model.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be at least 1")
     if speculative != 0:
         raise ValueError(f"generate: speculative={speculative} is not available; use 0")
+    for number, row in enumerate(rows):
+        if not isinstance(row, list) or not all(isinstance(token, int) for token in row):
+            raise ValueError(
+                f"generate: prompt {number} is {row!r}; each prompt is a row of integer tokens"
+            )
     if not rows or not all(rows):
         raise ValueError(
             "generate: every prompt needs at least one token; begin with the bos token"
@@ -189,6 +197,13 @@ def _checked_rows(
                 f"vocabulary of {vocabulary}; was it encoded with this model's tokenizer?"
             )
     return rows
+
+
+def _stop_table(stop_tokens: Sequence[int]) -> Int[np.ndarray, "stops"]:
+    """The stop tokens and at least one -1, which no token equals; its size hardly ever changes."""
+    table = np.full(_round_up(len(stop_tokens) + 1, _STOPS_STEP), -1, np.int32)
+    table[: len(stop_tokens)] = stop_tokens
+    return table
 
 
 def _round_up(count: int, step: int) -> int:

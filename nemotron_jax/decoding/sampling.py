@@ -64,6 +64,7 @@ def keep_likely(
     kept = jnp.where(rank < allowed, ordered, -jnp.inf)
     probability = jax.nn.softmax(kept, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = (rank < allowed) & ((before < top_p) | (rank == 0))
+    inside = (before < top_p) | (top_p >= 1) | (rank == 0)  # sums of float32 may pass 1
+    kept = (rank < allowed) & inside
     threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)

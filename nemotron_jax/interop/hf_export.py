@@ -57,17 +57,24 @@ def save_hub(
 
 
 def _take_place(staging: Path, target: Path) -> None:
+    """Put `staging` where `target` is, with the files of `target` that it lacks; all or nothing."""
     if not target.exists():
         os.rename(staging, target)
         return
+    for kept in target.iterdir():
+        is_weights = kept.suffix == ".safetensors" or kept.name == INDEX_FILE
+        if not is_weights and not (staging / kept.name).exists():
+            (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, staging / kept.name)
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.rename(target, retired / target.name)
-    os.rename(staging, target)
-    for file in (retired / target.name).iterdir():
-        is_weights = file.suffix == ".safetensors" or file.name == INDEX_FILE
-        if not is_weights and not (target / file.name).exists():
-            os.rename(file, target / file.name)
-    shutil.rmtree(retired)
+    try:
+        os.rename(target, retired / target.name)
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(retired / target.name, target)
+            raise
+    finally:
+        shutil.rmtree(retired)
 
 
 def _write_tensors(

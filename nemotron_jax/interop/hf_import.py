@@ -1,10 +1,11 @@
 """Loading a hub directory (config.json and safetensors files) into a model."""
 
 import json
+import math
 import os
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -18,13 +19,14 @@ from nemotron_jax.types import Origin
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LISTED = 20  # names shown of a long list of faults
+_ALIGNMENT = 64  # bytes
 
 
 def load_hub(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
     """The model of a hub directory, its matrices in `dtype` (None: as stored).
 
-    Tensors are read one at a time, file by file. Missing, extra and misshapen tensors are one
-    ValueError that lists them all.
+    Tensors are read one at a time, file by file, into the memory that a CPU device keeps. Missing,
+    extra and misshapen tensors are one ValueError that lists them all.
     """
     directory = Path(path)
     config = ModelConfig.from_hf(directory)
@@ -35,17 +37,17 @@ def load_hub(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron
     files = _open_files(directory)
     _check(directory, tensors, shapes, files)
 
-    arrays = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in flatten(model).items()}
+    arrays = {name: _allocate(leaf.shape, leaf.dtype) for name, leaf in flatten(model).items()}
     exceptions = []
     for file in files:
         for name, entry in file.entries.items():
             tensors[name].from_hub(file.read(name), arrays)
             if entry.dtype != default_dtype(name, stored):
                 exceptions.append((name, entry.dtype.name))
-    parameters = {name: jnp.asarray(arrays.pop(name)) for name in shapes}
+    parameters = {name: jax.device_put(arrays.pop(name), may_alias=True) for name in shapes}
     loaded = unflatten(model, parameters)
     loaded.origin = Origin(
-        str(directory), stored, tuple(sorted(exceptions)), read_stop_tokens(directory)
+        str(directory.resolve()), stored, tuple(sorted(exceptions)), read_stop_tokens(directory)
     )
     return loaded
 
@@ -67,6 +69,14 @@ def read_stop_tokens(directory: Path) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory at a 64-byte boundary, which a CPU device takes without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _stored_dtype(directory: Path) -> str:
     config = json.loads((directory / "config.json").read_text())
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
@@ -75,7 +85,7 @@ def _stored_dtype(directory: Path) -> str:
 def _open_files(directory: Path) -> list[SafetensorsFile]:
     index = directory / INDEX_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _shards(index)
     else:
         names = [SINGLE_FILE]
     missing = [name for name in names if not (directory / name).is_file()]
@@ -84,6 +94,15 @@ def _open_files(directory: Path) -> list[SafetensorsFile]:
             f"{directory}: files are missing: {', '.join(missing)}; download them again"
         )
     return [SafetensorsFile(directory / name) for name in names]
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index}: not an index of safetensors files ({error!r}); download it again"
+        ) from error
 
 
 def _check(

@@ -62,7 +62,8 @@ class Nemotron(nnx.Module):
 
         `segment_ids` packs documents into a row (each change starts one; 0 is padding at the row's
         end); `lengths` marks padding otherwise: padded tokens change no state and no router load. A
-        cache's rows are one document each, so it excludes `segment_ids`.
+        cache's rows are one document each, so it excludes `segment_ids`; it must have room for all
+        T tokens of the call, padding included.
         """
         _check_call(self, cache, segment_ids, lengths)
         return _forward(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.sharding import make_mesh, replicated
 from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
 
 
@@ -31,3 +32,16 @@ def init_state(config: RunConfig) -> TrainState:
     optimizer = make_optimizer(config.training.optimizer, model)
     zero = lambda: jnp.zeros((), jnp.int32)
     return TrainState(model, optimizer.init(trained_parameters(model)), zero(), zero(), zero())
+
+
+def place_state(config: RunConfig) -> TrainState:
+    """A new run's state, born on the devices of the run's mesh."""
+    sharding = replicated(make_mesh(config.mesh))
+    return jax.jit(lambda: init_state(config), out_shardings=sharding)()
+
+
+def abstract_state(config: RunConfig) -> TrainState:
+    """Shapes and shardings of a run's state; costs no memory."""
+    sharding = replicated(make_mesh(config.mesh))
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(place, jax.eval_shape(lambda: init_state(config)))

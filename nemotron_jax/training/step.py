@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.sharding import make_mesh, sum_over_rows
 from nemotron_jax.training.losses import LossReport, pretrain_loss
 from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
 from nemotron_jax.training.schedule import learning_rate
@@ -30,7 +31,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig) -> tuple[Trai
     parameter."""
     training = config.training
     gradients, report = _gradients(state.model, batch, config)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(report.loss)
 
     rate = learning_rate(training.schedule, state.step, batch_tokens(config))
@@ -68,11 +69,12 @@ def batch_tokens(config: RunConfig) -> int:
 def _gradients(
     model: Nemotron, batch: Batch, config: RunConfig
 ) -> tuple[dict[str, Array], LossReport]:
-    """float32 gradients of the trained parameters and the losses, summed over the micro-batches."""
+    """float32 gradients of the trained parameters and the losses, summed over devices and
+    micro-batches."""
     count = config.training.micro_batches
-    valid_tokens = jnp.sum(batch.weights, axis=(0, 1))
+    share = 1 / (count * config.mesh.data)
 
-    def part(rows: Batch) -> tuple[dict[str, Array], LossReport]:
+    def part(rows: Batch, model: Nemotron, valid_tokens: Array) -> tuple[dict, LossReport]:
         gradient = jax.grad(pretrain_loss, has_aux=True)
         model_gradient, report = gradient(
             model,
@@ -80,17 +82,25 @@ def _gradients(
             config.training,
             config.execution,
             valid_tokens=valid_tokens,
-            share=1 / count,
+            share=share,
         )
         return trained_parameters(model_gradient), report
 
-    if count == 1:
-        return part(batch)
-    split = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
-    shapes = jax.eval_shape(part, jax.tree.map(lambda a: a[0], split))
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    add = lambda total, rows: (jax.tree.map(jnp.add, total, part(rows)), None)
-    return jax.lax.scan(add, start, split)[0]
+    def local(rows: Batch, model: Nemotron, valid_tokens: Array) -> tuple[dict, LossReport]:
+        if count == 1:
+            return part(rows, model, valid_tokens)
+        split = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), rows)
+        first = jax.tree.map(lambda a: a[0], split)
+        shapes = jax.eval_shape(part, first, model, valid_tokens)
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        add = lambda total, micro: (
+            jax.tree.map(jnp.add, total, part(micro, model, valid_tokens)),
+            None,
+        )
+        return jax.lax.scan(add, start, split)[0]
+
+    valid_tokens = jnp.sum(batch.weights, axis=(0, 1))
+    return sum_over_rows(local, make_mesh(config.mesh))(batch, model, valid_tokens)
 
 
 def _balanced_biases(model: Nemotron, report: LossReport, rate: float) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """Logits, losses, gradients and decoding equal transformers' own, on its own checkpoints."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,15 +14,49 @@ from nemotron_jax.decoding.drafting import draft
 from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
 from tests.golden_cases import CASES, model, reference, relative_l2, tokens
+from tests.tiny_models import quick_jit
 
 ABSOLUTE = 1e-4  # ten times what another order of the same float32 sums moves (golden README)
 GRADIENT = 5e-4
 
 
+def loss_and_outputs(parameters, ids, execution, mtp_factor=0.0):
+    """The reference's loss, with depth 1 of MTP at `mtp_factor`, and what it was computed from."""
+    output = parameters(ids, execution=execution)
+    logits = parameters.logits(output.hidden)
+    loss, depths = cross_entropy(logits[:, :-1], ids[:, 1:]), []
+    if mtp_factor:
+        depths = [parameters.mtp_logits(output.hidden, ids, depth) for depth in (1, 2)]
+        loss += mtp_factor * cross_entropy(depths[0][:, :-2], ids[:, 2:])
+    return loss, (logits, output, depths)
+
+
+differentiate = quick_jit(
+    jax.value_and_grad(loss_and_outputs, has_aux=True), static_argnames=("execution", "mtp_factor")
+)
+
+
+@functools.cache
+def scanned(case):
+    """((loss, outputs), gradient) of one program for each case; most tests read from it."""
+    return differentiate(model(case), tokens(case), nj.Execution())
+
+
+@functools.cache
+def unrolled_with_mtp(case):
+    return differentiate(model(case), tokens(case), nj.Execution(layers="unrolled"), mtp_factor=0.1)
+
+
+@functools.cache
+def first_row(case):
+    """The output for row 0, prefilled into a cache."""
+    run = quick_jit(lambda model, ids: model(ids, cache=model.init_cache(*ids.shape)))
+    return run(model(case), tokens(case)[:1])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_hidden_states_equal_transformers(case):
-    output = model(case)(tokens(case))
-    logits = model(case).logits(output.hidden)
+    (_, (logits, output, _)), _ = scanned(case)
     expected = reference(case)
     assert relative_l2(logits, expected["logits"]) < ABSOLUTE
     np.testing.assert_allclose(logits, expected["logits"], atol=ABSOLUTE)
@@ -30,54 +65,46 @@ def test_logits_and_hidden_states_equal_transformers(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("layers", ["scan", "unrolled"])
-def test_loss_and_gradients_equal_transformers(case, layers):
+def test_losses_and_gradients_equal_transformers(case):
+    (loss, (logits, _, _)), gradient = scanned(case)
     expected = reference(case)
-    loss, gradient = jax.value_and_grad(_next_token_loss)(
-        model(case), tokens(case), nj.Execution(layers=layers)
-    )
     assert abs(loss - expected["loss"]) < 1e-5 * expected["loss"]
-    _check_gradients(gradient, expected, "grad")
+    check_gradients(gradient, expected, "grad")
 
-
-@pytest.mark.parametrize("case", CASES)
-def test_masked_loss_equals_transformers(case):
-    expected = reference(case)
-    labels = expected["labels_masked"]
-    loss = _next_token_loss(model(case), tokens(case), nj.Execution(), labels=labels)
-    assert abs(loss - expected["loss_masked"]) < 1e-5 * expected["loss_masked"]
+    labels = expected["labels_masked"][:, 1:]
+    masked = cross_entropy(logits[:, :-1][labels >= 0], labels[labels >= 0])
+    assert abs(masked - expected["loss_masked"]) < 1e-5 * expected["loss_masked"]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_router_choices_equal_transformers(case):
-    expected = reference(case)
-    layers = [int(name.split("/")[1]) for name in expected if name.endswith("/experts")]
-    output = model(case)(tokens(case)[:1])
-    for row, layer in enumerate(sorted(layers)):
-        counts = np.bincount(
-            expected[f"router/{layer}/experts"].ravel(), minlength=output.router_load.shape[1]
-        )
-        np.testing.assert_array_equal(output.router_load[row], counts)
+    expected, load = reference(case), first_row(case).router_load
+    layers = sorted(int(name.split("/")[1]) for name in expected if name.endswith("/experts"))
+    assert len(layers) == len(load)
+    for row, layer in enumerate(layers):
+        chosen = expected[f"router/{layer}/experts"].ravel()
+        np.testing.assert_array_equal(load[row], np.bincount(chosen, minlength=load.shape[1]))
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("prompt", ["", "short_"])
-def test_greedy_continuation_equals_transformers(case, prompt):
+def test_greedy_continuations_equal_transformers(case):
+    """One call for prompts of different length: transformers ran the short one alone."""
     expected = reference(case)
-    ids = expected["short_ids" if prompt else "prompt_ids"]
-    wanted = expected[f"{prompt}greedy_tokens"]
-    result = nj.generate(model(case), ids, max_new_tokens=wanted.shape[1])
-    np.testing.assert_array_equal(result.tokens, wanted)
-    logits = expected[f"{prompt}greedy_logits"]
-    chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), wanted[..., None], -1)
-    np.testing.assert_allclose(result.logprobs, chosen[..., 0], atol=ABSOLUTE)
+    prompts = [*expected["prompt_ids"], *expected["short_ids"]]
+    result = nj.generate(model(case), prompts, expected["greedy_tokens"].shape[1])
+    for rows, prefix in ((slice(0, 2), ""), (slice(2, 3), "short_")):
+        wanted = expected[f"{prefix}greedy_tokens"]
+        new = slice(0, wanted.shape[1])
+        np.testing.assert_array_equal(result.tokens[rows, new], wanted)
+        logprobs = np.asarray(jax.nn.log_softmax(expected[f"{prefix}greedy_logits"]))
+        chosen = np.take_along_axis(logprobs, wanted[..., None], -1)[..., 0]
+        np.testing.assert_allclose(result.logprobs[rows, new], chosen, atol=ABSOLUTE)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cache_after_prefill_equals_transformers(case):
-    expected, ids = reference(case), tokens(case)
-    cache = model(case)(ids, cache=model(case).init_cache(*ids.shape)).cache
-    for layer, state in enumerate(cache.layers):
+    expected = reference(case)
+    for layer, state in enumerate(first_row(case).cache.layers):
         if f"cache/{layer}/ssm" in expected:
             tails = np.concatenate([state.x_tail[0], state.b_tail[0], state.c_tail[0]], axis=-1)
             np.testing.assert_allclose(state.ssm[0], expected[f"cache/{layer}/ssm"], atol=ABSOLUTE)
@@ -94,69 +121,52 @@ MTP_CASES = [case for case in CASES if "mtp/depth1_logits" in reference(case)]
 
 @pytest.mark.parametrize("case", MTP_CASES)
 def test_mtp_logits_equal_the_reference_at_both_depths(case):
-    expected, ids = reference(case), tokens(case)
-    hidden = model(case)(ids).hidden
+    (_, (_, _, depths)), _ = unrolled_with_mtp(case)
+    expected, num_tokens = reference(case), tokens(case).shape[1]
     for depth, rows in ((1, slice(None)), (2, slice(0, 1))):
-        logits = model(case).mtp_logits(hidden, ids, depth)[rows, : ids.shape[1] - depth]
+        logits = depths[depth - 1][rows, : num_tokens - depth]
         np.testing.assert_allclose(logits, expected[f"mtp/depth{depth}_logits"], atol=ABSOLUTE)
 
 
 @pytest.mark.parametrize("case", MTP_CASES)
-def test_mtp_loss_gradients_equal_the_reference(case):
+def test_unrolled_layers_and_mtp_loss_gradients_equal_the_reference(case):
+    (loss, (logits, _, _)), gradient = unrolled_with_mtp(case)
     expected = reference(case)
-
-    def total(parameters):
-        main = _next_token_loss(parameters, tokens(case), nj.Execution())
-        hidden = parameters(tokens(case)).hidden
-        logits = parameters.mtp_logits(hidden, tokens(case), 1)[:, :-2]
-        return main + 0.1 * _cross_entropy(logits, tokens(case)[:, 2:])
-
-    loss, gradient = jax.value_and_grad(total)(model(case))
+    np.testing.assert_allclose(logits, expected["logits"], atol=ABSOLUTE)
     assert abs(loss - expected["mtp/total_loss"]) < 1e-5 * expected["mtp/total_loss"]
-    _check_gradients(gradient, expected, "mtp/grad")
+    check_gradients(gradient, expected, "mtp/grad")
 
 
 @pytest.mark.parametrize("case", MTP_CASES)
 def test_mtp_drafts_equal_the_reference(case):
     expected = reference(case)
-    prompt = jnp.asarray(expected["prompt_ids"], jnp.int32)
-    first = jnp.asarray(expected["greedy_tokens"][:, 0], jnp.int32)
-    hidden = model(case)(prompt).hidden
-    drafts, logits = draft(
-        model(case), prompt, hidden, first, expected["mtp/draft_tokens"].shape[1]
+    first = expected["greedy_tokens"][:, 0].astype(np.int32)
+    count = expected["mtp/draft_tokens"].shape[1]
+    drafted = quick_jit(
+        lambda model, prompt: draft(model, prompt, model(prompt).hidden, first, count)
     )
+    drafts, logits = drafted(model(case), expected["prompt_ids"].astype(np.int32))
     np.testing.assert_array_equal(drafts, expected["mtp/draft_tokens"])
     np.testing.assert_allclose(logits, expected["mtp/draft_logits"], atol=ABSOLUTE)
 
 
 def test_time_steps_are_clamped_only_where_the_config_says_so():
-    expected, ids = reference("dt_limit"), tokens("dt_limit")
-    limited = model("dt_limit")
+    expected, limited = reference("dt_limit"), model("dt_limit")
     mamba = dataclasses.replace(limited.config.mamba, time_step_limit=(0.0, math.inf))
     config = dataclasses.replace(limited.config, mamba=mamba)
     free = unflatten(abstract_model(config), flatten(limited))
+    run = quick_jit(lambda model, ids: model.logits(model(ids).hidden))
     for clamped, name in ((limited, "clamp_time_step_limit"), (free, "no_clamp")):
-        logits = clamped.logits(clamped(ids).hidden)
+        logits = run(clamped, tokens("dt_limit"))
         np.testing.assert_allclose(logits, expected[f"logits_{name}"], atol=ABSOLUTE)
 
 
-def _cross_entropy(logits, targets):
+def cross_entropy(logits, targets):
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
     return -jnp.mean(chosen)
 
 
-def _next_token_loss(parameters, ids, execution, labels=None):
-    logits = parameters.logits(parameters(ids, execution=execution).hidden)[:, :-1]
-    if labels is None:
-        return _cross_entropy(logits, ids[:, 1:])
-    targets = jnp.asarray(labels)[:, 1:]
-    chosen = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], -1
-    )[..., 0]
-    return -jnp.sum(chosen * (targets >= 0)) / jnp.sum(targets >= 0)
-
-
-def _check_gradients(gradient, expected, prefix):
+def check_gradients(gradient, expected, prefix):
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(gradient).items()}
     hub = {t.name: t.to_hub(arrays) for t in hub_tensors(gradient.config, set(arrays))}
     for name in (n for n in expected if n.startswith(f"{prefix}/")):

@@ -1,0 +1,115 @@
+"""Evaluate a model: python eval.py --checkpoint=DIR --suites=a,b --output=DIR [--config=FILE].
+
+The checkpoint is a run's directory or a model's in the hub's layout; the latter needs a --config
+for suites that read held-out text.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from nemotron_jax.config.convert import from_config_dict, from_json
+from nemotron_jax.config.run import RunConfig
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Data and sizes: a file of configs/; a run's directory brings its own."
+)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's or a hub model's directory.")
+_SUITES = flags.DEFINE_list("suites", None, "Names of suites, separated by commas.")
+_OUTPUT = flags.DEFINE_string("output", None, "The report's directory.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling and of random inputs.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Of the model's matrices.")
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0 evaluated, 1 failed, 2 asked for wrongly."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells of every file
+    try:
+        if len(arguments) > 1:
+            raise ValueError(f"eval.py: unknown arguments {arguments[1:]}; use --flag=value")
+        config = _CONFIG.value and from_config_dict(RunConfig, _CONFIG.value)
+        checkpoint, output = Path(_CHECKPOINT.value), Path(_OUTPUT.value)
+        options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value}
+        report = evaluate(checkpoint, _SUITES.value, output, **options)
+        print(f"report: {report.with_suffix('.md')}")
+        return 0
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not raised_in.is_relative_to(Path(__file__).parent) or "site-packages" in str(raised_in):
+            raise  # a fault of the program, not a sentence for its user
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def evaluate(
+    checkpoint: Path,
+    suites: Sequence[str],
+    output: Path,
+    *,
+    config: RunConfig | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> Path:
+    """Run the suites on a checkpoint and write the report; returns the path of its JSON.
+
+    Raises ValueError for an unknown suite, a checkpoint that cannot be loaded, and a suite that
+    needs what the checkpoint and the configuration lack; nothing is written then.
+    """
+    from nemotron_jax.evaluation.suites import check_names
+
+    check_names(suites)  # before anything slow is imported or read
+    own = _own_config(checkpoint)
+    _use_compilation_cache()
+    from nemotron_jax.evaluation.evaluator import Subject
+    from nemotron_jax.evaluation.report import SuiteRun, metadata, write_report
+    from nemotron_jax.evaluation.suites import make_evaluators
+    from nemotron_jax.pretrained import load_pretrained
+
+    is_own = own is not None and (config is None or config.data == own.data)
+    data_directory = checkpoint if is_own else output / "data"
+    subject = Subject(checkpoint, config or own, data_directory, seed)
+    evaluators = make_evaluators(suites, subject)
+    model = load_pretrained(checkpoint, dtype)
+    runs = {}
+    for evaluator in evaluators:
+        start = time.perf_counter()
+        result = evaluator.run(model)
+        runs[evaluator.name] = SuiteRun(result, time.perf_counter() - start)
+        values = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
+        print(f"{evaluator.name}: {values}", flush=True)
+    return write_report(output, metadata(model, subject), runs)
+
+
+def _own_config(checkpoint: Path) -> RunConfig | None:
+    """The configuration in a run's directory; None in a hub model's."""
+    file = checkpoint / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"--checkpoint={checkpoint}: holds no config.json; name a run's or a hub model's "
+            "directory"
+        )
+    text = file.read_text("utf-8")
+    try:
+        is_run = "format_version" in json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--checkpoint: {file} is not JSON ({error}); restore it") from None
+    return from_json(text) if is_run else None
+
+
+def _use_compilation_cache() -> None:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "nemotron_jax" / "jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "suites", "output"])
+    app.run(main)

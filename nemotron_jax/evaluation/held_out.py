@@ -1,0 +1,80 @@
+"""Loss on text that training never saw, in nats per token and in bits per byte."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.corpus import Corpus
+from nemotron_jax.data.loader import held_out_batches
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.types import Batch
+
+
+def held_out_evaluator(corpus: Corpus, config: RunConfig) -> Callable[[Nemotron], dict[str, float]]:
+    """A function of a model: `held_out_loss` (nats per token) and `bits_per_byte` of held-out rows,
+
+    and beside them the references `unigram_entropy` and `gzip_bits_per_byte` of the whole held-out
+    text. Bits per byte compare models with different tokenizers; the end of a document is scored as
+    a token and spells no byte.
+    """
+    batches = held_out_batches(corpus, config.data, 0, config.logging.evaluate_rows)
+    num_bytes = int(sum(corpus.bytes_of(batch).sum() for batch in batches))
+    chunk, execution = config.training.loss_chunk, config.execution
+
+    def evaluate(model: Nemotron) -> dict[str, float]:
+        nats, tokens = held_out_nats(model, batches, chunk=chunk, execution=execution)
+        return {
+            "held_out_loss": nats / tokens,
+            "bits_per_byte": nats / math.log(2) / num_bytes,
+            "unigram_entropy": corpus.facts.unigram_entropy,
+            "gzip_bits_per_byte": corpus.facts.gzip_bits_per_byte,
+        }
+
+    return evaluate
+
+
+def held_out_nats(
+    model: Nemotron,
+    batches: Sequence[Batch],
+    *,
+    chunk: int = 512,
+    execution: Execution = Execution(),
+) -> tuple[float, int]:
+    """Summed next-token cross entropy of the batches in nats, and the number of scored tokens."""
+    score = functools.partial(token_nats, model, chunk=chunk, execution=execution)
+    nats = sum(float(np.sum(score(batch), dtype=np.float64)) for batch in batches)
+    tokens = int(sum(np.count_nonzero(batch.weights[..., 0]) for batch in batches))
+    if tokens == 0:
+        raise ValueError("held_out_nats: the batches score no token; give more held-out text")
+    return nats, tokens
+
+
+def token_nats(
+    model: Nemotron, batch: Batch, *, chunk: int = 512, execution: Execution = Execution()
+) -> Float[np.ndarray, "B T"]:
+    """Cross entropy of each token's next one, in nats; 0 where the batch scores none.
+
+    Never holds the logits of more than `chunk` tokens; float32.
+    """
+    return np.asarray(_token_nats(model, batch, chunk=chunk, execution=execution))
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "execution"))
+def _token_nats(model: Nemotron, batch: Batch, *, chunk: int, execution: Execution) -> Array:
+    output = model(batch.tokens, segment_ids=batch.segment_ids, execution=execution)
+    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
+
+    def nats(token: tuple[Array, Array]) -> Array:
+        logits = model.logits(token[0], execution=execution)
+        return jax.nn.logsumexp(logits) - logits[token[1]]
+
+    targets = batch.targets[..., 0]
+    each = jax.lax.map(nats, (hidden, targets.reshape(-1)), batch_size=chunk)
+    return jnp.where(batch.weights[..., 0] > 0, each.reshape(targets.shape), 0.0)

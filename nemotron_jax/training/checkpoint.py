@@ -1,0 +1,332 @@
+"""Checkpoints: saved while training goes on, sealed with checksums, checked when restored.
+
+    checkpoints/step_00000200/   arrays/model/      the parameters by dotted name (orbax)
+                                 arrays/optimizer/  moments and counters by dotted name (orbax)
+                                 state.json  config.json  tokenizer.json
+                                 manifest.json      size and SHA-256 of each file; written last
+
+A checkpoint is made under another name and renamed when its manifest is on disk, so whatever has
+the plain name was whole once. Directories of saves that were killed are removed by the next run.
+"""
+
+import dataclasses
+import errno
+import json
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from nemotron_jax.config.convert import from_json
+from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
+from nemotron_jax.training.manifest import find_fault, sync_directory, write_manifest
+from nemotron_jax.training.state import TrainState
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+CONFIG, STATE, ARRAYS = "config.json", "state.json", "arrays"
+MODEL, OPTIMIZER = "model", "optimizer"
+_COUNTERS = ("step", "skipped", "skipped_in_a_row")
+_NAME = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_\d{8,}\.(partial|removed)")
+
+Table = dict[str, jax.Array]
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A run's state as it was after `step` steps."""
+
+    step: int
+    state: TrainState
+    data_position: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, of which the `keep` newest are kept.
+
+    A context manager: leaving it waits for the save under way. Of several processes all call every
+    method, and the first one alone renames and removes.
+    """
+
+    def __init__(self, run_directory: Path, keep: int) -> None:
+        self.folder = Path(run_directory).absolute() / FOLDER
+        self._keep = keep
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._finalizer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._newest: int | None = None  # restored or saved by this object, so known to be whole
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self._join()
+        self._writer.close()
+        self._remove_leftovers()
+        if error is None:
+            self.check()
+
+    def save(
+        self,
+        state: TrainState,
+        data_position: Mapping[str, Any],
+        files: Mapping[str, str],
+    ) -> None:
+        """Begin to save; returns once the arrays are copied to the host, and may then be donated.
+
+        `files` are further texts by name, `config.json` among them. Raises what the previous save
+        raised, OSError when the disk is full among it.
+        """
+        self.wait()
+        step = int(state.step)
+        if step == self._newest:
+            return
+        partial = self.folder / f"{_name(step)}.partial"
+        partial.mkdir(exist_ok=True)
+        arrays = {MODEL: flatten(state.model), OPTIMIZER: optimizer_table(state.optimizer)}
+        meta = {
+            "format_version": FORMAT_VERSION,
+            **{name: int(getattr(state, name)) for name in _COUNTERS},
+            "data": dict(data_position),
+            "arrays": {part: _describe(table) for part, table in arrays.items()},
+        }
+        texts = {**files, STATE: json.dumps(meta, indent=1)}
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        items = {name: ocp.args.StandardSave(table) for name, table in arrays.items()}
+        try:
+            self._writer.save(partial / ARRAYS, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise self._explained(error, step, needed) from error
+        self._finalizer = threading.Thread(
+            target=self._finalize, args=(step, texts, needed), name=f"checkpoint {step}"
+        )
+        self._finalizer.start()
+
+    def wait(self) -> None:
+        """Return when no save is under way; raises what the last one raised."""
+        self._join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what a save has raised in the background."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def restore(self, like: TrainState) -> Restored | None:
+        """The newest whole checkpoint as a state of the shapes and shardings of `like`.
+
+        None where there is no checkpoint. A damaged one is named in a warning and an older one is
+        taken; raises ValueError when none is whole, or when the arrays do not fit `like`.
+        """
+        path = newest_whole(self.folder)
+        if path is None:
+            return None
+        meta = _read_state(path)
+        shapes = {MODEL: flatten(like.model), OPTIMIZER: optimizer_table(like.optimizer)}
+        arrays = _read_arrays(path, shapes)
+        leaves, structure = jax.tree.flatten(like.optimizer)
+        assert len(leaves) == len(arrays[OPTIMIZER])
+        counters = {}
+        for name in _COUNTERS:
+            leaf = getattr(like, name)
+            counters[name] = jax.device_put(np.asarray(meta[name], leaf.dtype), _placement(leaf))
+        state = TrainState(
+            model=unflatten(like.model, arrays[MODEL]),
+            optimizer=structure.unflatten(arrays[OPTIMIZER][n] for n in shapes[OPTIMIZER]),
+            **counters,
+        )
+        self._newest = meta["step"]
+        return Restored(meta["step"], state, meta["data"])
+
+    def _finalize(self, step: int, texts: Mapping[str, str], needed: int) -> None:
+        try:
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                self._commit(step, texts)
+            self._newest = step
+        except Exception as error:
+            self._error = self._explained(error, step, needed)
+
+    def _commit(self, step: int, texts: Mapping[str, str]) -> None:
+        final = self.folder / _name(step)
+        partial = self.folder / f"{final.name}.partial"
+        for name, text in texts.items():
+            (partial / name).write_text(text, "utf-8")
+        write_manifest(partial)
+        _remove(final)  # a damaged one of this step: restore() fell back past it
+        partial.rename(final)
+        sync_directory(self.folder)
+        steps = checkpoint_steps(self.folder)
+        # What lies after this step was damaged when the run resumed before it.
+        past = [other for other in steps if other > step]
+        old = [other for other in steps if other <= step][: -self._keep]
+        for other in past + old:
+            _remove(self.folder / _name(other))
+
+    def _remove_leftovers(self) -> None:
+        """Remove what saves left that were killed, or failed; no writer may be at work."""
+        if jax.process_index() == 0:
+            for path in self.folder.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path)
+
+    def _explained(self, error: Exception, step: int, needed: int) -> Exception:
+        """A full disk in plain words; any other error as it is."""
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        words = ("No space left", "ENOSPC", "EDQUOT", "Disk quota", "EFBIG", "File too large")
+        if getattr(error, "errno", None) not in full and not any(w in str(error) for w in words):
+            return error
+        path = self.folder / _name(step)
+        free = shutil.disk_usage(self.folder).free
+        return OSError(
+            errno.ENOSPC,
+            f"checkpoint {path} could not be saved: it needs about {needed:,} bytes and {free:,} "
+            "are free; make room and start again, the checkpoints before it are whole",
+        )
+
+    def _join(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.join()
+            self._finalizer = None
+
+
+def optimizer_table(state: Any) -> Table:
+    """Leaves of an optimizer state by name, such as `mu.final_norm.weight`, in tree order.
+
+    A transformation's place in its chain is left out, so that adding one without state keeps names.
+    """
+    table = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        keys = (getattr(key, "name", getattr(key, "key", None)) for key in path)
+        name = ".".join(str(key) for key in keys if key is not None)
+        assert name not in table, f"two leaves of the optimizer state are called {name}"
+        table[name] = leaf
+    return table
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending, whole or not."""
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def newest_whole(folder: Path, *, parts: tuple[str, ...] = ("",)) -> Path | None:
+    """The newest checkpoint without a damaged file; warns of those passed over.
+
+    None where there is no checkpoint; raises ValueError where there are some and none is whole.
+    """
+    faults = []
+    for step in reversed(checkpoint_steps(folder)):
+        path = folder / _name(step)
+        fault = find_fault(path, parts)
+        if fault is None:
+            if faults:
+                _LOGGER.warning("falling back to checkpoint %s", path)
+            return path
+        _LOGGER.warning("checkpoint %s is damaged: %s", path, fault)
+        faults.append(fault)
+    if not faults:
+        return None
+    raise ValueError(
+        f"{folder} holds no whole checkpoint: {'; '.join(faults)}; restore the files, or remove "
+        "the folder to start from the first step"
+    )
+
+
+def saved_config(run_directory: str | Path) -> RunConfig | None:
+    """The configuration of the newest checkpoint whose configuration is whole; None without one."""
+    path = newest_whole(Path(run_directory) / FOLDER, parts=(CONFIG,))
+    return None if path is None else from_json((path / CONFIG).read_text("utf-8"))
+
+
+def load_parameters(
+    run_directory: str | Path, step: int | None = None
+) -> tuple[ModelConfig, Table]:
+    """A run's model configuration and its parameters by name, of one step or the newest whole one.
+
+    Raises ValueError when there is no such checkpoint or none is whole.
+    """
+    folder = Path(run_directory).absolute() / FOLDER
+    parts = (CONFIG, STATE, f"{ARRAYS}/{MODEL}/")
+    if step is None:
+        path = newest_whole(folder, parts=parts)
+    else:
+        path = folder / _name(step)
+        if fault := find_fault(path, parts):
+            raise ValueError(f"load_parameters: {fault}; choose one of {checkpoint_steps(folder)}")
+    if path is None:
+        raise ValueError(
+            f"load_parameters: {folder} holds no checkpoint; train for some steps first"
+        )
+    config = from_json((path / CONFIG).read_text("utf-8")).model
+    return config, _read_arrays(path, {MODEL: flatten(abstract_model(config))})[MODEL]
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint's name away first: one half removed must not look like one."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(f"{path.name}.removed")))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    meta = json.loads((path / STATE).read_text("utf-8"))
+    version = meta["format_version"]
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path / STATE}: format_version={version}, this code reads {FORMAT_VERSION}; "
+            "use the nemotron_jax that wrote it"
+        )
+    return meta
+
+
+def _read_arrays(path: Path, wanted: Mapping[str, Table]) -> dict[str, Table]:
+    """The tables of these names and shapes; raises ValueError naming what does not fit."""
+    stored = _read_state(path)["arrays"]
+    for part, table in wanted.items():
+        _check_fit(path / ARRAYS / part, stored[part], _describe(table))
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_placement(leaf))
+    items = {
+        part: ocp.args.StandardRestore({name: place(leaf) for name, leaf in table.items()})
+        for part, table in wanted.items()
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        return dict(reader.restore(path / ARRAYS, args=ocp.args.Composite(**items)).items())
+
+
+def _placement(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _describe(table: Table) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in table.items()}
+
+
+def _check_fit(folder: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    wrong = [
+        f"{name} is {stored.get(name, 'missing')}, needed is {wanted.get(name, 'nothing')}"
+        for name in sorted(stored.keys() | wanted.keys())
+        if stored.get(name) != wanted.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder} does not fit the model: {'; '.join(wrong[:5])}"
+            f"{' …' if len(wrong) > 5 else ''}; restore the run's configuration"
+        )

@@ -1,0 +1,262 @@
+"""The training loop: steps, reports, evaluations, checkpoints; it goes on where a run stopped."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import tensorboardX
+
+from nemotron_jax.config.convert import to_json
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import unflatten
+from nemotron_jax.sharding import on_one_device
+from nemotron_jax.training import metrics as metrics_files
+from nemotron_jax.training.checkpoint import (
+    CONFIG,
+    Checkpoints,
+    checkpoint_steps,
+    load_parameters,
+    saved_config,
+)
+from nemotron_jax.training.merge import merge, minus_sqrt_weights
+from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
+from nemotron_jax.training.plots import draw_loss
+from nemotron_jax.training.progress import Progress
+from nemotron_jax.training.resume import check_resumable
+from nemotron_jax.training.signals import StopSignal, sole_owner
+from nemotron_jax.training.state import TrainState, abstract_state, place_state
+from nemotron_jax.training.step import Metrics, batch_tokens, make_train_step
+from nemotron_jax.types import Batch
+
+Evaluator = Callable[[Nemotron], Mapping[str, float]]
+Sampler = Callable[[Nemotron], str]
+
+
+class Loader(Protocol):
+    """Batches of a run, whose position can be saved: data.loader.TrainLoader, or another."""
+
+    def __next__(self) -> Batch: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How far a run is, and what it has written down."""
+
+    step: int
+    finished: bool  # False where a signal stopped it
+    records: tuple[Record, ...]
+    model: Nemotron
+
+
+class TrainingStopped(FloatingPointError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def run(
+    config: RunConfig,
+    workdir: str | Path,
+    *,
+    data: Loader,
+    evaluators: Sequence[Evaluator] = (),
+    sampler: Sampler | None = None,
+) -> Outcome:
+    """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
+
+    `evaluators` give values of the model for the record of every evaluation, `sampler` a text. A
+    SIGTERM or SIGINT ends the run after the step, saved. A run stopped in any way and begun again
+    takes the same steps and leaves the same records as one that was never stopped. Raises
+    ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
+    checkpoint cannot be saved.
+    """
+    workdir = Path(workdir).absolute()
+    check_run(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sole_owner(workdir))
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.logging.keep_checkpoints))
+        state, step = _begin(config, checkpoints, data)
+        with atomic_writer(workdir / CONFIG) as out:
+            out.write(to_json(config).encode())
+        reporter = stack.enter_context(_Reporter(config, workdir, step, evaluators, sampler))
+        stop = stack.enter_context(StopSignal())
+        state, step = _train(
+            config, workdir, state, step, _Parts(data, checkpoints, reporter, stop)
+        )
+        checkpoints.wait()
+        finished = step >= config.training.steps
+        if finished:
+            reporter.merged(state.model)
+        return Outcome(step, finished, tuple(reporter.log.records), state.model)
+
+
+def check_run(config: RunConfig, workdir: str | Path) -> None:
+    """Raise ValueError when the directory's checkpoints are those of another run."""
+    saved = saved_config(workdir)
+    if saved is not None:
+        check_resumable(saved, config, str(workdir))
+
+
+def _begin(config: RunConfig, checkpoints: Checkpoints, data: Loader) -> tuple[TrainState, int]:
+    """The state to go on from and the steps it has behind it; `data` is brought to its place."""
+    restored = checkpoints.restore(abstract_state(config))
+    if restored is None:
+        return place_state(config), 0
+    data.restore(restored.data_position)
+    return restored.state, restored.step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What the steps of one session need beside the state."""
+
+    data: Loader
+    checkpoints: Checkpoints
+    reporter: "_Reporter"
+    stop: StopSignal
+
+
+def _train(
+    config: RunConfig, workdir: Path, state: TrainState, step: int, parts: _Parts
+) -> tuple[TrainState, int]:
+    steps, logging, reporter = config.training.steps, config.logging, parts.reporter
+    train_step = make_train_step(config)
+    files = _files(config, workdir)
+    first = step + 1
+    while step < steps and not parts.stop.requested:
+        state, metrics = train_step(state, next(parts.data))
+        step += 1
+        if step == first:
+            jax.block_until_ready(metrics)
+            reporter.speed.restart(step)  # the first step compiled
+        last = step == steps
+        evaluates = last or step % logging.evaluate_every == 0
+        saves = last or step % logging.checkpoint_every == 0
+        if evaluates or saves or step % logging.log_every == 0:
+            _check_finite(metrics, step, config)
+        if evaluates or step % logging.log_every == 0:
+            reporter.report(step, metrics, state.model, evaluates)
+        if saves:
+            # Its records first: after a kill they cannot be made again from a later checkpoint.
+            reporter.log.sync()
+            parts.checkpoints.save(state, parts.data.state(), files)
+        parts.checkpoints.check()
+    if parts.stop.requested:
+        reporter.progress.note(f"stopped after step {step}; saving")
+        parts.checkpoints.save(state, parts.data.state(), files)
+    return state, step
+
+
+def _check_finite(metrics: Metrics, step: int, config: RunConfig) -> None:
+    """Raise TrainingStopped after too many skipped steps in a row; waits for the step."""
+    skipped, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
+    if skipped >= limit:
+        raise TrainingStopped(
+            f"training stopped at step {step}: the last {skipped} steps had a non-finite loss or "
+            f"gradient (training.max_skipped_steps={limit}) and changed no parameter; lower "
+            "training.schedule.peak_learning_rate, or look at the data of these steps"
+        )
+
+
+def _files(config: RunConfig, workdir: Path) -> dict[str, str]:
+    files = {CONFIG: to_json(config)}
+    if (workdir / TOKENIZER).exists():
+        files[TOKENIZER] = (workdir / TOKENIZER).read_text("utf-8")
+    return files
+
+
+class _Reporter:
+    """Everything a session writes and shows."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: Path,
+        step: int,
+        evaluators: Sequence[Evaluator],
+        sampler: Sampler | None,
+    ) -> None:
+        self._config, self._workdir = config, workdir
+        self._evaluators, self._sampler = evaluators, sampler
+        self.log = MetricsLog(workdir / metrics_files.FILE_NAME, step)
+        self._samples = SamplesLog(workdir / metrics_files.SAMPLES_NAME, step)
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+        )
+        before = self.log.records[-1]["seconds"] if self.log.records else 0.0
+        self.speed = Speed(config, step, before)
+        self.progress = Progress(config.training.steps, step)
+        if step:
+            self.progress.note(f"resumed after step {step}")
+
+    def __enter__(self) -> "_Reporter":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.progress.close()
+        self.log.close()
+        self._board.close()
+
+    def report(self, step: int, metrics: Metrics, model: Nemotron, evaluates: bool) -> None:
+        """Write the record of a step, with evaluation, sample and plot where they are due."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        del values["skipped_in_a_row"]
+        record = {"step": step, "tokens": step * batch_tokens(self._config), **values}
+        record |= self.speed.read(step)
+        self.speed.pause()
+        if evaluates:
+            record |= self._evaluate(model)
+        self.log.append(record)
+        record = self.log.records[-1]
+        for name, value in record.items():
+            if name not in ("step", "tokens") and value is not None:
+                self._board.add_scalar(name, value, step)
+        self.progress.show(record)
+        if evaluates:
+            self._illustrate(step, model)
+        self.speed.resume()
+
+    def merged(self, model: Nemotron) -> None:
+        """Compare the merged newest checkpoints with the last one, where the config asks for it."""
+        window = self._config.logging.merge_window
+        steps = checkpoint_steps(self._workdir / "checkpoints")[-window:] if window else []
+        if len(steps) < 2 or not self._evaluators or "merged_steps" in self.log.records[-1]:
+            return
+        schedule = self._config.training.schedule
+        weights = minus_sqrt_weights(
+            steps, schedule.final_learning_rate / schedule.peak_learning_rate
+        )
+        tables = (load_parameters(self._workdir, step)[1] for step in steps)
+        values = self._evaluate(unflatten(model, merge(tables, weights)))
+        last = self.log.records[-1]
+        self.log.extend_last(
+            {"merged_steps": len(steps), **{f"merged_{name}": v for name, v in values.items()}}
+        )
+        self.progress.note(
+            f"merged the checkpoints of steps {', '.join(map(str, steps))}: "
+            + ", ".join(
+                f"{name} {value:.4f} (last: {last[name]:.4f})"
+                for name, value in values.items()
+                if value != last[name]
+            )
+        )
+
+    def _evaluate(self, model: Nemotron) -> dict[str, float]:
+        model = on_one_device(model)
+        return {k: v for evaluate in self._evaluators for k, v in evaluate(model).items()}
+
+    def _illustrate(self, step: int, model: Nemotron) -> None:
+        draw_loss(self.log.records, self._workdir)
+        if self._sampler is not None:
+            text = self._sampler(on_one_device(model))
+            self._samples.append(step, text)
+            self._board.add_text("sample", text, step)

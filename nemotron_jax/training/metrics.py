@@ -1,0 +1,187 @@
+"""What a run writes down: metrics.jsonl and samples.txt, each step once; speed and utilisation."""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.model.accounting import training_flops
+
+FILE_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples.txt"
+Record = dict[str, Any]
+
+# Dense bfloat16 FLOP/s of one device by the beginning of its kind, longest first; from the vendors'
+# data sheets (sparsity off).
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "TPU7": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+_SAMPLE_HEAD = re.compile(r"step (\d+)\n")
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object for each logged step, in order.
+
+    Opened at a step it drops what a killed run wrote after that step, and a half-written last line.
+    Numbers that are not finite are written as null.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.records = [record for record in _read_records(path) if record["step"] <= step]
+        self._rewrite()
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one step's record; it is with the operating system when this returns."""
+        self.records.append(_jsonable(record))
+        self._file.write(_line(self.records[-1]))
+        self._file.flush()
+
+    def extend_last(self, values: Mapping[str, Any]) -> None:
+        """Add values to the last record; the file is replaced as a whole."""
+        self.records[-1] |= _jsonable(values)
+        self._file.close()
+        self._rewrite()
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def sync(self) -> None:
+        """On disk: a checkpoint must not outlive the records of the steps before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rewrite(self) -> None:
+        with atomic_writer(self.path) as out:
+            out.write("".join(map(_line, self.records)).encode())
+
+
+class SamplesLog:
+    """samples.txt: blocks of text below a line `step N`, each step once, indented by two blanks."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+        kept = []
+        for line in text.splitlines(keepends=True):
+            head = _SAMPLE_HEAD.fullmatch(line)
+            if head and int(head[1]) > step:
+                break
+            kept.append(line)
+        with atomic_writer(path) as out:
+            out.write("".join(kept).encode())
+
+    def append(self, step: int, text: str) -> None:
+        # Only "\n" ends a line here, so that no sample can hold a line that looks like a heading.
+        lines = "".join(f"  {line}\n" for line in text.replace("\r", "").split("\n"))
+        with self.path.open("a", encoding="utf-8", newline="\n") as out:
+            out.write(f"step {step}\n{lines}")
+
+
+class Speed:
+    """Tokens per second and utilisation of the steps since the last reading.
+
+    What is not training (compiling, evaluating, sampling) is taken out by `pause` and `resume`.
+    """
+
+    def __init__(self, config: RunConfig, step: int, seconds: float = 0.0) -> None:
+        data, depths = config.data, config.training.mtp_depths
+        self._tokens = data.batch_size * data.sequence_length
+        flops = training_flops(config.model, data.sequence_length, mtp_depths=depths)
+        self._flops = flops.total
+        self._peak = peak_flops()
+        self._seconds = seconds  # of training since the run began
+        self._read_step, self._read_seconds = step, seconds
+        self._since: float | None = None
+
+    def resume(self) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock; without effect when it stands still."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def restart(self, step: int) -> None:
+        """Leave the steps up to `step` out of the next reading."""
+        self.pause()
+        self._read_step, self._read_seconds = step, self._seconds
+        self.resume()
+
+    def read(self, step: int) -> Record:
+        """`tokens_per_second`, `mfu` and `seconds` at a step; the first two null without a step."""
+        self.pause()
+        steps, seconds = step - self._read_step, self._seconds - self._read_seconds
+        self._read_step, self._read_seconds = step, self._seconds
+        self.resume()
+        rate = steps * self._tokens / seconds if steps > 0 and seconds > 0 else None
+        known = rate is not None and self._peak is not None
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._peak if known else None,
+            "seconds": self._seconds,
+        }
+
+
+def peak_flops() -> float | None:
+    """Dense bfloat16 FLOP/s of all devices together; None where the kind's peak is not known."""
+    devices = jax.devices()
+    for kind, peak in PEAK_FLOPS.items():
+        if devices[0].device_kind.startswith(kind):
+            return peak * len(devices)
+    return None
+
+
+def _read_records(path: Path) -> list[Record]:
+    """The records of a file up to its first line that is not whole."""
+    records: list[Record] = []
+    if not path.exists():
+        return records
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not (line.endswith(b"\n") and isinstance(record, dict) and "step" in record):
+            break
+        if records and record["step"] <= records[-1]["step"]:
+            break
+        records.append(record)
+    return records
+
+
+def _jsonable(values: Mapping[str, Any]) -> Record:
+    """Plain numbers under their names; float32 as the shortest decimal of that float32's value."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        value = float(value)
+        return value if math.isfinite(value) else None
+
+    return {name: plain(value) for name, value in values.items()}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"

@@ -1,0 +1,232 @@
+"""One case in nemotron_jax, float32, on the CPU.
+
+    python -m tests.benchmarks.ours JSON      (JSON: case, config, threads, execution)
+
+Prints one line of JSON. The kinds are the peer's, and `gemm` and `attention`: the rates of a
+large float32 product and of the attention that a prefill does, alone.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nemotron_jax import host
+from tests.benchmarks import measure
+from tests.benchmarks.cases import Case, case_from_json
+
+GEMM_WIDTH = 1024  # of the square product whose rate stands for the machine's
+
+
+def main() -> None:
+    """Measure the case of the command line."""
+    job = json.loads(sys.argv[1])
+    measure.use_threads(job["threads"])
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    case = case_from_json(job["case"])
+    execution = job.get("execution", {})
+    devices = int(execution.pop("devices", 1))
+    host.show_cpu_devices(devices)
+    host.keep_freed_memory()
+    print(json.dumps(run_case(case, job["config"], execution, devices)))
+
+
+def run_case(
+    case: Case, config_file: str, execution: dict[str, str], devices: int = 1
+) -> dict[str, Any]:
+    """Times, memory and versions of one case; `execution` holds fields of Execution."""
+    import flax
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from nemotron_jax.config.execution import Execution
+    from nemotron_jax.config.model import ModelConfig
+    from nemotron_jax.model.nemotron import Nemotron
+    from nemotron_jax.model.parameters import flatten
+
+    config = ModelConfig.from_hf(config_file)
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (case.batch, case.length))
+    versions = {"jax": jax.__version__, "flax": flax.__version__}
+    result: dict[str, Any] = {"versions": versions}
+    if case.kind in _PRIMITIVES:
+        run = _PRIMITIVES[case.kind](config, case, result)
+        return {**measure.repeat(case, run), **result}
+    model = jax.block_until_ready(Nemotron(config, rngs=nnx.Rngs(0)))
+    result["parameters"] = sum(leaf.size for leaf in flatten(model).values())
+    result["idle_mb"] = measure.resident_mb()
+    if case.kind == "train":
+        run = _train(model, tokens, (Execution(**execution), devices), result)
+    else:
+        run = {"prefill": _prefill, "decode": _decode}[case.kind](model, tokens, case, result)
+    return {**measure.repeat(case, run), **result}
+
+
+def _train(
+    model: Any, tokens: Any, way: tuple[Any, int], result: dict[str, Any]
+) -> Callable[[], measure.Duration]:
+    import jax
+    import jax.numpy as jnp
+
+    from nemotron_jax.config.run import (
+        DataConfig,
+        MeshConfig,
+        RunConfig,
+        ScheduleConfig,
+        TrainingConfig,
+    )
+    from nemotron_jax.sharding import make_mesh, replicated
+    from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
+    from nemotron_jax.training.state import TrainState
+    from nemotron_jax.training.step import make_train_step
+
+    batch, length = tokens.shape
+    execution, devices = way
+    schedule = ScheduleConfig(1e-4, 1e-4, 0, 0, total_tokens=10**9)
+    config = RunConfig(
+        model=model.config,
+        training=TrainingConfig(steps=10**6, schedule=schedule, mtp_depths=0),
+        data=DataConfig(sequence_length=length, batch_size=batch),
+        execution=execution,
+        mesh=MeshConfig(data=devices),
+    )
+    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
+    optimizer = make_optimizer(config.training.optimizer, model)
+    moments = optimizer.init(trained_parameters(model))
+    state = TrainState(model, moments, zero(), zero(), zero())
+    state = jax.device_put(state, replicated(make_mesh(config.mesh)))
+    rows = _whole_rows(tokens)
+    start = time.perf_counter()
+    step = make_train_step(config).lower(state, rows).compile()
+    result["compile_s"] = time.perf_counter() - start
+    result["compile_peak_mb"] = measure.peak_mb()
+    result["temporary_mb"] = step.memory_analysis().temp_size_in_bytes / 2**20
+    box = [state]
+    del state, model, moments  # the step takes the state's memory over
+
+    def run() -> None:
+        box[0], metrics = step(box[0], rows)
+        jax.block_until_ready(box[0])
+        result["loss"] = float(metrics["loss"])
+
+    return lambda: measure.timed(run)
+
+
+def _whole_rows(tokens: Any) -> Any:
+    """A batch of rows that are one document each; the last token has nothing to predict."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nemotron_jax.types import Batch
+
+    targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    weights = np.ones(tokens.shape, np.float32)
+    weights[:, -1] = 0
+    return Batch(
+        tokens=jnp.asarray(tokens, jnp.int32),
+        targets=jnp.asarray(targets[..., None], jnp.int32),
+        mtp_tokens=jnp.zeros((*tokens.shape, 0), jnp.int32),
+        segment_ids=jnp.ones(tokens.shape, jnp.int32),
+        weights=jnp.asarray(weights[..., None]),
+    )
+
+
+def _prefill(
+    model: Any, tokens: Any, case: Case, result: dict[str, Any]
+) -> Callable[[], measure.Duration]:
+    import jax
+
+    from nemotron_jax.decoding.generate import prefill
+
+    rows = tokens.tolist()
+
+    def run() -> None:
+        cache, _ = jax.block_until_ready(prefill(model, rows, extra=0))
+        result["state_bytes"] = _state_bytes(cache)
+
+    return lambda: measure.timed(run)
+
+
+def _decode(
+    model: Any, tokens: Any, case: Case, result: dict[str, Any]
+) -> Callable[[], measure.Duration]:
+    import jax
+    import jax.numpy as jnp
+
+    from nemotron_jax.decoding import generate
+    from nemotron_jax.decoding.sampling import Sampling
+
+    rows, sampling = tokens.tolist(), Sampling.create(0.0, 0, 1.0)
+    options = {"stops": jnp.array([-1], jnp.int32), "key": jax.random.key(0)}
+
+    def run() -> measure.Duration:
+        cache, logits = jax.block_until_ready(generate.prefill(model, rows, extra=case.new_tokens))
+        result["state_bytes"] = _state_bytes(cache)
+        decode = lambda: jax.block_until_ready(  # noqa: E731
+            generate._decode(
+                model,
+                cache,
+                logits,
+                sampling,
+                limit=case.new_tokens,
+                capacity=case.new_tokens,
+                **options,
+            )
+        )
+        return measure.timed(decode)
+
+    return run
+
+
+def _state_bytes(cache: Any) -> int:
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+
+
+def _gemm(config: Any, case: Case, result: dict[str, Any]) -> Callable[[], measure.Duration]:
+    import jax
+    import jax.numpy as jnp
+
+    matrix = jax.random.normal(jax.random.key(0), (GEMM_WIDTH, GEMM_WIDTH), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    result["flops"] = 2 * GEMM_WIDTH**3
+    return lambda: measure.timed(lambda: jax.block_until_ready(product(matrix, matrix)))
+
+
+def _attention(config: Any, case: Case, result: dict[str, Any]) -> Callable[[], measure.Duration]:
+    """All attention of one layer's prefill, chunk by chunk against a cache as `prefill` does it."""
+    import jax
+    import numpy as np
+
+    from nemotron_jax.decoding.generate import PREFILL_CHUNK
+    from nemotron_jax.model.accounting import forward_flops
+    from pallas_kernels import attention
+
+    sizes, length = config.attention, case.length
+    chunk = min(PREFILL_CHUNK, length)
+    shape = lambda tokens, heads: (case.batch, tokens, heads, sizes.head_dim)  # noqa: E731
+    normal = lambda key, shape: jax.random.normal(jax.random.key(key), shape)  # noqa: E731
+    q = normal(0, shape(chunk, sizes.num_heads))
+    k, v = (normal(key, shape(length, sizes.num_kv_heads)) for key in (1, 2))
+    attend = jax.jit(lambda q, k, v, at: attention(q, k, v, q_offset=at))
+    offsets = [np.full(case.batch, start, np.int32) for start in range(0, length, chunk)]
+    layers = config.pattern.count("*")
+    once = forward_flops(dataclasses.replace(config, pattern="*"), length).attention
+    result |= {"flops": case.batch * once * length // 2, "layers": layers}
+
+    def run() -> None:
+        for at in offsets:
+            jax.block_until_ready(attend(q, k, v, at))
+
+    return lambda: measure.timed(run)
+
+
+_PRIMITIVES = {"gemm": _gemm, "attention": _attention}
+
+
+if __name__ == "__main__":
+    main()

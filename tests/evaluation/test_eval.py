@@ -1,0 +1,76 @@
+"""eval.py from its arguments to its report, and what it says when they are wrong."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+from nemotron_jax.evaluation.perplexity import Perplexity
+
+ROOT = Path(__file__).parents[2]
+HUB = ROOT / "tests" / "golden" / "public" / "hybrid_moe_latent" / "checkpoint"
+
+
+def test_the_command_evaluates_a_run_by_its_own_configuration(
+    run_directory,
+    run_config,
+    corpus,
+    model,
+    tmp_path,
+) -> None:
+    path = evaluation.evaluate(run_directory, ["perplexity"], tmp_path / "report")
+    found = json.loads(path.read_text("utf-8"))["suites"]["perplexity"]
+    expected = Perplexity(corpus, run_config.data).run(model)
+    assert found["values"]["bits_per_byte"] == pytest.approx(expected.values["bits_per_byte"])
+    assert found["n"] == expected.n and found["wall_s"] > 0
+    assert not (tmp_path / "report" / "data").exists()
+
+
+def test_other_data_is_read_with_the_checkpoints_tokenizer(
+    run_directory,
+    single_source,
+    tmp_path,
+) -> None:
+    path = evaluation.evaluate(
+        run_directory, ["perplexity"], tmp_path / "report", config=single_source
+    )
+    rows = json.loads(path.read_text("utf-8"))["suites"]["perplexity"]["tables"][1]["rows"]
+    assert [row[0] for row in rows] == [single_source.data.sources[0]]
+    own = (run_directory / "tokenizer.json").read_text("utf-8")
+    assert (path.parent / "data" / "tokenizer.json").read_text("utf-8") == own
+
+
+def test_wrong_requests_are_refused_before_anything_is_written(
+    run_directory,
+    run_config,
+    tmp_path,
+) -> None:
+    output = tmp_path / "report"
+    with pytest.raises(ValueError, match="'perplexty'.*nearest is 'perplexity'"):
+        evaluation.evaluate(run_directory, ["perplexty"], output)
+    with pytest.raises(ValueError, match="'speed' is named twice"):
+        evaluation.evaluate(run_directory, ["speed", "speed"], output)
+    with pytest.raises(ValueError, match="none is named"):
+        evaluation.evaluate(run_directory, [], output)
+    with pytest.raises(ValueError, match="absent.*config.json"):
+        evaluation.evaluate(tmp_path / "absent", ["speed"], output)
+    with pytest.raises(ValueError, match="'perplexity'.*pass --config"):
+        evaluation.evaluate(HUB, ["perplexity"], output)
+    config = dataclasses.replace(run_config, seed=1)
+    with pytest.raises(ValueError, match="tokenizer.json does not exist"):
+        evaluation.evaluate(HUB, ["perplexity"], output, config=config)
+    assert not output.exists()
+
+
+def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "eval.py", "--checkpoint=nowhere", f"--output={tmp_path}"]
+    done = subprocess.run(
+        [*command, "--suites=perplexity,sped"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("eval.py: suite 'sped' does not exist; the nearest is 'speed'")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,49 @@
+"""The speed suite runs every kind of work, leaves the model alone and adds its numbers up."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nemotron_jax.evaluation import speed
+from nemotron_jax.model.nemotron import Nemotron
+
+
+@pytest.fixture(scope="module")
+def result(run_config):
+    """Of a model of one layer: what is compiled here is seven programs."""
+    data = dataclasses.replace(run_config.data, sequence_length=16, batch_size=2)
+    sizes = dataclasses.replace(run_config.model, pattern="*", moe=None)
+    config = dataclasses.replace(run_config, data=data)
+    model = Nemotron(sizes, rngs=nnx.Rngs(0))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(model)]
+    found = speed.Speed(config, repetitions=2, new_tokens=16).run(model)
+    for leaf, copy in zip(jax.tree.leaves(model), before, strict=True):
+        np.testing.assert_array_equal(leaf, copy)  # the step took a copy over, not the model
+    return found
+
+
+def test_every_kind_of_work_is_timed(result):
+    kinds = ("prefill", "decode_1_row", "decode_2_rows", "train")
+    for kind in kinds:
+        assert result.values[f"{kind}_tokens_per_second"] > 0
+        assert result.values[f"{kind}_compile_s"] >= 0
+    assert result.values["peak_memory_mb"] > 50
+    (table,) = result.tables
+    assert [row[0] for row in table.rows] == list(kinds)
+    for _, rows, length, best, median, _ in table.rows:
+        assert best >= median > 0
+        assert rows * length / best > 1e-4  # no work here takes less than a tenth of a millisecond
+
+
+def test_rates_are_tokens_over_seconds():
+    timing = speed.Timing(seconds=(0.5, 0.2, 0.4), compile_s=1.0, tokens=100)
+    assert timing.best == pytest.approx(500) and timing.median == pytest.approx(250)
+
+
+def test_a_model_without_mtp_is_timed_without_it(model, run_config):
+    config = speed._config_of(model, None)
+    assert config.model == model.config and config.training.mtp_depths == 0
+    assert speed._config_of(model, run_config).data == run_config.data

@@ -1,0 +1,48 @@
+"""The notebooks in examples/ run from their first cell to their last, and are stored without
+results."""
+
+import os
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# What makes a notebook short; a notebook reads those it knows.
+SHORT = {
+    "NEMOTRON_RUN": "absent",
+    "NEMOTRON_STEPS": "3",
+    "NEMOTRON_NEW_TOKENS": "8",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+}
+EXPECTED = {"generate": ("nats per token in 3 steps", "tokens/s", "fullest expert")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SHORT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    for expected in EXPECTED[path.stem]:
+        assert expected in printed
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_without_results_and_paths_of_a_machine(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    assert "/home/" not in path.read_text("utf-8") and str(ROOT) not in path.read_text("utf-8")
+
+
+def test_every_notebook_is_known() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(EXPECTED)

@@ -1,0 +1,150 @@
+"""What a run leaves in its directory."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from nemotron_jax.config.convert import from_json
+from nemotron_jax.model.accounting import training_flops
+from nemotron_jax.training import metrics
+from nemotron_jax.training.metrics import MetricsLog, Speed
+from nemotron_jax.training.plots import draw_loss
+from tests.training.runs import LENGTH, ROOT, ROWS, changed, small_run, train
+
+NAMES = {
+    "step",
+    "tokens",
+    "loss",
+    "mtp_loss",
+    "aux_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "mfu",
+    "expert_load_max",
+    "skipped",
+    "seconds",
+}
+HELD_OUT = {"held_out_loss", "bits_per_byte", "unigram_entropy", "gzip_bits_per_byte"}
+
+
+def test_every_logged_step_is_one_record(finished_run):
+    _, directory, outcome = finished_run
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records == list(outcome.records)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    for record in records:
+        evaluated = record["step"] in (6, 12)
+        assert record.keys() == NAMES | (HELD_OUT if evaluated else set())
+        assert record["tokens"] == record["step"] * ROWS * LENGTH
+        assert record["mfu"] is None  # a CPU's peak is not known
+    assert records[-1]["loss"] < records[0]["loss"]
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds)
+
+
+def test_records_come_at_their_steps(texts, tmp_path):
+    config = small_run(texts, log_every=5, evaluate_every=4)
+    records = train(config, tmp_path).records
+    assert [record["step"] for record in records] == [4, 5, 8, 10, 12]
+    assert [record["step"] for record in records if "held_out_loss" in record] == [4, 8, 12]
+
+
+def test_the_directory_holds_what_a_run_promises(finished_run):
+    config, directory, _ = finished_run
+    assert from_json((directory / "config.json").read_text()) == config
+    names = {path.name for path in directory.iterdir()}
+    assert {"metrics.jsonl", "tensorboard", "checkpoints", "tokenizer.json", "plots"} <= names
+    assert list((directory / "tensorboard").glob("events*"))
+    assert len(list((directory / "checkpoints").iterdir())) == config.logging.keep_checkpoints
+    assert (directory / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((directory / "plots/loss.json").read_text())
+    assert len(data["training loss"]) == 12 and len(data["held-out loss"]) == 2
+
+
+def test_a_plot_of_nothing_is_drawn_too(tmp_path):
+    assert draw_loss([], tmp_path).exists()
+    assert draw_loss([{"tokens": 3, "loss": None}], tmp_path).exists()
+
+
+def test_a_directory_has_one_owner(finished_run):
+    """Another process that trains there is told so, and a dead one is no owner."""
+    config, directory, _ = finished_run
+    code = (
+        "import sys, time, pathlib; from nemotron_jax.training.signals import sole_owner\n"
+        "with sole_owner(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(99)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(directory)], cwd=ROOT, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="being trained by another process"):
+            train(config, directory)
+        other.kill()
+    assert train(config, directory).finished
+
+
+def test_repairing_keeps_whole_lines_before_the_fault(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\xfe{"st\n{"step": 4}\n')
+    log = MetricsLog(path, 9)
+    log.append({"step": 3, "loss": float("inf"), "count": 2})
+    log.close()
+    lines = path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "loss": None, "count": 2},
+    ]
+
+
+def test_utilisation_is_flops_over_the_peak(texts, monkeypatch):
+    config = small_run(texts)
+    clock = iter([10.0, 12.0, 12.0, 20.0, 50.0, 51.0, 51.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics, "peak_flops", lambda: 1e9)
+    speed = Speed(config, 0)
+    speed.resume()
+    read = speed.read(4)
+    assert read["tokens_per_second"] == 4 * ROWS * LENGTH / 2
+    flops = training_flops(config.model, LENGTH, mtp_depths=2).total
+    assert read["mfu"] == pytest.approx(2 * ROWS * LENGTH * flops / 1e9)
+    speed.pause()  # at 20 s, and until 50 s the run evaluates
+    speed.resume()
+    assert speed.read(5)["seconds"] == 2 + 8 + 1
+
+
+def test_peaks_are_found_by_the_kind_of_device(monkeypatch):
+    class Device:
+        def __init__(self, kind):
+            self.device_kind = kind
+
+    for kind, peak in {
+        "TPU v5 lite": 197e12,
+        "TPU v5": 459e12,
+        "TPU v5p": 459e12,
+        "TPU7x": 2307e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H200": 989e12,
+        "cpu": None,
+    }.items():
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [Device(kind)] * 4)
+        assert metrics.peak_flops() == (None if peak is None else 4 * peak)
+
+
+def test_an_evaluator_and_a_sampler_see_the_model(texts, tmp_path):
+    seen = []
+
+    def sampler(model):
+        seen.append(float(model.embedding[...][0, 0]))
+        return f"sample {len(seen)}"
+
+    config = changed(small_run(texts), training={"steps": 6}, logging={"evaluate_every": 3})
+    outcome = train(config, tmp_path, sampler=sampler)
+    assert (tmp_path / "samples.txt").read_text() == "step 3\n  sample 1\nstep 6\n  sample 2\n"
+    assert seen[0] != seen[1] == float(outcome.model.embedding[...][0, 0])

@@ -1,0 +1,174 @@
+"""A run stopped and begun again is the run that was never stopped, bit for bit."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from nemotron_jax.model.parameters import flatten
+from nemotron_jax.training.checkpoint import checkpoint_steps
+from nemotron_jax.training.loop import TrainingStopped
+from nemotron_jax.training.resume import check_resumable
+from tests.training.runs import changed, comparable, small_run, train
+
+
+def assert_same_model(one, other):
+    ours, theirs = flatten(one), flatten(other)
+    assert ours.keys() == theirs.keys()
+    for name, leaf in ours.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(theirs[name]), name)
+
+
+def read_log(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_half_and_half_is_the_whole(finished_run, tmp_path):
+    config, _, whole = finished_run
+    half = train(changed(config, training={"steps": 6}), tmp_path)
+    assert half.step == 6 and half.finished
+    rest = train(config, tmp_path)
+    assert comparable(read_log(tmp_path)) == comparable(whole.records)
+    assert_same_model(rest.model, whole.model)
+
+
+class Interrupted:
+    """A loader that sends this process a signal when it hands out a step's batch."""
+
+    def __init__(self, loader, at):
+        self._loader, self._at = loader, at
+        self.state, self.restore = loader.state, loader.restore
+
+    def __next__(self):
+        batch = next(self._loader)
+        if self._loader.state()["step"] in self._at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+
+def test_sigterm_finishes_the_step_saves_and_goes_on_later(finished_run, tmp_path):
+    config, _, whole = finished_run
+    stopped = train(config, tmp_path, data=lambda loader: Interrupted(loader, {5}))
+    assert (stopped.step, stopped.finished) == (5, False)
+    assert checkpoint_steps(tmp_path / "checkpoints")[-1] == 5
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    rest = train(config, tmp_path)
+    assert rest.finished and comparable(read_log(tmp_path)) == comparable(whole.records)
+    assert_same_model(rest.model, whole.model)
+
+
+def test_records_and_samples_after_the_checkpoint_are_made_anew(finished_run, tmp_path):
+    config, _, whole = finished_run
+    sampler = lambda model: "a text\nstep 99\nwith a trap"
+    train(changed(config, training={"steps": 6}), tmp_path, sampler=sampler)
+    log, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.txt"
+    kept = samples.read_text()
+    assert kept == "step 6\n  a text\n  step 99\n  with a trap\n"
+    ahead = [dict(record, loss=0.0) for record in read_log(tmp_path)[-1:]]
+    for step in (7, 8):
+        log.open("a").write(json.dumps(ahead[0] | {"step": step}) + "\n")
+    log.open("a").write('{"step": 9, "lo')
+    samples.open("a").write("step 8\n  never kept\n")
+    train(config, tmp_path, sampler=sampler)
+    assert comparable(read_log(tmp_path)) == comparable(whole.records)
+    assert samples.read_text() == kept + kept.replace("step 6", "step 12")
+
+
+def test_a_finished_run_begun_again_changes_nothing(finished_run):
+    config, directory, whole = finished_run
+    before = (directory / "metrics.jsonl").read_bytes()
+    again = train(config, directory)
+    assert again.finished and again.step == 12
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    assert_same_model(again.model, whole.model)
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"seed": 3}, "seed=3, was 0"),
+        ({"model": {"width": 64}}, "model.width=64, was 32"),
+        ({"data": {"batch_size": 8}}, "data.batch_size=8, was 4"),
+        ({"training": {"aux_loss_scale": 0.5}}, "training.aux_loss_scale=0.5, was 0.0001"),
+        ({"execution": {"compute_dtype": "bfloat16"}}, "execution.compute_dtype='bfloat16'"),
+        ({"model": {"mtp": None}, "training": {"mtp_depths": 0}}, "training.mtp_depths=0, was 2"),
+    ],
+)
+def test_another_run_is_refused_by_the_names_of_its_fields(finished_run, parts, named):
+    config, directory, _ = finished_run
+    seed = parts.get("seed", 0)
+    nested = {name: fields for name, fields in parts.items() if name != "seed"}
+    other = dataclasses.replace(changed(config, **nested), seed=seed)
+    before = (directory / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=named) as error:
+        train(other, directory)
+    assert "start in a new directory" in str(error.value)
+    assert (directory / "config.json").read_bytes() == before
+
+
+def test_what_changes_no_mathematics_may_change(texts):
+    config = small_run(texts)
+    free = changed(
+        config,
+        training={"steps": 99, "micro_batches": 2, "loss_chunk": 32, "max_skipped_steps": 3},
+        logging={"log_every": 7, "keep_checkpoints": 9, "evaluate_rows": 2},
+        data={"prefetch": 1},
+        execution={"remat": "full", "layers": "unrolled", "kernels": "xla"},
+    )
+    check_resumable(config, free, "run")
+
+
+class Spoiled:
+    """A loader whose batches from some step on give no finite loss."""
+
+    def __init__(self, loader, steps):
+        self._loader, self._steps = loader, steps
+        self.state, self.restore = loader.state, loader.restore
+
+    def __next__(self):
+        batch = next(self._loader)
+        if self._loader.state()["step"] in self._steps:
+            spoil = np.full_like(batch.weights, np.nan)
+            return dataclasses.replace(batch, weights=spoil)
+        return batch
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(finished_run, tmp_path):
+    config, _, whole = finished_run
+    outcome = train(config, tmp_path, data=lambda loader: Spoiled(loader, {4, 5}))
+    skipped = [record["skipped"] for record in outcome.records]
+    assert skipped == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert outcome.records[3]["loss"] is None  # JSON has no NaN
+    assert comparable(outcome.records[:3]) == comparable(whole.records[:3])
+    assert all(np.isfinite(leaf).all() for leaf in flatten(outcome.model).values())
+
+
+def test_too_many_of_them_stop_the_run_and_keep_the_last_checkpoint(texts, tmp_path):
+    config = changed(small_run(texts, log_every=2), training={"max_skipped_steps": 3})
+    spoil = lambda loader: Spoiled(loader, set(range(4, 99)))
+    with pytest.raises(TrainingStopped, match="step 6: the last 3 steps.*peak_learning_rate"):
+        train(config, tmp_path, data=spoil)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [3]
+    assert train(config, tmp_path).finished
+
+
+def test_the_step_compiles_once(finished_run, tmp_path, monkeypatch):
+    from nemotron_jax.training import loop
+
+    steps = []
+    make = loop.make_train_step
+
+    def keep(config):
+        steps.append(make(config))
+        return steps[-1]
+
+    monkeypatch.setattr(loop, "make_train_step", keep)
+    config = finished_run[0]
+    train(changed(config, training={"steps": 3}), tmp_path)
+    train(changed(config, training={"steps": 6}), tmp_path)
+    assert [step._cache_size() for step in steps] == [1, 1]
+    jax.clear_caches()
