@@ -220,7 +220,8 @@ class RunConfig:
             "RunConfig",
             "data.batch_size",
             self.data.batch_size,
-            f"must be a multiple of training.micro_batches * mesh.data = {parts}",
+            f"must be a multiple of training.micro_batches={self.training.micro_batches} times "
+            f"mesh.data={self.mesh.data}",
         )
         require(
             self.training.mtp_depths == 0 or self.model.mtp is not None,

@@ -75,7 +75,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._join()
         self._writer.close()
-        self._remove_leftovers()
+        # After a failed write orbax may still be writing other arrays: what then stays behind is
+        # removed by the next run.
+        self._remove_leftovers(ignore_errors=True)
         if error is None:
             self.check()
 
@@ -177,12 +179,12 @@ class Checkpoints:
         for other in past + old:
             _remove(self.folder / _name(other))
 
-    def _remove_leftovers(self) -> None:
-        """Remove what saves left that were killed, or failed; no writer may be at work."""
+    def _remove_leftovers(self, ignore_errors: bool = False) -> None:
+        """Remove what saves left that were killed or failed."""
         if jax.process_index() == 0:
             for path in self.folder.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=ignore_errors)
 
     def _explained(self, error: Exception, step: int, needed: int) -> Exception:
         """A full disk in plain words; any other error as it is."""

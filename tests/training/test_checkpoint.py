@@ -274,9 +274,9 @@ def test_a_full_disk_is_one_error_and_older_checkpoints_stay(saved, abstract, ma
     assert "caught:" in result.stdout, result.stderr[-3000:]
     assert "step_00000012 could not be saved" in result.stdout
     assert "bytes" in result.stdout
+    assert_equal(restore(saved, abstract).state, make_state(9))
     names = sorted(path.name for path in (saved / "checkpoints").iterdir())
     assert names == ["step_00000003", "step_00000006", "step_00000009"]
-    assert_equal(restore(saved, abstract).state, make_state(9))
 
 
 def test_an_error_in_the_background_is_raised_by_the_next_call(
