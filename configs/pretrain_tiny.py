@@ -18,7 +18,7 @@ from nemotron_jax.config.run import (
     TrainingConfig,
 )
 
-STEPS, ROWS, TOKENS_PER_ROW = 360, 16, 256
+STEPS, ROWS, TOKENS_PER_ROW = 400, 8, 256
 STEP_TOKENS = ROWS * TOKENS_PER_ROW
 
 
@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     schedule = ScheduleConfig(
         peak_learning_rate=3e-3,
         final_learning_rate=3e-5,
-        warmup_tokens=30 * STEP_TOKENS,
-        decay_tokens=120 * STEP_TOKENS,
+        warmup_tokens=40 * STEP_TOKENS,
+        decay_tokens=140 * STEP_TOKENS,
         total_tokens=STEPS * STEP_TOKENS,
     )
     return to_config_dict(
@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
             training=TrainingConfig(steps=STEPS, schedule=schedule),
             data=DataConfig(sequence_length=TOKENS_PER_ROW, batch_size=ROWS),
             mesh=MeshConfig(data=2),
-            logging=LoggingConfig(evaluate_every=90, checkpoint_every=90),
+            logging=LoggingConfig(evaluate_every=100, checkpoint_every=100),
         )
     )
