@@ -1,8 +1,9 @@
 """The tiny model on the Python standard library's source text.
 
 Command:  python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny   (or `make train`)
-Hardware: a CPU; about five minutes on two cores.
-Expected: a loss plot in runs/tiny/plots/loss.png and samples of Python-like text.
+Hardware: a CPU; about six minutes on two cores, compilation included.
+Expected: held-out loss 5.02 nats a token, 1.62 below the entropy of single tokens; 2.00 bits a byte
+(gzip: 2.11); samples of Python-like text.
 """
 
 from ml_collections import ConfigDict

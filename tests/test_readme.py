@@ -40,6 +40,8 @@ def test_the_notebook_lines_run(tmp_path):
 def test_the_python_commands_run(tmp_path):
     for command in (c for c in COMMANDS if c.startswith("python")):
         words = shlex.split(re.sub(r"(runs/tiny|build/report)", rf"{tmp_path}/\1", command))
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "build" / "report" / "report.json").is_file()
