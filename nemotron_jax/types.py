@@ -24,8 +24,9 @@ class Batch:
     """One packed batch; every shift has been made by data/packing, nothing rolls on a device.
 
     `targets[..., 0]` is the next token and `targets[..., d]` the token d further on, which MTP
-    depth d predicts; `mtp_tokens[..., d - 1]` is the token d further on, which depth d embeds.
-    Where such a token would lie in another document or past the row, it is 0 and its weight is 0.
+    depth d predicts; `mtp_tokens[..., d - 1]` is the token d further on, which depth d embeds. They
+    reach past the row's end while the document goes on; where it does not, they are 0 and their
+    weight is 0.
     Segment ids count documents of a row from 1; 0 is padding, always at the row's end.
     """
 
