@@ -17,6 +17,7 @@ FLOORS = {
     "nemotron_jax.config": 1,
     "nemotron_jax.environments": 1,
     "pallas_kernels": 1,
+    "nemotron_jax.host": 1,
     "nemotron_jax.types": 1.5,  # what a layer is told holds an Execution
     "nemotron_jax.quant": 2,
     "nemotron_jax.sharding": 2,

@@ -13,7 +13,7 @@ from nemotron_jax.decoding.sampling import Sampling, sample
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
 
-PREFILL_CHUNK = 512  # tokens of one prefill call; memory of a long prompt is a chunk's
+PREFILL_CHUNK = 1024  # tokens of one prefill call; memory of a long prompt is a chunk's
 _SMALLEST_CHUNK = 16
 _NEW_TOKENS_STEP = 64  # buffers grow by this many tokens, so that few loops are ever compiled
 _STOPS_STEP = 8  # likewise for the table of stop tokens

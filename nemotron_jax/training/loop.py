@@ -31,7 +31,7 @@ from nemotron_jax.training.progress import Progress
 from nemotron_jax.training.resume import check_resumable
 from nemotron_jax.training.signals import StopSignal, sole_owner
 from nemotron_jax.training.state import TrainState, abstract_state, place_state
-from nemotron_jax.training.step import Metrics, batch_tokens, make_train_step
+from nemotron_jax.training.step import Metrics, batch_tokens, compile_train_step
 from nemotron_jax.types import Batch
 
 Evaluator = Callable[[Nemotron], Mapping[str, float]]
@@ -129,11 +129,14 @@ def _train(
     config: RunConfig, workdir: Path, state: TrainState, step: int, parts: _Parts
 ) -> tuple[TrainState, int]:
     steps, logging, reporter = config.training.steps, config.logging, parts.reporter
-    train_step = make_train_step(config)
+    train_step = None
     files = _files(config, workdir)
     first = step + 1
     while step < steps and not parts.stop.requested:
-        state, metrics = train_step(state, next(parts.data))
+        batch = next(parts.data)
+        if train_step is None:
+            train_step = compile_train_step(config, state, batch)
+        state, metrics = train_step(state, batch)
         step += 1
         if step == first:
             jax.block_until_ready(metrics)

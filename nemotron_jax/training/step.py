@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.host import give_back_freed_memory
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.sharding import make_mesh, sum_over_rows
@@ -24,6 +25,18 @@ Metrics = dict[str, Array]
 def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The compiled step of a run; it takes the state's memory over."""
     return jax.jit(lambda state, batch: train_step(state, batch, config), donate_argnums=0)
+
+
+def compile_train_step(
+    config: RunConfig, state: TrainState, batch: Batch
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The run's step, compiled for states and batches like these; it never compiles again.
+
+    Given anything of another shape or placement it raises.
+    """
+    step = make_train_step(config).lower(state, batch).compile()
+    give_back_freed_memory()  # the compiler's, before the step's own comes on top
+    return step
 
 
 def train_step(state: TrainState, batch: Batch, config: RunConfig) -> tuple[TrainState, Metrics]:

@@ -20,7 +20,7 @@ from pallas_kernels.attention.masks import Masks
 
 # Columns of a product, keys of a block without masks and keys of one with them; measured in
 # docs/performance.md. Longer rows have relatively less work at the diagonal.
-SHORT, LONG, LONG_KEYS = (512, 256, 64), (1024, 512, 128), 2048
+SHORT, LONG, LONG_KEYS = (512, 256, 64), (2048, 512, 256), 2048
 FEWEST_QUERIES = 16  # of a block, however many heads share a kv head
 LOWEST = -1e30  # below every score, and finite: LOWEST - LOWEST is 0 where -inf - -inf is NaN
 
@@ -242,7 +242,7 @@ def _plan(q: Array, k: Array, causal: bool) -> _Plan:
     _, tokens, heads, _ = q.shape
     keys, kv_heads = k.shape[1:3]
     groups = heads // kv_heads
-    columns, wide, narrow = LONG if tokens >= LONG_KEYS else SHORT
+    columns, wide, narrow = LONG if keys >= LONG_KEYS else SHORT
     block_q = min(tokens, max(FEWEST_QUERIES, columns // groups))
     return _Plan(
         block_q=block_q,

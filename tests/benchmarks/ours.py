@@ -81,7 +81,7 @@ def _train(
     from nemotron_jax.sharding import make_mesh, replicated
     from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
     from nemotron_jax.training.state import TrainState
-    from nemotron_jax.training.step import make_train_step
+    from nemotron_jax.training.step import compile_train_step
 
     batch, length = tokens.shape
     execution, devices = way
@@ -100,7 +100,7 @@ def _train(
     state = jax.device_put(state, replicated(make_mesh(config.mesh)))
     rows = _whole_rows(tokens)
     start = time.perf_counter()
-    step = make_train_step(config).lower(state, rows).compile()
+    step = compile_train_step(config, state, rows)
     result["compile_s"] = time.perf_counter() - start
     result["compile_peak_mb"] = measure.peak_mb()
     result["temporary_mb"] = step.memory_analysis().temp_size_in_bytes / 2**20

@@ -159,16 +159,17 @@ def test_too_many_of_them_stop_the_run_and_keep_the_last_checkpoint(texts, tmp_p
 def test_the_step_compiles_once(finished_run, tmp_path, monkeypatch):
     from nemotron_jax.training import loop
 
-    steps = []
-    make = loop.make_train_step
+    # A step compiled ahead raises where another shape or placement would compile again.
+    compiled = []
+    compile_step = loop.compile_train_step
 
-    def keep(config):
-        steps.append(make(config))
-        return steps[-1]
+    def count(config, state, batch):
+        compiled.append(compile_step(config, state, batch))
+        return compiled[-1]
 
-    monkeypatch.setattr(loop, "make_train_step", keep)
+    monkeypatch.setattr(loop, "compile_train_step", count)
     config = finished_run[0]
     train(changed(config, training={"steps": 3}), tmp_path)
     train(changed(config, training={"steps": 6}), tmp_path)
-    assert [step._cache_size() for step in steps] == [1, 1]
+    assert [type(step) for step in compiled] == [jax.stages.Compiled] * 2
     jax.clear_caches()
