@@ -6,15 +6,14 @@ for suites that read held-out text.
 
 import json
 import os
-import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from nemotron_jax import command_line
 from nemotron_jax.config.convert import from_config_dict, from_json
 from nemotron_jax.config.run import RunConfig
 
@@ -28,25 +27,14 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of sampling and of random inputs.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of the model's matrices.")
 
 
-def main(arguments: list[str]) -> int:
-    """The exit status: 0 evaluated, 1 failed, 2 asked for wrongly."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells of every file
-    try:
-        if len(arguments) > 1:
-            raise ValueError(f"eval.py: unknown arguments {arguments[1:]}; use --flag=value")
-        config = _CONFIG.value and from_config_dict(RunConfig, _CONFIG.value)
-        checkpoint, output = Path(_CHECKPOINT.value), Path(_OUTPUT.value)
-        options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value}
-        report = evaluate(checkpoint, _SUITES.value, output, **options)
-        print(f"report: {report.with_suffix('.md')}")
-        return 0
-    except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.is_relative_to(Path(__file__).parent) or "site-packages" in str(raised_in):
-            raise  # a fault of the program, not a sentence for its user
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+def main() -> int:
+    """Evaluate as the flags say; the exit status."""
+    config = _CONFIG.value and from_config_dict(RunConfig, _CONFIG.value)
+    checkpoint, output = Path(_CHECKPOINT.value), Path(_OUTPUT.value)
+    options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value}
+    report = evaluate(checkpoint, _SUITES.value, output, **options)
+    print(f"report: {report.with_suffix('.md')}")
+    return 0
 
 
 def evaluate(
@@ -112,4 +100,4 @@ def _use_compilation_cache() -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["checkpoint", "suites", "output"])
-    app.run(main)
+    command_line.run("eval.py", main)

@@ -2,14 +2,12 @@
 
 import contextlib
 import os
-import sys
-import traceback
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from nemotron_jax import host
+from nemotron_jax import command_line, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import RunConfig
 
@@ -17,21 +15,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of co
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run in it goes on.")
 
 
-def main(arguments: list[str]) -> int:
-    """The exit status: 0 trained or stopped by a signal, 1 failed, 2 asked for wrongly."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells forty lines of each checkpoint
-    try:
-        if len(arguments) > 1:
-            raise ValueError(f"train.py: unknown arguments {arguments[1:]}; use --config.a.b=value")
-        config = from_config_dict(RunConfig, _CONFIG.value)
-        return train(config, Path(_WORKDIR.value))
-    except (ValueError, OSError, FloatingPointError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.is_relative_to(Path(__file__).parent) or "site-packages" in str(raised_in):
-            raise  # a fault of the program, not a sentence for its user
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+def main() -> int:
+    """Train as the flags say; the exit status."""
+    return train(from_config_dict(RunConfig, _CONFIG.value), Path(_WORKDIR.value))
 
 
 def train(config: RunConfig, workdir: Path) -> int:
@@ -88,4 +74,4 @@ def _compilation_cache() -> Path:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command_line.run("train.py", main)

@@ -244,5 +244,5 @@ def _import_parquet(source: str, name: str) -> ModuleType:
     except ImportError:
         raise ValueError(
             f"data source {source!r}: reading {name} needs pyarrow; install it "
-            "(pip install pyarrow) or convert the file to .jsonl"
+            "(pip install 'nemotron-jax[parquet]') or convert the file to .jsonl"
         ) from None

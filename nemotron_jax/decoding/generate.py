@@ -108,6 +108,8 @@ def prefill(
         cache, hidden = _prefill_chunk(
             model, cache, padded[:, start : start + chunk], valid, hidden
         )
+        # A CPU gives every call in flight temporaries of its own.
+        jax.block_until_ready(hidden)
     return cache, model.logits(hidden)
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.ours JSON      (JSON: case, config, threads, execution)
 
-Prints one line of JSON. The kinds are the peer's, and `gemm` and `attention`: the rates of a
-large float32 product and of the attention that a prefill does, alone.
+Prints one line of JSON. The kinds are the peer's, and `gemm`, `attention` and `rest`: the rates of
+a large float32 product and of the attention that a prefill does, alone, and the prefill of the
+model without its attention layers.
 """
 
 import dataclasses
@@ -49,6 +50,8 @@ def run_case(
     from nemotron_jax.model.parameters import flatten
 
     config = ModelConfig.from_hf(config_file)
+    if case.kind == "rest":
+        config = dataclasses.replace(config, pattern=config.pattern.replace("*", ""))
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, (case.batch, case.length))
     versions = {"jax": jax.__version__, "flax": flax.__version__}
     result: dict[str, Any] = {"versions": versions}
@@ -61,7 +64,8 @@ def run_case(
     if case.kind == "train":
         run = _train(model, tokens, (Execution(**execution), devices), result)
     else:
-        run = {"prefill": _prefill, "decode": _decode}[case.kind](model, tokens, case, result)
+        kinds = {"prefill": _prefill, "rest": _prefill, "decode": _decode}
+        run = kinds[case.kind](model, tokens, case, result)
     return {**measure.repeat(case, run), **result}
 
 

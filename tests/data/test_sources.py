@@ -6,7 +6,9 @@ import importlib
 import json
 import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from nemotron_jax.data.sources import EXCLUDED_FOLDERS, collect, manifest_of
 
@@ -90,8 +92,6 @@ def test_parquet_without_pyarrow_names_the_way_out(tmp_path, monkeypatch):
 
 
 def test_parquet_rows_are_documents(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", "zwei", "三"], "id": [1, 2, 3]})
     parquet.write_table(table, tmp_path / "x.parquet")
     documents = collect(f"hf:{tmp_path}").documents
