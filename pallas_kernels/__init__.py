@@ -1,5 +1,6 @@
 """Kernels on plain arrays: ops with a definition, an XLA form and Pallas forms."""
 
+from pallas_kernels import nvfp4
 from pallas_kernels.attention.op import attention
 from pallas_kernels.causal_conv1d.op import causal_conv1d
 from pallas_kernels.grouped_matmul.op import grouped_matmul, grouped_mlp, grouped_outer
@@ -20,6 +21,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_mlp",
     "grouped_outer",
+    "nvfp4",
     "sort_by_expert",
     "ssd_scan",
     "ssd_state",

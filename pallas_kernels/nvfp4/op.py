@@ -1,0 +1,210 @@
+"""NVFP4 quantisation: contract, checks, padding, random numbers.
+
+An element is one of 16 codes (E2M1); a block of 16 shares a float8 scale (E4M3), and the tensor one
+float32 scale, its largest magnitude / 2688. Nothing here has a derivative: what trains through a
+quantiser passes gradients on unchanged and says so where it does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels import dispatch
+from pallas_kernels.nvfp4 import random, reference, xla
+
+BLOCKS = ((1, 16), (16, 1), (16, 16))
+MXFP8_BLOCKS = ((1, 32), (32, 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix in NVFP4: two codes a byte, the even column's in the low four bits."""
+
+    codes: UInt8[Array, "R C/2"]
+    scales: Array  # float8_e4m3fn [R/r, C/c], one for each block of (r, c)
+    amax: Float[Array, ""]
+    block: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # without its padding
+
+
+def _reference_round_trip(x, block, random, amax):
+    codes, scales, _ = reference.quantize(x, block, random, amax)
+    return reference.dequantize(codes, scales, 2688, block)
+
+
+QUANTIZE = {
+    "reference": dispatch.Implementation(lambda *a: reference.quantize(*a)[:2]),
+    "xla": dispatch.Implementation(xla.quantize),
+}
+ROUND_TRIP = {
+    "reference": dispatch.Implementation(_reference_round_trip),
+    "xla": dispatch.Implementation(xla.round_trip),
+}
+HADAMARD = {
+    "reference": dispatch.Implementation(reference.hadamard),
+    "xla": dispatch.Implementation(xla.hadamard),
+}
+MXFP8 = {
+    "reference": dispatch.Implementation(reference.quantize_mxfp8),
+    "xla": dispatch.Implementation(xla.quantize_mxfp8),
+}
+
+
+def quantize(
+    x: Float[Array, "R C"],
+    *,
+    block: tuple[int, int] = (1, 16),
+    rounding: str = "nearest",
+    key: Array | None = None,
+    pad: bool = False,
+    implementation: str | None = None,
+) -> Quantized:
+    """x as codes and scales, with TransformerEngine's arithmetic, bit for bit.
+
+    `rounding` is nearest (ties to even) or stochastic: up with the probability of the part of the
+    way that is gone, from 24 random bits of `key` (jax.random.key, or two words uint32 [2]). A NaN
+    makes its block and the tensor's amax NaN; an infinity saturates. `pad` fills the last blocks up
+    with zeros. Raises ValueError for another block or rounding, a missing key, sizes that are no
+    multiple of the block, and an implementation that cannot run.
+    """
+    _check_options("quantize", x, block, BLOCKS, rounding, key)
+    shape = x.shape
+    if pad:
+        x = jnp.pad(x, [(0, -size % step) for size, step in zip(x.shape, (block[0], 16))])
+    _check_sizes("quantize", x, block)
+    if x.shape[1] % 2:
+        raise ValueError(f"quantize: C={x.shape[1]} is odd, and two columns make a byte; pad it")
+    numbers = _uniform(key, jnp.arange(x.shape[0]), x) if rounding == "stochastic" else None
+    amax = jnp.max(jnp.abs(x)).astype(jnp.float32)
+    names = dispatch.choose("quantize", QUANTIZE, implementation, x)
+    bound = _bound(QUANTIZE, block, numbers)
+    codes, scales = dispatch.run(bound, names, "forward", x, amax)
+    return Quantized(pack(codes), scales, amax, block, shape)
+
+
+def dequantize(q: Quantized) -> Float[Array, "R C"]:
+    """The float32 matrix that codes and scales stand for."""
+    scale = xla.spread(q.scales.astype(jnp.float32), q.block)
+    value = xla.values(unpack(q.codes)) * scale * (q.amax / 2688)
+    return value[: q.shape[0], : q.shape[1]]
+
+
+def round_trip(
+    x: Float[Array, "R C"],
+    *,
+    block: tuple[int, int],
+    rounding: str = "nearest",
+    words: Array | None = None,
+    rows: Int[Array, "R"] | None = None,
+    amax: Array | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "R C"]:
+    """`dequantize(quantize(x)) / (amax / 2688)` in float32, without making the codes.
+
+    Every element is an E2M1 number times its block's scale, exact in bfloat16, so a product of two
+    such matrices in bfloat16 with float32 sums is NVFP4's own; the two factors amax / 2688 belong
+    to the result. `amax` is the tensor's (x's own by default), or one for each row of blocks
+    [R/r, 1] where several tensors lie one after another. `rows` are the numbers by which rows draw
+    their random bits, 0, 1, … by default. Raises ValueError as `quantize` does.
+    """
+    _check_options("round_trip", x, block, BLOCKS, rounding, words)
+    _check_sizes("round_trip", x, block)
+    numbers = None
+    if rounding == "stochastic":
+        numbers = _uniform(words, jnp.arange(x.shape[0]) if rows is None else rows, x)
+    amax = jnp.max(jnp.abs(x)).astype(jnp.float32) if amax is None else amax
+    names = dispatch.choose("round_trip", ROUND_TRIP, implementation, x)
+    return dispatch.run(_bound(ROUND_TRIP, block, numbers), names, "forward", x, amax)
+
+
+def hadamard(x: Float[Array, "R C"], *, implementation: str | None = None) -> Array:
+    """bfloat16 [C, R]: xᵀ with each 16 consecutive elements of a row transformed.
+
+    The transform is orthogonal, a fixed sign for each of the 16 and then Sylvester's matrix / 4; x
+    is rounded to bfloat16 before and the result after it. It cancels where both operands of a
+    product over R have it. Raises ValueError if R is no multiple of 16.
+    """
+    dispatch.expect_shape("hadamard", {}, x=(x, "R C"))
+    _check_sizes("hadamard", x, (16, 1))
+    names = dispatch.choose("hadamard", HADAMARD, implementation, x)
+    return dispatch.run(HADAMARD, names, "forward", x)
+
+
+def hadamard_rows(x: Float[Array, "R C"]) -> Float[Array, "R C"]:
+    """`hadamard(x).T` without turning anything over: rows are mixed in blocks of 16."""
+    _check_sizes("hadamard_rows", x, (16, 1))
+    return xla.hadamard_rows(x)
+
+
+def quantize_mxfp8(
+    x: Float[Array, "R C"], *, implementation: str | None = None
+) -> tuple[Array, UInt8[Array, "R C/32"]]:
+    """float8_e4m3fn values and the biased exponents (E8M0) of blocks of 32 along C.
+
+    The exponent is rounded up, so nothing saturates. Raises ValueError if C is no multiple of 32.
+    """
+    dispatch.expect_shape("quantize_mxfp8", {}, x=(x, "R C"))
+    _check_sizes("quantize_mxfp8", x, (1, 32))
+    names = dispatch.choose("quantize_mxfp8", MXFP8, implementation, x)
+    return dispatch.run(MXFP8, names, "forward", x)
+
+
+def round_trip_mxfp8(x: Float[Array, "R C"], *, block: tuple[int, int]) -> Float[Array, "R C"]:
+    """What MXFP8 in blocks of (1, 32) or (32, 1) leaves of x, exact in bfloat16; float32."""
+    _check_options("round_trip_mxfp8", x, block, MXFP8_BLOCKS, "nearest", None)
+    _check_sizes("round_trip_mxfp8", x, block)
+    return xla.round_trip_mxfp8(x, block)
+
+
+def pack(codes: UInt8[Array, "R C"]) -> UInt8[Array, "R C/2"]:
+    """Two codes a byte, the even column's in the low four bits."""
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack(packed: UInt8[Array, "R C/2"]) -> UInt8[Array, "R C"]:
+    """The codes that `pack` put together."""
+    pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)
+
+
+def _bound(implementations: Any, block: tuple[int, int], numbers: Array | None) -> Any:
+    """The implementations as functions of x and amax alone."""
+
+    def bind(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, amax: forward(x, block, numbers, amax)
+
+    return {
+        name: dataclasses.replace(entry, forward=bind(entry.forward))
+        for name, entry in implementations.items()
+    }
+
+
+def _uniform(key: Array, rows: Array, x: Array) -> Float[Array, "R C"]:
+    return random.uniform(random.key_words(key), rows, x.shape[1])
+
+
+def _check_options(
+    op: str, x: Array, block: tuple[int, int], blocks: Any, rounding: str, key: Array | None
+) -> None:
+    dispatch.expect_shape(op, {}, x=(x, "R C"))
+    if block not in blocks:
+        raise ValueError(f"{op}: block={block} is not one of {', '.join(map(str, blocks))}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{op}: rounding={rounding!r} is neither 'nearest' nor 'stochastic'")
+    if rounding == "stochastic" and key is None:
+        raise ValueError(f"{op}: rounding='stochastic' draws random bits; pass a key")
+
+
+def _check_sizes(op: str, x: Array, block: tuple[int, int]) -> None:
+    for letter, size, step in zip("RC", x.shape, block, strict=True):
+        if size % step or not size:
+            raise ValueError(
+                f"{op}: {letter}={size} is no multiple of the block's {step}; pad x with zeros"
+                + (", or pass pad=True" if op == "quantize" else "")
+            )
