@@ -48,6 +48,7 @@ def _exit_status(program: str, main: Callable[[], int]) -> int:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if not raised_in.is_relative_to(_ROOT) or "site-packages" in str(raised_in):
             raise  # a fault of the program, not a sentence for its user
+        sys.stdout.flush()  # so that the sentence is the last thing to be read
         print(f"{program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
 

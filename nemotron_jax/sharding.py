@@ -54,6 +54,21 @@ def sum_over_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any
     return run
 
 
+def max_over_devices(value: jax.Array) -> jax.Array:
+    """The largest of all devices' values inside `sum_over_rows`; the value itself elsewhere."""
+    return jax.lax.pmax(value, DATA) if _splits_rows() else value
+
+
+def first_row(rows: int) -> jax.Array | int:
+    """The number that this device's first of `rows` rows has among all devices' rows."""
+    return jax.lax.axis_index(DATA) * rows if _splits_rows() else 0
+
+
+def _splits_rows() -> bool:
+    """Whether the function being traced sees one device's rows only."""
+    return DATA in jax.sharding.get_abstract_mesh().manual_axes
+
+
 def on_one_device(tree: Any) -> Any:
     """The first device's copy of replicated arrays, for loops of one device; copies nothing."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)

@@ -7,13 +7,15 @@ E experts, R experts per token, L latent, F expert hidden; Z prediction targets 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt32
 
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.precision import HIGH
 
 Array = jax.Array
 
@@ -59,12 +61,18 @@ class Context:
     lengths: Int[Array, "B"] | None = None  # valid tokens of each row; None means all
     offset: Int[Array, "B"] | None = None  # tokens already in the cache
     every_state: bool = False  # keep the recurrent state after each token
-    key: Array | None = None  # for stochastic rounding
+    words: UInt32[Array, "2"] | None = None  # random words of this layer, for stochastic rounding
+    first_token: Int[Array, ""] | int = 0  # the number of the first token here among all devices'
+    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of roles not high
 
     @property
     def implementation(self) -> str | None:
         """Kernel name for pallas_kernels; None follows the target platform."""
         return None if self.execution.kernels == "auto" else self.execution.kernels
+
+    def format(self, role: str) -> str:
+        """The number format of the weight matmul with this role in this layer."""
+        return self.formats.get(role, HIGH)
 
     def valid(self, num_tokens: int) -> Array | None:
         """bool [B, T]: which tokens are not padding; None when all are."""

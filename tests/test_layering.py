@@ -20,7 +20,7 @@ FLOORS = {
     "nemotron_jax.host": 1,
     "nemotron_jax.types": 1.5,  # what a layer is told holds an Execution
     "nemotron_jax.quant": 2,
-    "nemotron_jax.sharding": 2,
+    "nemotron_jax.sharding": 1.8,  # quantisers take maxima over devices
     "nemotron_jax.layers": 3,
     "nemotron_jax.data": 3,
     "nemotron_jax.model": 4,

@@ -3,6 +3,7 @@
 import dataclasses
 
 from nemotron_jax.config.model import require
+from nemotron_jax.config.precision import PrecisionConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 REMAT = ("none", "full", "mixers")
@@ -20,7 +21,8 @@ class Execution:
     `compute_dtype`: `auto` computes in the dtype of the model's matrices. `layers`: `scan` compiles
     one unit, `unrolled` each of them; with a cache layers are always unrolled. `kernels`: `auto`
     follows the target platform. `aux_loss`: the sequence balance loss takes each row as one
-    sequence (as published), or each document.
+    sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
+    low-precision format.
     """
 
     compute_dtype: str = "auto"
@@ -28,6 +30,7 @@ class Execution:
     layers: str = "scan"
     kernels: str = "auto"
     aux_loss: str = "rows"
+    precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self) -> None:
         for field, allowed in (

@@ -44,7 +44,8 @@ class Experts(nnx.Module):
         """Mixed expert outputs and how many tokens each expert got; tokens that are not valid get
         zeros."""
         up, down = self.up[...], self.down[...]
-        order = sort_by_expert(index, up.shape[0], valid)
+        align = quant.row_alignment(context)
+        order = sort_by_expert(index, up.shape[0], valid, align=align)
         rows = gather_rows(x, order)
-        rows = quant.expert_mlp(rows, up, down, order.group_sizes, context=context)
-        return combine_rows(rows, weights, order).astype(x.dtype), order.group_sizes
+        rows = quant.expert_mlp(rows, up, down, order, context=context)
+        return combine_rows(rows, weights, order).astype(x.dtype), order.load

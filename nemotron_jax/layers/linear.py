@@ -1,5 +1,7 @@
 """A matrix, stored input-first, and its optional bias."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -31,7 +33,24 @@ class Linear(nnx.Module):
         self, x: Float[Array, "... In"], context: Context, out_dtype: jnp.dtype | None = None
     ) -> Float[Array, "... Out"]:
         y = quant.dot(x, self.weight[...], role=self.role, context=context, out_dtype=out_dtype)
+        return self._biased(y)
+
+    def _biased(self, y: Float[Array, "... Out"]) -> Float[Array, "... Out"]:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def project_together(
+    linears: Sequence[Linear],
+    x: Float[Array, "... In"],
+    context: Context,
+    out_dtypes: Sequence[jnp.dtype | None],
+) -> list[Float[Array, "... _"]]:
+    """What several projections of one role make of `x`, each in its dtype."""
+    weights = [linear.weight[...] for linear in linears]
+    products = quant.dot_together(
+        x, weights, role=linears[0].role, context=context, out_dtypes=out_dtypes
+    )
+    return [linear._biased(y) for linear, y in zip(linears, products, strict=True)]
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> Array:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.model import MambaConfig
-from nemotron_jax.layers.linear import Linear
+from nemotron_jax.layers.linear import Linear, project_together
 from nemotron_jax.layers.norm import GatedGroupNorm
 from nemotron_jax.types import Context
 from pallas_kernels import causal_conv1d, ssd_scan, ssd_step
@@ -113,20 +113,23 @@ class Mamba2(nnx.Module):
         context: Context,
     ) -> tuple[Float[Array, "B T D"], MambaState | None, None]:
         tails = (None,) * 3 if state is None else (state.x_tail, state.b_tail, state.c_tail)
-        x, x_tail = self.x_conv(self.x(u, context), segments, tails[0], context)
-        b, b_tail = self.b_conv(self.b(u, context), segments, tails[1], context)
-        c, c_tail = self.c_conv(self.c(u, context), segments, tails[2], context)
+        # In the order of the published in_proj, which a quantiser sees as one matrix.
+        z, x, b, c, dt = project_together(
+            (self.z, self.x, self.b, self.c, self.dt), u, context, (None,) * 4 + (jnp.float32,)
+        )
+        x, x_tail = self.x_conv(x, segments, tails[0], context)
+        b, b_tail = self.b_conv(b, segments, tails[1], context)
+        c, c_tail = self.c_conv(c, segments, tails[2], context)
         y, ssm = self._scan(
-            (x, self._step_size(u, context), b, c),
+            (x, self._step_size(dt), b, c),
             segments,
             None if state is None else state.ssm,
             context,
         )
-        y = self.out(self.norm(y, self.z(u, context)), context)
+        y = self.out(self.norm(y, z), context)
         return y, None if state is None else MambaState(ssm, x_tail, b_tail, c_tail), None
 
-    def _step_size(self, u: Array, context: Context) -> Float[Array, "B T M"]:
-        raw = self.dt(u, context, out_dtype=jnp.float32)
+    def _step_size(self, raw: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         dt = jax.nn.softplus(raw + self.dt_bias[...])
         low, high = self.config.time_step_limit
         return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)

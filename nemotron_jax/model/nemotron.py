@@ -1,6 +1,7 @@
 """The model: one pure function for training, prefill, decoding and verification."""
 
 import copy
+import dataclasses
 import functools
 
 import jax
@@ -16,7 +17,9 @@ from nemotron_jax.model.block import make_stack
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.mtp import MTPBlock
 from nemotron_jax.model.stack import Stacks, run_stack, split_layers
+from nemotron_jax.sharding import first_row
 from nemotron_jax.types import Context, Origin, Output
+from pallas_kernels import nvfp4
 
 
 class Nemotron(nnx.Module):
@@ -63,7 +66,8 @@ class Nemotron(nnx.Module):
         `segment_ids` packs documents into a row (each change starts one; 0 is padding at the row's
         end); `lengths` marks padding otherwise: padded tokens change no state and no router load. A
         cache's rows are one document each, so it excludes `segment_ids`; it must have room for all
-        T tokens of the call, padding included.
+        T tokens of the call, padding included. `key` (jax.random.key, or two words uint32 [2])
+        feeds stochastic rounding, which the training recipes in `execution.precision` need.
         """
         _check_call(self, cache, segment_ids, lengths)
         return _forward(
@@ -197,7 +201,8 @@ def _forward(
     execution: Execution,
 ) -> Output:
     lengths = _valid_lengths(segment_ids, lengths)
-    context = model._context(cache, lengths, execution, every_state=every_state, key=key)
+    context = model._context(cache, lengths, execution, every_state=every_state)
+    context = dataclasses.replace(context, **_random_bits(key, tokens))
     x = model.embedding[...][tokens].astype(context.dtype)
     states = None if cache is None else cache.layers
     x, states, metrics = run_stack(x, model.config, model._stacks(), segment_ids, states, context)
@@ -239,6 +244,14 @@ def _mtp_step(
         router_load=jnp.stack(loads) if loads else jnp.zeros((0, experts)),
         aux_loss=sum((report.aux_loss for report in metrics), jnp.zeros(())),
     )
+
+
+def _random_bits(key: Array | None, tokens: Array) -> dict[str, Array | int]:
+    """What a context holds for stochastic rounding: random words, and where the tokens stand."""
+    if key is None:
+        return {}
+    batch, length = tokens.shape
+    return {"words": nvfp4.key_words(key), "first_token": first_row(batch) * length}
 
 
 def _valid_lengths(segment_ids: Array | None, lengths: Array | None) -> Array | None:

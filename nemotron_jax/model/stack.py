@@ -1,6 +1,7 @@
 """The layer stack: parameters stacked by kind, run as a scan over units or layer by layer."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -14,27 +15,42 @@ from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.latent_moe import RouterMetrics
 from nemotron_jax.model.block import Block
 from nemotron_jax.types import Context
+from pallas_kernels import nvfp4
 
 Stacks = dict[str, Block | nnx.List | None]  # by pattern letter
 
 
 @dataclasses.dataclass(frozen=True)
 class UnitTable:
-    """Which blocks each unit `M? *? (E|-)?` of a pattern holds: by letter, the place in its stack
-    or -1."""
+    """Which blocks each unit `M? *? (E|-)?` of a pattern holds, by letter: the place in its stack
+    and the layer, or -1."""
 
     index: dict[str, np.ndarray]
+    layer: dict[str, np.ndarray]
 
     @classmethod
     def parse(cls, pattern: str) -> "UnitTable":
         units = re.findall(r"M?\*?[E-]?", pattern)[:-1]  # the last match is empty
         index = {letter: np.full(len(units), -1, np.int32) for letter in BLOCK_KINDS}
+        layer = {letter: np.full(len(units), -1, np.int32) for letter in BLOCK_KINDS}
         count = dict.fromkeys(BLOCK_KINDS, 0)
         for number, unit in enumerate(units):
             for letter in unit:
+                layer[letter][number] = sum(count.values())
                 index[letter][number] = count[letter]
                 count[letter] += 1
-        return cls(index)
+        return cls(index, layer)
+
+    def runs(self, boundary: int) -> list[slice]:
+        """The longest runs of units in which each kind of block lies on one side of a layer."""
+        cuts, sides = [0], {}
+        for unit in range(len(self.layer["M"])):
+            here = {k: v[unit] >= boundary for k, v in self.layer.items() if v[unit] >= 0}
+            if any(sides.get(letter, side) != side for letter, side in here.items()):
+                cuts.append(unit)
+                sides = {}
+            sides |= here
+        return [slice(*pair) for pair in itertools.pairwise([*cuts, len(self.layer["M"])])]
 
 
 def run_stack(
@@ -82,8 +98,9 @@ def _run_layers(
         stack, number = stacks[letter], count[letter]
         block = stack[number] if isinstance(stack, nnx.List) else _take(stack, number)
         count[letter] += 1
+        inner = _of_layer(context, config, layer, layer)
         run = _rematerialised(
-            lambda x, state, block=block: block(x, segments, state, context), context
+            lambda x, state, block=block, inner=inner: block(x, segments, state, inner), context
         )
         x, state, report = run(x, None if states is None else states[layer])
         new_states.append(state)
@@ -96,45 +113,76 @@ def _run_layers(
 def _scan_units(
     x: Array, config: ModelConfig, stacks: Stacks, segments: Array | None, context: Context
 ) -> tuple[Array, RouterMetrics]:
-    table = UnitTable.parse(config.pattern).index
+    """One scan for each run of units with the same formats, over indices into the whole stacks."""
+    table = UnitTable.parse(config.pattern)
+    boundary = config.num_layers - context.execution.precision.num_last_layers_high
+    metrics = []
+    for run in table.runs(boundary if context.execution.precision.emulated else config.num_layers):
+        units = UnitTable(*({k: v[run] for k, v in t.items()} for t in (table.index, table.layer)))
+        run_unit = _unit(units, config, stacks, segments, context)
+        xs = jax.tree.map(jnp.asarray, (units.index, units.layer))
+        x, found = jax.lax.scan(run_unit, x, xs)
+        moe_units = np.flatnonzero(units.index["E"] >= 0)
+        metrics.append(jax.tree.map(lambda a, keep=moe_units: a[keep], found))
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *metrics)
+
+
+def _unit(
+    units: UnitTable, config: ModelConfig, stacks: Stacks, segments: Array | None, context: Context
+) -> Callable[[Array, tuple], tuple[Array, RouterMetrics]]:
+    """The body of one run's scan."""
     whole_unit = context.execution.remat == "full"
 
-    def run_block(letter: str, x: Array, number: Array) -> tuple[Array, RouterMetrics | None]:
-        def run(x: Array, number: Array) -> tuple[Array, RouterMetrics | None]:
-            y, _, report = _take(stacks[letter], number)(x, segments, None, context)
+    def run_block(letter: str, x: Array, place: tuple) -> tuple[Array, RouterMetrics | None]:
+        first = int(units.layer[letter].max())  # any layer of the run: their formats are the same
+
+        def run(x: Array, place: tuple) -> tuple[Array, RouterMetrics | None]:
+            number, layer = place
+            inner = _of_layer(context, config, first, layer)
+            y, _, report = _take(stacks[letter], number)(x, segments, None, inner)
             return y, report
 
-        return run(x, number) if whole_unit else _rematerialised(run, context)(x, number)
+        return run(x, place) if whole_unit else _rematerialised(run, context)(x, place)
 
-    def run_unit(x: Array, numbers: dict[str, Array]) -> tuple[Array, RouterMetrics | None]:
+    def run_unit(x: Array, places: tuple) -> tuple[Array, RouterMetrics | None]:
+        numbers, layers = places
         report = _no_metrics(config)
-        for letter, places in table.items():
-            if np.all(places < 0):
+        for letter, index in units.index.items():
+            if np.all(index < 0):
                 continue
             empty = report if letter == "E" else None
             x, found = _run_if_present(
-                np.all(places >= 0),
-                lambda x, n, letter=letter: run_block(letter, x, n),
-                lambda x, n, empty=empty: (x, empty),
+                np.all(index >= 0),
+                lambda x, place, letter=letter: run_block(letter, x, place),
+                lambda x, place, empty=empty: (x, empty),
                 x,
-                numbers[letter],
+                (numbers[letter], layers[letter]),
             )
             report = report if found is None else found
         return x, report
 
-    if whole_unit:
-        run_unit = jax.checkpoint(run_unit, prevent_cse=False)
-    x, metrics = jax.lax.scan(run_unit, x, {k: jnp.asarray(v) for k, v in table.items()})
-    moe_units = np.flatnonzero(table["E"] >= 0)
-    return x, jax.tree.map(lambda a: a[moe_units], metrics)
+    return jax.checkpoint(run_unit, prevent_cse=False) if whole_unit else run_unit
+
+
+def _of_layer(context: Context, config: ModelConfig, like: int, layer: int | Array) -> Context:
+    """The context of one layer: its number formats, which are those of layer `like`, and its own
+    random words."""
+    precision = context.execution.precision
+    if not precision.emulated:
+        return context
+    formats = {
+        role: precision.format_of(role, like, config.num_layers) for role in precision.formats
+    }
+    words = None if context.words is None else nvfp4.fold(context.words, layer)
+    return dataclasses.replace(context, formats=formats, words=words)
 
 
 def _run_if_present(
-    always: bool, run: Callable, skip: Callable, x: Array, number: Array
+    always: bool, run: Callable, skip: Callable, x: Array, place: tuple
 ) -> tuple[Array, RouterMetrics | None]:
     if always:
-        return run(x, number)
-    return jax.lax.cond(number >= 0, run, skip, x, number)
+        return run(x, place)
+    return jax.lax.cond(place[0] >= 0, run, skip, x, place)
 
 
 def _rematerialised(run: Callable, context: Context) -> Callable:

@@ -34,14 +34,16 @@ def pretrain_loss(
     *,
     valid_tokens: Float[Array, "Z"],
     share: float = 1.0,
+    key: Array | None = None,
 ) -> tuple[Float[Array, ""], LossReport]:
     """Next-token loss + MTP losses + sequence balance loss, as Nemotron 3 Super was pre-trained.
 
     `valid_tokens` are the weights of the whole batch by prediction distance; a micro-batch's losses
-    then add up to the batch's. `share` is the micro-batch's part of the batch's rows. Source:
-    nemotron3_super report; Megatron-LM process_mtp_loss for the MTP weights.
+    then add up to the batch's. `share` is the micro-batch's part of the batch's rows; `key` is for
+    stochastic rounding. Source: nemotron3_super report; Megatron-LM process_mtp_loss for the MTP
+    weights.
     """
-    output = model(batch.tokens, segment_ids=batch.segment_ids, execution=execution)
+    output = model(batch.tokens, segment_ids=batch.segment_ids, key=key, execution=execution)
     nll = functools.partial(_mean_nll, model, config=config, execution=execution)
     loss = nll(output.hidden, batch, 0, valid_tokens)
     aux_loss, hidden, mtp_loss = output.aux_loss, output.hidden, jnp.zeros(())

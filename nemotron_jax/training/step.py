@@ -18,6 +18,7 @@ from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
 from nemotron_jax.training.schedule import learning_rate
 from nemotron_jax.training.state import TrainState
 from nemotron_jax.types import Batch
+from pallas_kernels import nvfp4
 
 Metrics = dict[str, Array]
 
@@ -43,7 +44,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig) -> tuple[Trai
     """The next state and the step's metrics; a step with a non-finite loss or gradient changes no
     parameter."""
     training = config.training
-    gradients, report = _gradients(state.model, batch, config)
+    gradients, report = _gradients(state, batch, config)
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(report.loss)
 
@@ -80,14 +81,14 @@ def batch_tokens(config: RunConfig) -> int:
 
 
 def _gradients(
-    model: Nemotron, batch: Batch, config: RunConfig
+    state: TrainState, batch: Batch, config: RunConfig
 ) -> tuple[dict[str, Array], LossReport]:
     """float32 gradients of the trained parameters and the losses, summed over devices and
     micro-batches."""
     count = config.training.micro_batches
     share = 1 / (count * config.mesh.data)
 
-    def part(rows: Batch, model: Nemotron, valid_tokens: Array) -> tuple[dict, LossReport]:
+    def part(rows: Batch, key: Array, model: Nemotron, valid_tokens: Array) -> tuple:
         gradient = jax.grad(pretrain_loss, has_aux=True)
         model_gradient, report = gradient(
             model,
@@ -96,24 +97,29 @@ def _gradients(
             config.execution,
             valid_tokens=valid_tokens,
             share=share,
+            key=key,
         )
         return trained_parameters(model_gradient), report
 
-    def local(rows: Batch, model: Nemotron, valid_tokens: Array) -> tuple[dict, LossReport]:
+    def local(rows: Batch, key: Array, model: Nemotron, valid_tokens: Array) -> tuple:
         if count == 1:
-            return part(rows, model, valid_tokens)
+            return part(rows, key, model, valid_tokens)
         split = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), rows)
-        first = jax.tree.map(lambda a: a[0], split)
-        shapes = jax.eval_shape(part, first, model, valid_tokens)
+        keys = jnp.stack([nvfp4.fold(key, number) for number in range(count)])
+        first = jax.tree.map(lambda a: a[0], (split, keys))
+        shapes = jax.eval_shape(part, *first, model, valid_tokens)
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         add = lambda total, micro: (
-            jax.tree.map(jnp.add, total, part(micro, model, valid_tokens)),
+            jax.tree.map(jnp.add, total, part(*micro, model, valid_tokens)),
             None,
         )
-        return jax.lax.scan(add, start, split)[0]
+        return jax.lax.scan(add, start, (split, keys))[0]
 
     valid_tokens = jnp.sum(batch.weights, axis=(0, 1))
-    return sum_over_rows(local, make_mesh(config.mesh))(batch, model, valid_tokens)
+    # A function of seed and step alone: a resumed run rounds as the one that was never stopped.
+    key = jnp.stack([jnp.uint32(config.seed), state.step.astype(jnp.uint32)])
+    summed = sum_over_rows(local, make_mesh(config.mesh))
+    return summed(batch, nvfp4.fold(key, 0), state.model, valid_tokens)
 
 
 def _balanced_biases(model: Nemotron, report: LossReport, rate: float) -> dict[str, Array]:

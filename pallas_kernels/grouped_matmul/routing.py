@@ -1,7 +1,7 @@
 """Order of routed rows: tokens sorted by expert and combined back, by gathers alone.
 
 Each token has R entries, one for each of its experts; an entry becomes a row of the sorted order.
-Both directions and both derivatives read through a permutation or its inverse, so nothing is
+Both directions and both derivatives read through a permutation or its inverse, so no value is
 scattered and sums have one order: results are deterministic.
 """
 
@@ -18,11 +18,16 @@ LARGEST_KEY = np.iinfo(np.int32).max  # expert and entry share one word up to he
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ExpertOrder:
-    """Entries sorted by expert, those of one expert by token; entries without one come last."""
+    """Entries sorted by expert, those of one expert by token; entries without one come last.
+
+    Where groups are aligned, each is filled up with rows that hold no entry and are zeros.
+    """
 
     row_entry: Int[Array, "rows"]  # the entry (token * R + choice) that each row holds
-    entry_row: Int[Array, "tokens R"]  # its inverse: the row of each entry
-    group_sizes: Int[Array, "E"]  # rows of each expert; rows past their sum have none
+    holds: Bool[Array, "rows"]  # whether a row holds an entry that has an expert; others are zeros
+    entry_row: Int[Array, "tokens R"]  # the row of each entry
+    group_sizes: Int[Array, "E"]  # rows of each expert, filling included; past their sum are none
+    load: Int[Array, "E"]  # entries of each expert
 
     @property
     def row_token(self) -> Int[Array, "rows"]:
@@ -30,20 +35,23 @@ class ExpertOrder:
         return self.row_entry // self.entry_row.shape[1]
 
     @property
-    def routed_rows(self) -> Int[Array, ""]:
-        """How many rows have an expert; the rest, at the end, are zeros."""
-        return jnp.sum(self.group_sizes)
+    def routed(self) -> Bool[Array, "tokens R"]:
+        """Which entries have an expert."""
+        return self.entry_row < jnp.sum(self.group_sizes)
 
 
 def sort_by_expert(
     expert_index: Int[Array, "tokens R"],
     num_experts: int,
     valid: Bool[Array, "tokens"] | None = None,
+    *,
+    align: int = 1,
 ) -> ExpertOrder:
     """The order in which each expert's rows are consecutive.
 
     An entry has no expert, and no row in any group, if its index lies outside 0 .. num_experts - 1
-    (an expert of another device) or its token is not `valid` (padding). The sort is stable.
+    (an expert of another device) or its token is not `valid` (padding). The sort is stable. Groups
+    are filled up to multiples of `align` rows, so there are up to align - 1 more for each expert.
     """
     tokens, choices = expert_index.shape
     rows = tokens * choices
@@ -57,16 +65,40 @@ def sort_by_expert(
         row_entry = jnp.sort(key * rows + entry) % rows
     else:
         row_entry = jax.lax.sort((key, entry), num_keys=1, is_stable=True)[1]
+    load = jnp.zeros(num_experts + 1, jnp.int32).at[key].add(1)[:num_experts]
+    if align > 1:
+        return _aligned(row_entry, key, load, align, expert_index.shape)
     entry_row = jnp.zeros(rows, jnp.int32).at[row_entry].set(entry, unique_indices=True)
-    group_sizes = jnp.zeros(num_experts + 1, jnp.int32).at[key].add(1)[:num_experts]
-    return ExpertOrder(row_entry, entry_row.reshape(tokens, choices), group_sizes)
+    holds = entry < jnp.sum(load)
+    return ExpertOrder(row_entry, holds, entry_row.reshape(tokens, choices), load, load)
+
+
+def _aligned(
+    sorted_entry: Int[Array, "n"],
+    key: Int[Array, "n"],
+    load: Int[Array, "E"],
+    align: int,
+    shape: tuple[int, int],
+) -> ExpertOrder:
+    """The order with every group moved down to a multiple of `align` rows."""
+    count, num_experts = sorted_entry.shape[0], load.shape[0]
+    sizes = -(-load // align) * align
+    ends = jnp.cumsum(sizes)
+    shift = jnp.append(ends - sizes - (jnp.cumsum(load) - load), ends[-1] - jnp.sum(load))
+    place = jnp.arange(count, dtype=jnp.int32) + _take(shift, _take(key, sorted_entry))
+    rows = count + min(num_experts, count) * (align - 1)
+    rows += -rows % align
+    place = place.astype(jnp.int32)
+    row_entry = jnp.zeros(rows, jnp.int32).at[place].set(sorted_entry, unique_indices=True)
+    holds = jnp.zeros(rows, bool).at[place].set(place < ends[-1], unique_indices=True)
+    entry_row = jnp.zeros(count, jnp.int32).at[sorted_entry].set(place, unique_indices=True)
+    return ExpertOrder(row_entry, holds, entry_row.reshape(shape), sizes.astype(jnp.int32), load)
 
 
 @jax.custom_vjp
 def gather_rows(x: Float[Array, "tokens L"], order: ExpertOrder) -> Float[Array, "rows L"]:
     """Each row's token, in expert order; zeros for rows without an expert."""
-    row = jnp.arange(order.row_entry.shape[0], dtype=jnp.int32)
-    return jnp.where((row < order.routed_rows)[:, None], _take(x, order.row_token), 0)
+    return jnp.where(order.holds[:, None], _take(x, order.row_token), 0)
 
 
 def _gather_rows_forward(x, order):
@@ -92,7 +124,7 @@ def combine_rows(
     total = jnp.zeros((), jnp.float32)
     for choice in range(weights.shape[1]):
         entry = order.entry_row[:, choice]
-        weight = jnp.where(entry < order.routed_rows, weights[:, choice].astype(jnp.float32), 0)
+        weight = jnp.where(order.routed[:, choice], weights[:, choice].astype(jnp.float32), 0)
         total += _take(rows, entry).astype(jnp.float32) * weight[:, None]
     return total.astype(rows.dtype)
 
@@ -103,9 +135,9 @@ def _combine_rows_forward(rows, weights, order):
 
 def _combine_rows_backward(residuals, dout):
     rows, weights, order = residuals
-    routed = order.entry_row < order.routed_rows
-    weights_f32 = jnp.where(routed, weights.astype(jnp.float32), 0)
-    row_weight = _take(weights_f32.reshape(-1), order.row_entry)
+    routed = order.routed
+    weights_f32 = weights.astype(jnp.float32).reshape(-1)
+    row_weight = jnp.where(order.holds, _take(weights_f32, order.row_entry), 0)
     drows = _take(dout, order.row_token).astype(jnp.float32) * row_weight[:, None]
     products = [
         jnp.sum(_take(rows, order.entry_row[:, choice]) * dout.astype(jnp.float32), axis=1)

@@ -1,0 +1,153 @@
+"""The precision recipe as data: which weight matmul of which layer runs in which number format."""
+
+import dataclasses
+
+from nemotron_jax.config.model import require
+
+ROLES = (
+    "mamba_in",
+    "mamba_out",
+    "attention_q",
+    "attention_k",
+    "attention_v",
+    "attention_out",
+    "latent_down",
+    "latent_up",
+    "expert_up",
+    "expert_down",
+    "shared_up",
+    "shared_down",
+    "mlp_up",
+    "mlp_down",
+)
+HIGH, MXFP8, NVFP4 = "high", "mxfp8", "nvfp4"
+FORMATS = (HIGH, MXFP8, NVFP4)
+ROUNDINGS = ("nearest", "stochastic")
+WEIGHT_BLOCKS = ("16x16", "1x16")
+AMAX = ("global", "local")
+
+
+@dataclasses.dataclass(frozen=True)
+class NVFP4Config:
+    """How NVFP4 matmuls treat their operands; the defaults are the published recipe.
+
+    Gradients are quantised twice, for the gradient of the input and of the weight, each with random
+    numbers of its own. `hadamard` transforms both operands of the weight gradient along the tokens.
+    `amax` is the whole tensor's, or that of each device's rows: local ones save a collective, and
+    make the codes depend on the mesh.
+    """
+
+    gradient_rounding: str = "stochastic"
+    activation_rounding: str = "nearest"
+    weight_block: str = "16x16"
+    hadamard: bool = True
+    amax: str = "global"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("gradient_rounding", ROUNDINGS),
+            ("activation_rounding", ROUNDINGS),
+            ("weight_block", WEIGHT_BLOCKS),
+            ("amax", AMAX),
+        ):
+            value = getattr(self, field)
+            require(
+                value in allowed,
+                "NVFP4Config",
+                field,
+                value,
+                f"must be one of {', '.join(allowed)}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """Roles in NVFP4 and in MXFP8; all others, the MTP block and the last layers stay high.
+
+    High is the compute dtype. From step `switch_step` on (0: never) the `switch_roles` (none named:
+    all NVFP4 roles) run in `switch_format`.
+    """
+
+    nvfp4_roles: tuple[str, ...] = ()
+    mxfp8_roles: tuple[str, ...] = ()
+    num_last_layers_high: int = 0
+    nvfp4: NVFP4Config = NVFP4Config()
+    switch_step: int = 0
+    switch_format: str = HIGH
+    switch_roles: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("nvfp4_roles", "mxfp8_roles", "switch_roles"):
+            for role in getattr(self, field):
+                known = f"is no weight matmul; choose of {', '.join(ROLES)}"
+                require(role in ROLES, "PrecisionConfig", field, role, known)
+        twice = set(self.nvfp4_roles) & set(self.mxfp8_roles)
+        require(
+            not twice,
+            "PrecisionConfig",
+            "mxfp8_roles",
+            self.mxfp8_roles,
+            f"{', '.join(sorted(twice))} cannot be in nvfp4_roles too",
+        )
+        for field in ("num_last_layers_high", "switch_step"):
+            value = getattr(self, field)
+            require(value >= 0, "PrecisionConfig", field, value, "must not be negative")
+        require(
+            self.switch_format in (HIGH, MXFP8),
+            "PrecisionConfig",
+            "switch_format",
+            self.switch_format,
+            f"must be {HIGH} or {MXFP8}",
+        )
+
+    @property
+    def emulated(self) -> bool:
+        """Whether any matmul is quantised."""
+        return bool(self.nvfp4_roles or self.mxfp8_roles)
+
+    def format_of(self, role: str, layer: int, num_layers: int) -> str:
+        """The format of one matmul of the backbone's layer, counted from 0."""
+        if layer >= num_layers - self.num_last_layers_high:
+            return HIGH
+        return self.formats.get(role, HIGH)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of each role that is not high, outside the last layers."""
+        return {role: MXFP8 for role in self.mxfp8_roles} | {
+            role: NVFP4 for role in self.nvfp4_roles
+        }
+
+    def at_step(self, step: int) -> "PrecisionConfig":
+        """The recipe in force at a step: without a switch, before it or after it."""
+        settled = {"switch_step": 0, "switch_format": HIGH, "switch_roles": ()}
+        if not self.switch_step or step < self.switch_step:
+            return dataclasses.replace(self, **settled)
+        moved = set(self.switch_roles or self.nvfp4_roles)
+        formats = {**self.formats, **{role: self.switch_format for role in moved}}
+        named = lambda wanted: tuple(role for role in ROLES if formats.get(role) == wanted)
+        return dataclasses.replace(
+            self, nvfp4_roles=named(NVFP4), mxfp8_roles=named(MXFP8), **settled
+        )
+
+
+def nemotron3_nvfp4(num_last_layers_high: int) -> PrecisionConfig:
+    """NVIDIA's recipe: Mamba input projections and all MLPs in NVFP4, Mamba outputs in MXFP8.
+
+    Attention, latent projections, MTP, embeddings and head stay high, and so do the last 15 % of
+    the layers: 14 of Super's 88, 8 of Nano's 52. Source: Megatron-Bridge, nemotron_3_super recipe
+    `bf16_with_nvfp4_mixed`; numerics of arXiv:2509.25149.
+    """
+    return PrecisionConfig(
+        nvfp4_roles=(
+            "mamba_in",
+            "expert_up",
+            "expert_down",
+            "shared_up",
+            "shared_down",
+            "mlp_up",
+            "mlp_down",
+        ),
+        mxfp8_roles=("mamba_out",),
+        num_last_layers_high=num_last_layers_high,
+    )

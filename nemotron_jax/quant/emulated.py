@@ -1,0 +1,197 @@
+"""Products in an emulated low-precision format: operands quantised, sums in float32.
+
+Gradients pass the quantisers unchanged: a product's backward pass is two more products, of operands
+quantised anew from the high-precision values as the recipe says.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.config.precision import NVFP4Config
+from nemotron_jax.quant import operands
+from nemotron_jax.quant.operands import (
+    DGRAD,
+    FPROP,
+    GRADIENT,
+    INPUT,
+    WEIGHT,
+    WGRAD,
+    Draw,
+    Groups,
+    alignment,
+    stream,
+    treatments,
+)
+from pallas_kernels import grouped_matmul, grouped_outer
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a product does, but for its arrays; a static argument."""
+
+    role: str
+    format: str
+    options: NVFP4Config
+    out_dtype: jnp.dtype
+    implementation: str | None = None
+
+    @property
+    def step(self) -> int:
+        """Rows and columns that the format's blocks take at a time."""
+        return alignment(self.format)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dot(
+    spec: Spec,
+    x: Float[Array, "rows In"],
+    weight: Float[Array, "In Out"],
+    words: Array,
+    rows: Int[Array, "rows"],
+) -> Float[Array, "rows Out"]:
+    """`x @ weight`; `words` and `rows` place its random bits."""
+    dtype = x.dtype
+    draw = _draw(spec, words, rows, FPROP, INPUT)
+    left, scale = _operand(spec, x, FPROP, INPUT, draw)
+    right, weight_scale = _operand(spec, weight, FPROP, WEIGHT)
+    y = _contract(left, right, (1, 0), dtype) * (scale * weight_scale)
+    return y[: x.shape[0], : weight.shape[1]].astype(spec.out_dtype)
+
+
+def _dot_forward(spec, x, weight, words, rows):
+    return dot(spec, x, weight, words, rows), (x, weight, words, rows)
+
+
+def _dot_backward(spec, residuals, dy):
+    x, weight, words, rows = residuals
+    left, scale = _operand(spec, dy, DGRAD, GRADIENT, _draw(spec, words, rows, DGRAD, GRADIENT))
+    right, weight_scale = _operand(spec, weight, DGRAD, WEIGHT)
+    dx = _contract(left, right, (1, 1), x.dtype) * (scale * weight_scale)
+    left, scale = _operand(spec, x, WGRAD, INPUT, _draw(spec, words, rows, WGRAD, INPUT))
+    draw = _draw(spec, words, rows, WGRAD, GRADIENT)
+    right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw)
+    dweight = _contract(left, right, (0, 0), x.dtype) * (scale * gradient_scale)
+    cut = lambda a, like: a[: like.shape[0], : like.shape[1]].astype(like.dtype)
+    return cut(dx, x), cut(dweight, weight), None, None
+
+
+dot.defvjp(_dot_forward, _dot_backward)
+
+
+def grouped_dot(
+    spec: Spec,
+    x: Float[Array, "rows In"],
+    weight: Float[Array, "E In Out"],
+    group_sizes: Int[Array, "E"],
+    words: Array,
+    rows: Int[Array, "rows"],
+) -> Float[Array, "rows Out"]:
+    """Each row times its expert's matrix; every expert's rows and matrix are tensors of their own.
+
+    Groups start at multiples of the blocks' rows and are filled up with rows of zeros, as
+    `sort_by_expert` with `align` makes them.
+    """
+    padding = [(0, -size % spec.step) for size in weight.shape[1:]]
+    y = _grouped_dot(
+        spec,
+        jnp.pad(x, ((0, 0), padding[0])),
+        jnp.pad(weight, ((0, 0), *padding)),
+        group_sizes,
+        words,
+        rows,
+    )
+    return y[:, : weight.shape[2]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_dot(spec, x, weight, group_sizes, words, rows) -> Array:
+    groups = _row_groups(spec, x, group_sizes)
+    draw = _draw(spec, words, rows, FPROP, INPUT)
+    left, scale = _operand(spec, x, FPROP, INPUT, draw, groups)
+    right, weight_scale = _expert_operand(spec, weight, FPROP)
+    y = grouped_matmul(
+        left.astype(x.dtype), right.astype(x.dtype), group_sizes, implementation=spec.implementation
+    )
+    return (y * _of_rows(scale * weight_scale, groups, x)).astype(spec.out_dtype)
+
+
+def _grouped_forward(spec, *arrays):
+    return _grouped_dot(spec, *arrays), arrays
+
+
+def _grouped_backward(spec, residuals, dy):
+    x, weight, group_sizes, words, rows = residuals
+    groups, dtype = _row_groups(spec, x, group_sizes), x.dtype
+    draw = _draw(spec, words, rows, DGRAD, GRADIENT)
+    left, scale = _operand(spec, dy, DGRAD, GRADIENT, draw, groups)
+    right, weight_scale = _expert_operand(spec, weight, DGRAD)
+    options = {"implementation": spec.implementation}
+    dx = grouped_matmul(
+        left.astype(dtype), right.astype(dtype), group_sizes, transpose_rhs=True, **options
+    )
+    dx = dx * _of_rows(scale * weight_scale, groups, x)
+    draw = _draw(spec, words, rows, WGRAD, INPUT)
+    left, scale = _operand(spec, x, WGRAD, INPUT, draw, groups)
+    draw = _draw(spec, words, rows, WGRAD, GRADIENT)
+    right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw, groups)
+    dweight = grouped_outer(left.astype(dtype), right.astype(dtype), group_sizes, **options)
+    dweight = dweight * (scale * gradient_scale)[:, None, None]
+    return dx.astype(dtype), dweight.astype(weight.dtype), None, None, None
+
+
+_grouped_dot.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _operand(
+    spec: Spec,
+    x: Float[Array, "R C"],
+    product: str,
+    side: str,
+    draw: Draw | None = None,
+    groups: Groups | None = None,
+) -> tuple[Array, Array]:
+    treatment = treatments(spec.format, spec.options)[product, side]
+    padding = [(0, -size % spec.step) for size in x.shape]
+    x = jnp.pad(x, padding) if any(after for _, after in padding) else x
+    return operands.quantized(x, treatment, amax=spec.options.amax, draw=draw, groups=groups)
+
+
+def _expert_operand(
+    spec: Spec, weight: Float[Array, "E In Out"], product: str
+) -> tuple[Float[Array, "E In Out"], Float[Array, "E"]]:
+    count, rows, columns = weight.shape
+    blocks = rows // spec.step
+    groups = Groups(jnp.repeat(jnp.arange(count), blocks), count)
+    flat = weight.reshape(count * rows, columns)
+    operand, scale = _operand(spec, flat, product, WEIGHT, groups=groups)
+    return operand.reshape(weight.shape), scale
+
+
+def _row_groups(spec: Spec, x: Float[Array, "rows _"], group_sizes: Int[Array, "E"]) -> Groups:
+    starts = spec.step * jnp.arange(x.shape[0] // spec.step, dtype=jnp.int32)
+    of_rows = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right")
+    last = group_sizes.shape[0] - 1  # rows past all groups are zeros and belong to any
+    return Groups(jnp.minimum(of_rows, last).astype(jnp.int32), group_sizes.shape[0])
+
+
+def _of_rows(values: Float[Array, "E"], groups: Groups, x: Array) -> Float[Array, "rows 1"]:
+    height = x.shape[0] // groups.of_rows.shape[0]
+    return jnp.repeat(values[groups.of_rows], height)[:, None]
+
+
+def _draw(spec: Spec, words: Array, rows: Array, product: str, side: str) -> Draw | None:
+    """The random bits of an operand that is rounded stochastically; None for another."""
+    if treatments(spec.format, spec.options)[product, side].rounding != "stochastic":
+        return None
+    filling = ~jnp.arange(-rows.shape[0] % spec.step)  # numbers that no row has
+    return Draw(stream(words, product, side), jnp.concatenate([rows, filling]))
+
+
+def _contract(left: Array, right: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    left, right = left.astype(dtype), right.astype(dtype)
+    return jax.lax.dot_general(left, right, numbers, preferred_element_type=jnp.float32)

@@ -1,0 +1,121 @@
+"""What each operand of the three products of a weight goes through in a low-precision format."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.config.precision import MXFP8, NVFP4, NVFP4Config
+from nemotron_jax.sharding import max_over_devices
+from pallas_kernels import nvfp4
+
+FPROP, DGRAD, WGRAD = "fprop", "dgrad", "wgrad"
+INPUT, WEIGHT, GRADIENT = "input", "weight", "gradient"
+_STREAMS = {FPROP: 0, DGRAD: 1, WGRAD: 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Treatment:
+    """How one operand of one product is quantised.
+
+    Blocks run along the product's contraction: along the columns of an operand for (1, n), along
+    its rows for (n, 1).
+    """
+
+    format: str
+    block: tuple[int, int]
+    rounding: str = "nearest"
+    hadamard: bool = False  # transformed along the rows first
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which of several tensors lying one after another each row of blocks belongs to."""
+
+    of_rows: Int[Array, "R/n"]
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Where stochastic rounding takes its random bits from: a stream, and each row's number."""
+
+    words: Array
+    rows: Int[Array, "R"]
+
+
+def treatments(format: str, options: NVFP4Config) -> dict[tuple[str, str], Treatment]:
+    """By product and operand, for inputs [tokens, In], weights [In, Out], gradients [tokens, Out].
+
+    Source: TransformerEngine's recipes NVFP4BlockScaling and MXFP8BlockScaling.
+    """
+    if format == MXFP8:
+        along, across = Treatment(MXFP8, (1, 32)), Treatment(MXFP8, (32, 1))
+        return {
+            (FPROP, INPUT): along,
+            (FPROP, WEIGHT): across,
+            (DGRAD, GRADIENT): along,
+            (DGRAD, WEIGHT): along,
+            (WGRAD, INPUT): across,
+            (WGRAD, GRADIENT): across,
+        }
+    square = options.weight_block == "16x16"
+    plain = lambda block: Treatment(NVFP4, block)
+    activation = lambda block, turned: Treatment(NVFP4, block, options.activation_rounding, turned)
+    gradient = lambda block, turned: Treatment(NVFP4, block, options.gradient_rounding, turned)
+    return {
+        (FPROP, INPUT): activation((1, 16), False),
+        (FPROP, WEIGHT): plain((16, 16) if square else (16, 1)),
+        (DGRAD, GRADIENT): gradient((1, 16), False),
+        (DGRAD, WEIGHT): plain((16, 16) if square else (1, 16)),
+        (WGRAD, INPUT): activation((16, 1), options.hadamard),
+        (WGRAD, GRADIENT): gradient((16, 1), options.hadamard),
+    }
+
+
+def alignment(format: str) -> int:
+    """Rows, and columns, that blocks of a format take at a time."""
+    return {NVFP4: 16, MXFP8: 32}.get(format, 1)
+
+
+def quantized(
+    x: Float[Array, "R C"],
+    treatment: Treatment,
+    *,
+    amax: str,
+    draw: Draw | None = None,
+    groups: Groups | None = None,
+) -> tuple[Float[Array, "R C"], Float[Array, "..."]]:
+    """The operand, exact in bfloat16, and the factor that belongs to the product: a number, or one
+    for each group.
+
+    Sizes are multiples of `alignment`. `amax` is global or local, as in NVFP4Config.
+    """
+    if treatment.hadamard:
+        x = nvfp4.hadamard_rows(x)
+    if treatment.format == MXFP8:
+        ones = jnp.ones(() if groups is None else groups.count, jnp.float32)
+        return nvfp4.round_trip_mxfp8(x, block=treatment.block), ones
+    across = max_over_devices if amax == "global" else lambda value: value
+    if groups is None:
+        largest = across(jnp.max(jnp.abs(x)).astype(jnp.float32))
+        of_blocks = largest
+    else:
+        rows = jnp.max(jnp.abs(x).reshape(groups.of_rows.shape[0], -1), axis=1)
+        largest = jax.ops.segment_max(
+            rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
+        )
+        largest = across(jnp.maximum(largest, 0))  # an empty group's maximum is -inf
+        height = x.shape[0] // groups.of_rows.shape[0] // treatment.block[0]
+        of_blocks = jnp.repeat(largest[groups.of_rows], height)[:, None]
+    draws = {} if draw is None else {"words": draw.words, "rows": draw.rows}
+    operand = nvfp4.round_trip(
+        x, block=treatment.block, rounding=treatment.rounding, amax=of_blocks, **draws
+    )
+    return operand, largest / 2688
+
+
+def stream(words: Array, product: str, side: str) -> Array:
+    """The random words of one operand, of those of a matmul in a layer and step."""
+    return nvfp4.fold(words, 2 * _STREAMS[product] + (side == GRADIENT))
