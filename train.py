@@ -25,7 +25,6 @@ def train(config: RunConfig, workdir: Path) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     host.show_cpu_devices(config.mesh.data)
-    host.keep_freed_memory()
     # jax reads the environment when it is imported, and a wrong config should not wait for it.
     from nemotron_jax.data.corpus import prepare
     from nemotron_jax.data.loader import TrainLoader
@@ -73,5 +72,6 @@ def _compilation_cache() -> Path:
 
 
 if __name__ == "__main__":
+    host.use_huge_pages()
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run("train.py", main)

@@ -1,4 +1,4 @@
-"""Nemotron 3 Super, pre-training phase 1: 20 T tokens of the diverse mixture.
+"""Nemotron 3 Super, pre-training phase 1: 20 T tokens of the diverse mixture, in emulated NVFP4.
 
 Command:  python train.py --config=configs/pretrain_super_phase1.py --workdir=runs/super \
               --config.data.sources='hf:/data/phase1'
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from configs import models
 from nemotron_jax.config.convert import to_config_dict
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.precision import nemotron3_nvfp4
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
@@ -43,7 +44,11 @@ def get_config() -> ConfigDict:
                 batch_size=ROWS,
                 held_out_fraction=0.0001,
             ),
-            execution=Execution(compute_dtype="bfloat16", remat="mixers"),
+            execution=Execution(
+                compute_dtype="bfloat16",
+                remat="mixers",
+                precision=nemotron3_nvfp4(num_last_layers_high=14),
+            ),
             logging=LoggingConfig(evaluate_every=1000, checkpoint_every=2000, keep_checkpoints=10),
         )
     )

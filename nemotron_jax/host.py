@@ -3,36 +3,40 @@
 import contextlib
 import ctypes
 import os
+import platform
+import sys
 
 _DEVICES = "--xla_force_host_platform_device_count"
-# Names and numbers of glibc's <malloc.h>.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_COMPILED_PARTS = "--xla_cpu_parallel_codegen_split_count"
+_TUNABLES = "GLIBC_TUNABLES"
+_HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
 def show_cpu_devices(count: int) -> None:
-    """Let a CPU show `count` devices; other platforms do not look at this.
+    """Let a CPU show `count` devices, and compile for it in few parts at a time.
 
-    A user's own XLA_FLAGS win. Has no effect once jax has looked for devices.
+    Each part that LLVM compiles takes memory of its own; the usual 32 gain nothing on few cores.
+    Other platforms do not look at either. A user's own XLA_FLAGS win. Has no effect once jax has
+    looked for devices.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _DEVICES not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_DEVICES}={count}".strip()
+    for flag, value in ((_DEVICES, count), (_COMPILED_PARTS, max(2, count))):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next step instead of giving it back to the system.
+def use_huge_pages() -> None:
+    """Start this program again with its memory in huge pages, unless it already runs so.
 
-    XLA allocates a step's temporaries anew each time; as mappings of their own they would be
-    cleared and faulted in again, page by page, at every step. Does nothing without glibc.
+    XLA allocates a step's temporaries anew each time, and to fault them in by pages of 4 KB takes a
+    sixth of a step on a CPU. glibc reads the setting when a process begins, so call this first in a
+    program. A user's own GLIBC_TUNABLES win; without glibc nothing happens.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    if _TUNABLES in os.environ or platform.libc_ver()[0] != "glibc":
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_TOP_PAD, 64 * 2**20)
-    mallopt(_M_ARENA_MAX, 1)
+    os.environ[_TUNABLES] = _HUGE_PAGES
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def give_back_freed_memory() -> None:

@@ -212,6 +212,12 @@ class RunConfig:
     stage: str = "pretrain"
     seed: int = 0
 
+    def at_step(self, step: int) -> "RunConfig":
+        """The run as its step after `step` others computes it: with that step's precision."""
+        precision = self.execution.precision.at_step(step)
+        execution = dataclasses.replace(self.execution, precision=precision)
+        return dataclasses.replace(self, execution=execution)
+
     def __post_init__(self) -> None:
         require(self.stage == "pretrain", "RunConfig", "stage", self.stage, "must be 'pretrain'")
         parts = self.training.micro_batches * self.mesh.data

@@ -17,18 +17,20 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.types import Batch
 
 
-def held_out_evaluator(corpus: Corpus, config: RunConfig) -> Callable[[Nemotron], dict[str, float]]:
-    """A function of a model: `held_out_loss` (nats per token) and `bits_per_byte` of held-out rows,
+def held_out_evaluator(
+    corpus: Corpus, config: RunConfig
+) -> Callable[[Nemotron, Execution], dict[str, float]]:
+    """A function of a model and how to run it: `held_out_loss` (nats per token) and `bits_per_byte`
+    of held-out rows, beside `unigram_entropy` and `gzip_bits_per_byte` of all held-out text.
 
-    and beside them the references `unigram_entropy` and `gzip_bits_per_byte` of the whole held-out
-    text. Bits per byte compare models with different tokenizers; the end of a document is scored as
-    a token and spells no byte.
+    Bits per byte compare models with different tokenizers; the end of a document is scored as a
+    token and spells no byte.
     """
     batches = held_out_batches(corpus, config.data, 0, config.logging.evaluate_rows)
     num_bytes = int(sum(corpus.bytes_of(batch).sum() for batch in batches))
-    chunk, execution = config.training.loss_chunk, config.execution
+    chunk = config.training.loss_chunk
 
-    def evaluate(model: Nemotron) -> dict[str, float]:
+    def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
         nats, tokens = held_out_nats(model, batches, chunk=chunk, execution=execution)
         return {
             "held_out_loss": nats / tokens,

@@ -10,6 +10,7 @@ import jax
 import tensorboardX
 
 from nemotron_jax.config.convert import to_json
+from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
@@ -34,7 +35,7 @@ from nemotron_jax.training.state import TrainState, abstract_state, place_state
 from nemotron_jax.training.step import Metrics, batch_tokens, compile_train_step
 from nemotron_jax.types import Batch
 
-Evaluator = Callable[[Nemotron], Mapping[str, float]]
+Evaluator = Callable[[Nemotron, Execution], Mapping[str, float]]
 Sampler = Callable[[Nemotron], str]
 
 
@@ -72,7 +73,8 @@ def run(
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
-    `evaluators` give values of the model for the record of every evaluation, `sampler` a text. A
+    `evaluators` give values of the model, run as the step runs it, for the record of every
+    evaluation, `sampler` a text. A
     SIGTERM or SIGINT ends the run after the step, saved. A run stopped in any way and begun again
     takes the same steps and leaves the same records as one that was never stopped. Raises
     ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
@@ -129,13 +131,14 @@ def _train(
     config: RunConfig, workdir: Path, state: TrainState, step: int, parts: _Parts
 ) -> tuple[TrainState, int]:
     steps, logging, reporter = config.training.steps, config.logging, parts.reporter
-    train_step = None
+    current = train_step = None
     files = _files(config, workdir)
     first = step + 1
     while step < steps and not parts.stop.requested:
         batch = next(parts.data)
-        if train_step is None:
-            train_step = compile_train_step(config, state, batch)
+        if current != (wanted := config.at_step(step)):
+            current = wanted
+            train_step = compile_train_step(current, state, batch)
         state, metrics = train_step(state, batch)
         step += 1
         if step == first:
@@ -217,7 +220,7 @@ class _Reporter:
         record |= self.speed.read(step)
         self.speed.pause()
         if evaluates:
-            record |= self._evaluate(model)
+            record |= self._evaluate(model, step)
         self.log.append(record)
         record = self.log.records[-1]
         for name, value in record.items():
@@ -239,8 +242,8 @@ class _Reporter:
             steps, schedule.final_learning_rate / schedule.peak_learning_rate
         )
         tables = (load_parameters(self._workdir, step)[1] for step in steps)
-        values = self._evaluate(unflatten(model, merge(tables, weights)))
         last = self.log.records[-1]
+        values = self._evaluate(unflatten(model, merge(tables, weights)), last["step"])
         self.log.extend_last(
             {"merged_steps": len(steps), **{f"merged_{name}": v for name, v in values.items()}}
         )
@@ -253,9 +256,10 @@ class _Reporter:
             )
         )
 
-    def _evaluate(self, model: Nemotron) -> dict[str, float]:
-        model = on_one_device(model)
-        return {k: v for evaluate in self._evaluators for k, v in evaluate(model).items()}
+    def _evaluate(self, model: Nemotron, step: int) -> dict[str, float]:
+        model, execution = on_one_device(model), self._config.at_step(step - 1).execution
+        values = (evaluate(model, execution) for evaluate in self._evaluators)
+        return {name: value for found in values for name, value in found.items()}
 
     def _illustrate(self, step: int, model: Nemotron) -> None:
         draw_loss(self.log.records, self._workdir)

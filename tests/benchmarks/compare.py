@@ -91,7 +91,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--execution",
         action="append",
-        help="field=value,… of Execution, or devices=N, for the training step; repeat to compare",
+        help="field=value,… of Execution, devices=N or precision=nvfp4, for the training step; "
+        "repeat to compare",
     )
     add("--scaling", action="store_true", help="how prefill grows with the prompt, by parts")
     add("--no-peer", action="store_true", help="measure ours alone")

@@ -39,7 +39,7 @@ def test_loss_and_bits_are_those_of_plain_logits(setting):
         scored = batch.weights[..., 0] > 0
         nats += float(np.asarray(losses, np.float64)[scored].sum())
         tokens += scored.sum()
-    values = held_out_evaluator(corpus, config)(model)
+    values = held_out_evaluator(corpus, config)(model, config.execution)
     assert values["held_out_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     # Every byte of the held-out text but those of each document's first token.
     starts = corpus.held_out.tokens[corpus.held_out.offsets[:-1]]

@@ -203,6 +203,48 @@ def test_foreign_experts_and_padding_come_last_and_belong_to_no_group():
     np.testing.assert_array_equal(order.row_entry, [0, 5, 4, 2, 1, 3, 6, 7])
 
 
+@pytest.mark.parametrize("align", [2, 16])
+def test_aligned_groups_are_filled_up_with_empty_rows(align):
+    index = jnp.asarray(np.random.default_rng(0).integers(-1, 7, (29, 3)), jnp.int32)
+    plain, order = sort_by_expert(index, 6), sort_by_expert(index, 6, align=align)
+    np.testing.assert_array_equal(order.load, plain.group_sizes)
+    np.testing.assert_array_equal(order.group_sizes, -(-np.asarray(plain.load) // align) * align)
+    starts = np.cumsum(order.group_sizes) - order.group_sizes
+    held = np.asarray(order.holds)
+    for expert, (start, count) in enumerate(zip(starts, plain.load)):
+        rows = np.asarray(order.row_entry)[start : start + count]
+        np.testing.assert_array_equal(rows, np.flatnonzero(index.reshape(-1) == expert))
+        assert held[start : start + count].all()
+    assert held.sum() == plain.load.sum() and held.size % align == 0
+    routed = np.asarray(order.routed)
+    np.testing.assert_array_equal(routed, (index >= 0) & (index < 6))
+    entry = np.arange(index.size).reshape(index.shape)
+    found = np.asarray(order.row_entry)[np.asarray(order.entry_row)]
+    np.testing.assert_array_equal(found[routed], entry[routed])
+
+
+@pytest.mark.parametrize("align", [1, 16])
+def test_alignment_changes_no_routed_value_and_no_gradient(align):
+    rng = np.random.default_rng(1)
+    index = jnp.asarray(rng.integers(-1, 6, (33, 3)), jnp.int32)
+    order = sort_by_expert(index, 5, align=align)
+
+    def routed(x, weights, up, down):
+        rows = grouped_mlp(gather_rows(x, order), up, down, order.group_sizes)
+        return combine_rows(rows, weights, order)
+
+    def one_by_one(x, weights, up, down):
+        hidden = jnp.square(jax.nn.relu(jnp.einsum("tl,elf->tef", x, up)))
+        every = jnp.einsum("tef,efl->tel", hidden, down)
+        here = ((index >= 0) & (index < 5))[..., None]
+        chosen = jnp.take_along_axis(every, jnp.clip(index, 0, 4)[..., None], axis=1)
+        return jnp.einsum("trl,tr->tl", jnp.where(here, chosen, 0), weights)
+
+    shapes = {"x": (33, 8), "weights": (33, 3), "up": (5, 8, 12), "down": (5, 12, 8)}
+    arrays = {k: rng.standard_normal(shape).astype(np.float32) for k, shape in shapes.items()}
+    check(routed, one_by_one, arrays, tolerance=F32)
+
+
 def test_sorting_keys_too_large_for_one_word_agrees(monkeypatch):
     index = np.random.default_rng(0).integers(0, 9, (50, 3)).astype(np.int32)
     one = sort_by_expert(index, 9)

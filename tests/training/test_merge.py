@@ -110,7 +110,8 @@ def test_a_run_compares_its_merged_checkpoints_with_the_last(finished_run, tmp_p
     }
     _, corpus = prepare(config.data, config.model.vocab_size, tmp_path)
     evaluate = held_out_evaluator(corpus, config)
-    loss = evaluate(unflatten(abstract_model(config.model), merged))["held_out_loss"]
+    model = unflatten(abstract_model(config.model), merged)
+    loss = evaluate(model, config.execution)["held_out_loss"]
     assert last["merged_held_out_loss"] == pytest.approx(loss, abs=1e-5)
     assert abs(loss - last["held_out_loss"]) > 1e-2
     assert train(config, tmp_path).records[-1] == last

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from nemotron_jax.config.precision import nemotron3_nvfp4
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.training.checkpoint import checkpoint_steps
 from nemotron_jax.training.loop import TrainingStopped
 from nemotron_jax.training.resume import check_resumable
-from tests.training.runs import changed, comparable, small_run, train
+from tests.training.runs import SAME, changed, comparable, small_run, train
 
 
 def assert_same_model(one, other):
@@ -154,6 +155,38 @@ def test_too_many_of_them_stop_the_run_and_keep_the_last_checkpoint(texts, tmp_p
         train(config, tmp_path, data=spoil)
     assert checkpoint_steps(tmp_path / "checkpoints") == [3]
     assert train(config, tmp_path).finished
+
+
+def test_a_quantised_run_resumes_as_one_never_stopped(texts, tmp_path):
+    """Random rounding follows the seed and the step, not the session."""
+    base = small_run(texts)
+    recipe = nemotron3_nvfp4(num_last_layers_high=1)
+    config = changed(base, execution={"precision": recipe}, training={"steps": 6})
+    whole = train(config, tmp_path / "whole")
+    train(changed(config, training={"steps": 3}), tmp_path / "parts")
+    parts = train(config, tmp_path / "parts")
+    same = lambda outcome: [{name: r[name] for name in SAME} for r in outcome.records]
+    assert same(parts) == same(whole)
+    plain = train(changed(base, training={"steps": 1}), tmp_path / "plain")
+    assert plain.records[0]["loss"] != whole.records[0]["loss"]
+
+
+def test_formats_switch_at_their_step(texts, tmp_path, monkeypatch):
+    from nemotron_jax.training import loop
+
+    compiled = []
+    compile_step = loop.compile_train_step
+
+    def keep(config, state, batch):
+        compiled.append((int(state.step), config.execution.precision))
+        return compile_step(config, state, batch)
+
+    monkeypatch.setattr(loop, "compile_train_step", keep)
+    recipe = dataclasses.replace(nemotron3_nvfp4(num_last_layers_high=1), switch_step=2)
+    config = changed(small_run(texts), execution={"precision": recipe}, training={"steps": 4})
+    assert train(config, tmp_path).finished
+    before, after = recipe.at_step(0), recipe.at_step(2)
+    assert compiled == [(0, before), (2, after)] and before != after
 
 
 def test_the_step_compiles_once(finished_run, tmp_path, monkeypatch):

@@ -1,0 +1,51 @@
+"""What a program sets in its own process before jax is imported."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import os, sys
+from nemotron_jax import host
+print("began", flush=True)
+host.use_huge_pages()
+host.show_cpu_devices(3)
+host.give_back_freed_memory()
+flags = os.environ["XLA_FLAGS"].replace(" ", ",")
+print(os.environ.get("GLIBC_TUNABLES"), flags, sys.argv[1], os.getpid())
+"""
+
+
+def run(**environment: str) -> list[str]:
+    """The lines of a program that sets everything, the last one split at blanks."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "XLA_FLAGS")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "argument"],
+        cwd=ROOT,
+        env={**clean, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    *began, last = output.splitlines()
+    assert set(began) == {"began"} and last.split()[-2:] == ["argument", str(process.pid)]
+    return [*began, *last.split()[:-2]]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_a_program_starts_once_more_with_huge_pages():
+    tunables = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
+    flags = "--xla_force_host_platform_device_count=3,--xla_cpu_parallel_codegen_split_count=3"
+    assert run() == ["began", "began", tunables, flags]
+
+
+def test_the_users_own_settings_win():
+    own = "--xla_force_host_platform_device_count=5"
+    tunables, flags = "glibc.malloc.check=0", f"{own},--xla_cpu_parallel_codegen_split_count=3"
+    assert run(GLIBC_TUNABLES=tunables, XLA_FLAGS=own) == ["began", tunables, flags]
