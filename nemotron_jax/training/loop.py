@@ -133,17 +133,17 @@ def _train(
     steps, logging, reporter = config.training.steps, config.logging, parts.reporter
     current = train_step = None
     files = _files(config, workdir)
-    first = step + 1
     while step < steps and not parts.stop.requested:
         batch = next(parts.data)
-        if current != (wanted := config.at_step(step)):
+        compiles = current != (wanted := config.at_step(step))
+        if compiles:
             current = wanted
             train_step = compile_train_step(current, state, batch)
         state, metrics = train_step(state, batch)
         step += 1
-        if step == first:
+        if compiles:
             jax.block_until_ready(metrics)
-            reporter.speed.restart(step)  # the first step compiled
+            reporter.speed.restart(step)  # from the first step after it
         last = step == steps
         evaluates = last or step % logging.evaluate_every == 0
         saves = last or step % logging.checkpoint_every == 0
