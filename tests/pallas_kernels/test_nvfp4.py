@@ -55,6 +55,33 @@ def test_codes_and_scales_are_the_golden_ones(flavour, implementation, jitted):
         np.testing.assert_array_equal(q.amax, GOLDEN[f"{name}/amax"][0], err_msg=name)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scales_at_ties_round_by_the_published_chain_of_products(implementation):
+    """Blocks whose scale lies within float32 steps of a tie, where the order of rounding shows.
+
+    Eagerly too: compiling, XLA itself brings the scalars of a product together.
+    """
+    grid = np.arange(0x40, 0x7E, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    ties = (grid[1:] + grid[:-1]) / 2
+    others_differ = 0
+    for amax in np.float32([3.3, 0.77, 19.1, 1234.5]):
+        encode = np.float32(2688) / amax
+        at_tie = (ties * 6 / np.float64(encode)).astype(np.float32)
+        steps = np.arange(-4, 5, dtype=np.int32)[:, None]
+        largest = (at_tie.view(np.int32) + steps).view(np.float32).ravel()
+        blocks = np.zeros((largest.size + 1, 16), np.float32)
+        blocks[:, 3] = np.append(largest, amax)
+        chain = blocks[:, 3] * (encode * np.float32(1 / 6))
+        expected = np.minimum(chain, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+        for jitted in (True, False):
+            quantize = lambda x: nvfp4.quantize(x, implementation=implementation)
+            scales = np.asarray(run(jitted, quantize, jnp.asarray(blocks)).scales)
+            np.testing.assert_array_equal(scales.view(np.uint8)[:, 0], expected)
+        twice = np.minimum(blocks[:, 3] / np.float32(6) * encode, 448)
+        others_differ += np.sum(twice.astype(ml_dtypes.float8_e4m3fn).view(np.uint8) != expected)
+    assert others_differ > 0  # or these blocks would show nothing
+
+
 @pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_hadamard_transform_is_the_golden_one(implementation, jitted):
