@@ -1,0 +1,30 @@
+"""Model-written code runs here and nowhere else: in a sandbox with limits, or not at all.
+
+`shared().run(code)` runs a program; PythonKernel and Shell live over several requests.
+docs/sandbox.md says what each tier protects from, and what it does not.
+"""
+
+from nemotron_jax.environments.sandbox.runner import (
+    KERNEL_LIMITS,
+    SHELL_LIMITS,
+    Limits,
+    Result,
+    Sandbox,
+    shared,
+)
+from nemotron_jax.environments.sandbox.sessions import Entry, PythonKernel, Reply, Shell
+from nemotron_jax.environments.sandbox.tiers import SandboxUnavailable
+
+__all__ = [
+    "KERNEL_LIMITS",
+    "SHELL_LIMITS",
+    "Entry",
+    "Limits",
+    "PythonKernel",
+    "Reply",
+    "Result",
+    "Sandbox",
+    "SandboxUnavailable",
+    "Shell",
+    "shared",
+]
