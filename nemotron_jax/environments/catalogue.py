@@ -8,6 +8,17 @@ from nemotron_jax.environments.base import Environment
 # Module of this package -> the environments in it, in the order of the table.
 _HOMES = {
     "arithmetic": ("arithmetic",),
+    "lookup": ("lookup",),
+    "stem": ("equations", "science_units"),
+    "proof": ("equational_proof",),
+    "choice": ("multiple_choice",),
+    "structured": ("structured_json",),
+    "instructions": ("instruction_following", "inverse_instructions"),
+    "retention": ("retention",),
+    "calendar": ("calendar",),
+    "longcontext": ("needle", "graph_walk"),
+    "refusal": ("refusal", "over_refusal"),
+    "preference": ("preference",),
 }
 
 

@@ -1,0 +1,110 @@
+"""Better than a given reply, by rules: facts first, then length and plainness.
+
+The released environment compares replies with a reward model and adds terms for length and style.
+The model is left out; what it cannot do without, the facts, and the terms that are rules, are kept.
+"""
+
+import re
+
+from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
+from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.turns import Turn
+from nemotron_jax.environments.words import THINGS, ask, coined_names
+
+_NUMBER = re.compile(r"\d+", re.ASCII)
+_STYLE = re.compile(r"[*#`_|]|^[ \t]*[-\u2022]", re.MULTILINE)
+_PADDING = (
+    "Thank you so much for asking this great question!",
+    "I hope that this finds you well.",
+    "**Please note** that all of this is said with care.",
+    "In conclusion, these are the facts as they were told.",
+)
+_KINDS = ("price", "weight", "length", "stock")
+
+
+def sentences(text: str) -> list[str]:
+    return [part for part in re.split(r"[.!?\n]+", text.casefold()) if part.strip()]
+
+
+def style_density(text: str) -> float:
+    """Marks of markdown a word."""
+    return len(_STYLE.findall(text)) / max(1, len(text.split()))
+
+
+class PreferenceSession(Session):
+    """0 unless every fact stands and none is made up; then half each for length and for style."""
+
+    def score(self) -> Verdict:
+        facts, reference = self.task.data["facts"], self.task.data["reference"]
+        text = self.text
+        said = [
+            any({name.casefold(), kind, str(value)} <= set(re.findall(r"\w+", part))
+                for part in sentences(text))
+            for name, kind, value in facts
+        ]  # fmt: skip
+        known = {str(value) for _, _, value in facts}
+        made_up = any(number not in known for number in _NUMBER.findall(text))
+        words = len(text.split())
+        # Names and numbers in a row are no sentences: each fact takes a verb at least.
+        prose = len(re.findall(r"\b(?:is|has|costs|are)\b", text)) >= len(facts)
+        sound = all(said) and not made_up and prose
+        shorter = words < len(reference.split())
+        plainer = style_density(text) < style_density(reference)
+        reward = (shorter + plainer) / 2 if sound and shorter else 0.0
+        parts = {"facts": sum(said) / len(said), "shorter": float(shorter)}
+        return Verdict(reward, parts | {"plainer": float(plainer)})
+
+
+class Preference(Environment):
+    name = "preference"
+    summary = "Write a reply that is better than a given one: as true, shorter, plainer"
+    reward = "preferred by rules"
+    counterpart = "genrm_compare"
+    fidelity = "reduced stand-in"
+    session = PreferenceSession
+
+    def draw(self, draws: Draws, level: int) -> Draft:
+        names = coined_names(draws, 1 + level, 2)
+        thing = draws.choice(THINGS)
+        facts = [
+            [name, kind, draws.between(2, 999)]
+            for name in names
+            for kind in draws.sample(_KINDS, 1 + level)
+        ]
+        told = " ".join(_said(fact) for fact in facts)
+        padding = _PADDING[2:3] if level == 0 else _PADDING
+        reference = " ".join([*padding[:-1], f"*The {thing}:*", told, padding[-1]])
+        if level == 0:
+            text = f"Say it better: {reference}"
+        else:
+            text = (
+                "A customer got the reply below. Write a better one: a sentence for every fact, no"
+                f" fact of your own, fewer words, no markdown.\n\n{reference}"
+            )
+        return Draft(ask(text), {"facts": facts, "reference": reference}, identity=[thing, told])
+
+    def oracle(self, task: Task) -> list[Turn | str]:
+        return [" ".join(_said(fact) for fact in task.data["facts"])]
+
+    def alternatives(self, task: Task) -> list[list[Turn | str]]:
+        facts = task.data["facts"][::-1]
+        return [[" ".join(f"The {kind} of {name} is {value}!" for name, kind, value in facts)]]
+
+    def cheats(self, task: Task) -> dict[str, list[Turn | str]]:
+        facts, reference = task.data["facts"], task.data["reference"]
+        told = " ".join(_said(fact) for fact in facts)
+        return {
+            "the reference": [reference],
+            "one fact missing": [" ".join(_said(fact) for fact in facts[1:]) or "There is none."],
+            "a fact made up": [f"{told} The age is 1000."],
+            "longer": [f"{told} {reference}"],
+            "a list of names and numbers": [" ".join(f"{n} {k} {v}" for n, k, v in facts)],
+            "says that it is better": ["This reply is better than the other: shorter, plainer."],
+        }
+
+
+def _said(fact: list) -> str:
+    return f"The {fact[1]} of {fact[0]} is {fact[2]}."
+
+
+ENVIRONMENTS = (Preference(),)
