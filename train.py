@@ -26,43 +26,69 @@ def train(config: RunConfig, workdir: Path) -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     host.show_cpu_devices(config.mesh.data)
     # jax reads the environment when it is imported, and a wrong config should not wait for it.
-    from nemotron_jax.data.corpus import prepare
     from nemotron_jax.data.loader import TrainLoader
-    from nemotron_jax.evaluation.held_out import held_out_evaluator
-    from nemotron_jax.evaluation.samples import make_sampler
     from nemotron_jax.training import loop
 
     loop.check_run(config, workdir)
-    tokenizer, corpus = prepare(config.data, config.model.vocab_size, workdir)
-    num_samples = config.logging.sample_tokens
+    prepare = _conversations if config.stage == "sft" else _text
+    corpus, evaluators, sampler = prepare(config, workdir)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     with contextlib.closing(loader):
-        outcome = loop.run(
-            config,
-            workdir,
-            data=loader,
-            evaluators=[held_out_evaluator(corpus, config)],
-            sampler=make_sampler(tokenizer, num_samples, seed=config.seed) if num_samples else None,
-        )
+        outcome = loop.run(config, workdir, data=loader, evaluators=evaluators, sampler=sampler)
     if outcome.finished:
         print(summary(outcome.records, workdir))
     return 0
+
+
+def _text(config: RunConfig, workdir: Path) -> tuple:
+    """Corpus, evaluators and sampler of pre-training."""
+    from nemotron_jax.data.corpus import prepare
+    from nemotron_jax.evaluation.held_out import held_out_evaluator
+    from nemotron_jax.evaluation.samples import make_sampler
+
+    tokenizer, corpus = prepare(config.data, config.model.vocab_size, workdir)
+    num_samples = config.logging.sample_tokens
+    sampler = make_sampler(tokenizer, num_samples, seed=config.seed) if num_samples else None
+    return corpus, [held_out_evaluator(corpus, config)], sampler
+
+
+def _conversations(config: RunConfig, workdir: Path) -> tuple:
+    """Corpus, evaluators and sampler of fine-tuning on conversations."""
+    from nemotron_jax.data.conversations import prepare_conversations
+    from nemotron_jax.evaluation.held_out import learned_evaluator
+    from nemotron_jax.posttraining.sft import success_evaluator
+
+    tokenizer, corpus = prepare_conversations(
+        config.data, config.sft, config.model.vocab_size, workdir, seed=config.seed
+    )
+    batches = corpus.held_out_batches(config.data, 0, config.logging.evaluate_rows)
+    played = success_evaluator(tokenizer, config)
+    return corpus, [learned_evaluator(batches, config), *([played] if played else [])], None
 
 
 def summary(records: tuple[dict, ...], workdir: Path) -> str:
     """What a finished run reached, as a short table."""
     last = next(record for record in reversed(records) if "held_out_loss" in record)
     speeds = [r["tokens_per_second"] for r in records if r["tokens_per_second"]]
-    gain = last["unigram_entropy"] - last["held_out_loss"]
-    rows = {
-        "held-out loss": f"{last['held_out_loss']:.3f} nats/token, {gain:.3f} below the entropy of "
-        f"single tokens ({last['unigram_entropy']:.3f})",
-        "bits per byte": f"{last['bits_per_byte']:.3f} (gzip: {last['gzip_bits_per_byte']:.3f})",
+    rows = {"held-out loss": f"{last['held_out_loss']:.3f} nats/token"}
+    if "unigram_entropy" in last:
+        gain = last["unigram_entropy"] - last["held_out_loss"]
+        rows["held-out loss"] += (
+            f", {gain:.3f} below the entropy of single tokens ({last['unigram_entropy']:.3f})"
+        )
+        rows["bits per byte"] = (
+            f"{last['bits_per_byte']:.3f} (gzip: {last['gzip_bits_per_byte']:.3f})"
+        )
+    if "success" in last:
+        before = next(record["success"] for record in records if "success" in record)
+        rows["success"] = f"{last['success']:.2f} of held-out tasks, {before:.2f} at first"
+    rows |= {
         "speed": f"{sorted(speeds)[len(speeds) // 2]:,.0f} tokens/s" if speeds else "not measured",
-        "samples": workdir / "samples.txt",
         "loss curve": workdir / "plots" / "loss.png",
         "checkpoints": workdir / "checkpoints",
     }
+    if (workdir / "samples.txt").exists():
+        rows["samples"] = workdir / "samples.txt"
     return "\n".join(f"{name:15}{value}" for name, value in rows.items())
 
 

@@ -4,6 +4,9 @@ import dataclasses
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import ModelConfig, require, require_positive
+from nemotron_jax.config.sft import SFTConfig
+
+STAGES = ("pretrain", "sft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,8 +14,8 @@ class DataConfig:
     """Where text comes from and how it becomes rows.
 
     A source is `python_stdlib`, or `hf:PATH` naming a .jsonl, .parquet or text file, or a folder of
-    them. `tokenizer` is `train` (a BPE of the model's vocabulary size, trained on the training
-    split) or the path of a tokenizer.json.
+    them; stage `sft` has its own sources, see SFTConfig. `tokenizer` is `train` (a BPE of the
+    model's vocabulary size, trained on the training split) or the path of a tokenizer.json.
     """
 
     sources: tuple[str, ...] = ("python_stdlib",)
@@ -210,6 +213,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
     stage: str = "pretrain"
+    sft: SFTConfig = SFTConfig()  # of stage sft alone
     seed: int = 0
 
     def at_step(self, step: int) -> "RunConfig":
@@ -219,7 +223,8 @@ class RunConfig:
         return dataclasses.replace(self, execution=execution)
 
     def __post_init__(self) -> None:
-        require(self.stage == "pretrain", "RunConfig", "stage", self.stage, "must be 'pretrain'")
+        rule = f"must be one of {', '.join(STAGES)}"
+        require(self.stage in STAGES, "RunConfig", "stage", self.stage, rule)
         parts = self.training.micro_batches * self.mesh.data
         require(
             self.data.batch_size % parts == 0,

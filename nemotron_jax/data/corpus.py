@@ -14,7 +14,7 @@ from jaxtyping import Int, Integer
 from nemotron_jax.config.run import DataConfig
 from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.held_out import Split, split_documents
-from nemotron_jax.data.packing import DocumentTokens
+from nemotron_jax.data.packing import DocumentTokens, Stream
 from nemotron_jax.data.sources import Collection, Document, Manifest, collect, manifest_of
 from nemotron_jax.data.tokenizer import FILE_NAME, Tokenizer, check_vocabulary, train_tokenizer
 from nemotron_jax.types import Batch
@@ -49,6 +49,10 @@ class Corpus:
     byte_lengths: Int[np.ndarray, "V"]  # bytes of text that each id stands for
     facts: HeldOutFacts
     fingerprint: str
+
+    def streams(self, seed: int) -> list[Stream]:
+        """The rows of each source."""
+        return [Stream(documents, seed, source) for source, documents in enumerate(self.train)]
 
     def bytes_of(self, batch: Batch) -> Int[np.ndarray, "B"]:
         """UTF-8 bytes that the scored next tokens of each row spell; eos spells none.

@@ -6,11 +6,11 @@ from typing import Any
 import grain
 
 from nemotron_jax.config.run import DataConfig
+from nemotron_jax.data.conversations import ChatCorpus
 from nemotron_jax.data.corpus import Corpus
 from nemotron_jax.data.mixture import Mixture
 from nemotron_jax.data.packing import (
     Row,
-    Stream,
     count_rows,
     empty_row,
     lookahead_of,
@@ -33,7 +33,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | ChatCorpus,
         data: DataConfig,
         seed: int,
         mtp_depths: int,
@@ -45,9 +45,7 @@ class TrainLoader:
         self._data = data
         self._mtp_depths = mtp_depths
         self._mixture = Mixture(data.source_weights)
-        self._streams = [
-            Stream(documents, seed, source) for source, documents in enumerate(corpus.train)
-        ]
+        self._streams = corpus.streams(seed)
         # what a saved position is a position in
         self._identity = {
             "corpus": corpus.fingerprint,

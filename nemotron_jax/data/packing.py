@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Float, Int, Integer
 
 from nemotron_jax.data.held_out import mix64
 from nemotron_jax.types import Batch
@@ -43,6 +43,7 @@ class Row(NamedTuple):
 
     tokens: Int[np.ndarray, "read"]  # T and the look-ahead
     segments: Int[np.ndarray, "read"]  # counted from 1 within the row; 0 is padding
+    weights: Float[np.ndarray, "read"] | None = None  # of each token as a target; None means 1
 
 
 def lookahead_of(mtp_depths: int) -> int:
@@ -134,22 +135,26 @@ def make_batch(rows: Sequence[Row], mtp_depths: int) -> Batch:
     targets[..., k] is the token 1 + k further on and mtp_tokens[..., k - 1] the token k further
     on, where it belongs to the same document, also when it lies past the row's end: no pair of
     context and target is lost at a cut. Elsewhere both are 0, and so is the target's weight.
+    A row's own weights go with its tokens, however far off they are predicted.
     """
     lookahead = lookahead_of(mtp_depths)
     tokens = np.stack([row.tokens for row in rows])
     segments = np.stack([row.segments for row in rows])
+    worth = np.stack(
+        [np.ones(row.tokens.shape) if row.weights is None else row.weights for row in rows]
+    )
     length = tokens.shape[1] - lookahead
     own = segments[:, :length]
-    shifted, inside = [], []
+    shifted, weights = [], []
     for shift in range(1, lookahead + 1):
         same = (segments[:, shift : shift + length] == own) & (own > 0)
         shifted.append(np.where(same, tokens[:, shift : shift + length], 0))
-        inside.append(same)
+        weights.append(np.where(same, worth[:, shift : shift + length], 0))
     targets = np.stack(shifted, axis=-1)
     return Batch(
         tokens=np.ascontiguousarray(tokens[:, :length]),
         targets=targets,
         mtp_tokens=np.ascontiguousarray(targets[..., :mtp_depths]),
         segment_ids=np.ascontiguousarray(own),
-        weights=np.stack(inside, axis=-1).astype(np.float32),
+        weights=np.stack(weights, axis=-1).astype(np.float32),
     )

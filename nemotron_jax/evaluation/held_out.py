@@ -42,6 +42,19 @@ def held_out_evaluator(
     return evaluate
 
 
+def learned_evaluator(
+    batches: Sequence[Batch], config: RunConfig
+) -> Callable[[Nemotron, Execution], dict[str, float]]:
+    """A function of a model and how to run it: `held_out_loss`, nats per learned token."""
+
+    def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
+        chunk = config.training.loss_chunk
+        nats, tokens = held_out_nats(model, batches, chunk=chunk, execution=execution)
+        return {"held_out_loss": nats / tokens}
+
+    return evaluate
+
+
 def held_out_nats(
     model: Nemotron,
     batches: Sequence[Batch],

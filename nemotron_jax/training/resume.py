@@ -15,6 +15,8 @@ FREE_FIELDS = (
     "training.loss_chunk",
     "data.prefetch",
     "mesh",
+    "sft.success_tasks",
+    "sft.success_tokens",
     "execution.remat",
     "execution.layers",
     "execution.kernels",

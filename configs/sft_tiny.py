@@ -1,0 +1,50 @@
+"""A small model learns to use a calculator from the right way through its tasks.
+
+Command:  python train.py --config=configs/sft_tiny.py --workdir=runs/sft
+Hardware: a CPU, two cores.
+Expected: success on held-out tasks rises from 0.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import models
+from nemotron_jax.config.convert import to_config_dict
+from nemotron_jax.config.run import (
+    DataConfig,
+    LoggingConfig,
+    MeshConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from nemotron_jax.config.sft import SFTConfig
+
+# A conversation takes up to 360 tokens, most of them the description of its tool.
+STEPS, ROWS, TOKENS_PER_ROW = 350, 4, 720
+STEP_TOKENS = ROWS * TOKENS_PER_ROW
+
+
+def get_config() -> ConfigDict:
+    """The run, open to `--config.` overrides."""
+    schedule = ScheduleConfig(
+        peak_learning_rate=3e-3,
+        final_learning_rate=3e-5,
+        warmup_tokens=30 * STEP_TOKENS,
+        decay_tokens=140 * STEP_TOKENS,
+        total_tokens=STEPS * STEP_TOKENS,
+    )
+    return to_config_dict(
+        RunConfig(
+            model=dataclasses.replace(models.tiny(), vocab_size=704),
+            training=TrainingConfig(steps=STEPS, schedule=schedule),
+            data=DataConfig(
+                sources=("oracle:arithmetic/0",), sequence_length=TOKENS_PER_ROW, batch_size=ROWS
+            ),
+            sft=SFTConfig(oracle_tasks=4000, success_tasks=32),
+            mesh=MeshConfig(data=2),
+            logging=LoggingConfig(evaluate_every=50, checkpoint_every=100, evaluate_rows=8),
+            stage="sft",
+        )
+    )

@@ -1,0 +1,84 @@
+"""Held-out tasks are played as a model writes: right turns succeed, wrong or broken ones fail."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs import sft_tiny
+from nemotron_jax.config.convert import from_config_dict
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.chat.render import END
+from nemotron_jax.data.conversations import prepare_conversations
+from nemotron_jax.data.messages import oracle_conversation, oracle_source
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.decoding.generate import Generated
+from nemotron_jax.posttraining import sft
+
+SOURCE = "oracle:arithmetic/1"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    config = from_config_dict(RunConfig, sft_tiny.get_config())
+    few = dataclasses.replace(config.sft, oracle_tasks=5)
+    folder = tmp_path_factory.mktemp("sft")
+    return prepare_conversations(config.data, few, 704, folder, progress=lambda line: None)[0]
+
+
+def tasks(count: int) -> list:
+    environment, level = oracle_source(SOURCE)
+    made = (environment.split(0, "held_out", index, level=level) for index in range(count))
+    return [(environment, task) for task in made]
+
+
+def player(tokenizer: Tokenizer, wanted: list, spoil: dict[int, str]):
+    """A `generate` that knows each prompt's next turn; of rows in `spoil` it writes that text."""
+    whole = {}
+    for place, (environment, task) in enumerate(wanted):
+        one = oracle_conversation(environment, task)
+        for index, message in enumerate(one.messages):
+            if message["role"] == "assistant":
+                prompt = sft.encode_prompt(tokenizer, one.messages[:index], one.tools, NO)
+                ids = sft.encode_prompt(tokenizer, one.messages[: index + 1], one.tools, NO)
+                whole[place, tuple(prompt)] = ids[len(prompt) :]
+    end = tokenizer.token_id(END)
+
+    def generate(model, rows, max_new_tokens, *, stop_tokens, **options) -> Generated:
+        assert stop_tokens == (end,)
+        out = np.zeros((len(rows), max_new_tokens), np.int32)
+        lengths = np.zeros(len(rows), np.int32)
+        for place, row in enumerate(rows):
+            ids = whole[place, tuple(row)] if place not in spoil else []
+            new = tokenizer.encode(spoil[place]) if place in spoil else ids
+            new = list(new)[: list(new).index(end) + 1 if end in new else max_new_tokens]
+            out[place, : len(new)], lengths[place] = new, len(new)
+        return Generated(out, lengths, np.zeros(out.shape, np.float32))
+
+    return generate
+
+
+NO = sft.NO_THINKING
+
+
+def test_turns_of_the_oracle_succeed_and_others_fail(tokenizer, monkeypatch) -> None:
+    wanted = tasks(6)
+    spoil = {1: "I do not know", 3: "<tool_call>\n<function=calc>"}
+    monkeypatch.setattr(sft, "generate", player(tokenizer, wanted, spoil))
+    played = sft.play_tasks(None, tokenizer, wanted, max_new_tokens=64)
+    assert [verdict.reward for _, verdict in played] == [1, 0, 1, 0, 1, 1]
+    conversation = oracle_conversation(*wanted[0])
+    assert [m["role"] for m in played[0][0]] == [m["role"] for m in conversation.messages]
+    assert played[0][0][-1]["content"] == conversation.messages[-1]["content"]
+
+
+def test_success_is_the_mean_over_the_oracle_sources_held_out_tasks(tokenizer, monkeypatch) -> None:
+    config = from_config_dict(RunConfig, sft_tiny.get_config())
+    sources = dataclasses.replace(config.data, sources=(SOURCE,))
+    four = dataclasses.replace(config.sft, success_tasks=4)
+    config = dataclasses.replace(config, data=sources, sft=four)
+    monkeypatch.setattr(sft, "generate", player(tokenizer, tasks(4), {2: "no"}))
+    evaluate = sft.success_evaluator(tokenizer, config)
+    assert evaluate(None, config.execution) == {"success": 0.75}
+    silent = dataclasses.replace(config, sft=dataclasses.replace(four, success_tasks=0))
+    assert sft.success_evaluator(tokenizer, silent) is None
