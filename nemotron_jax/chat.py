@@ -1,0 +1,156 @@
+"""A terminal chat: python -m nemotron_jax.chat --checkpoint=DIR.
+
+The checkpoint is a run's directory or a model's in the hub's layout. `/reset` forgets the
+conversation, `/quit` or the end of input ends the chat.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from nemotron_jax.data.chat.events import Content, Event, Malformed, Reasoning, turn_of
+from nemotron_jax.data.chat.hub_template import warn_of_other_template
+from nemotron_jax.data.chat.parse import TurnParser
+from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, Message
+from nemotron_jax.data.chat.tokens import encode_prompt
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.decoding.sampling import Sampling
+from nemotron_jax.decoding.stream import stream_tokens
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.pretrained import load_pretrained, load_tokenizer
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # how a terminal shows the reasoning
+
+# Gives a turn's ids for a prompt's.
+Writer = Callable[[Sequence[int]], Iterable[int]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Chat as the arguments say; the exit status."""
+    flags = _parser().parse_args(arguments)
+    try:
+        options = ChatOptions(
+            enable_thinking=not flags.no_thinking,
+            low_effort=flags.low_effort,
+            reasoning_budget=flags.budget,
+        )
+        sampling = Sampling.create(flags.temperature, top_p=flags.top_p)
+        tokenizer = load_tokenizer(flags.checkpoint)
+        model = load_pretrained(flags.checkpoint, flags.dtype)
+        warn_of_other_template(flags.checkpoint)
+        writer = _writer(model, tokenizer, sampling, flags)
+    except ValueError as error:
+        print(f"chat: {error}", file=sys.stderr)
+        return 2
+    dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
+    system = [{"role": "system", "content": flags.system}] if flags.system else []
+    chat(_lines(), writer, tokenizer, options, system=system, dim=dim, plain=plain)
+    return 0
+
+
+def chat(
+    lines: Iterable[str],
+    writer: Writer,
+    tokenizer: Tokenizer,
+    options: ChatOptions,
+    *,
+    system: Sequence[Message] = (),
+    dim: str = "",
+    plain: str = "",
+    show: Callable[[str], object] | None = None,
+) -> list[Message]:
+    """Answer each line in turn, showing the text as it comes; the conversation at the end."""
+    show = show or _show
+    messages = list(system)
+    for line in lines:
+        if line.strip() == "/quit":
+            break
+        if line.strip() == "/reset":
+            messages = list(system)
+            continue
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        ids = writer(encode_prompt(tokenizer, messages, options=options))
+        events = []
+        for event in turn_events(ids, tokenizer, options):
+            events.append(event)
+            show(_as_text(event, dim, plain))
+        show("\n")
+        messages.append(turn_of(events).message())
+    return messages
+
+
+def turn_events(ids: Iterable[int], tokenizer: Tokenizer, options: ChatOptions) -> Iterator[Event]:
+    """A turn's events while its ids arrive."""
+    parser, text = TurnParser(thinking=options.enable_thinking), tokenizer.stream(show_special=True)
+    for token in ids:
+        yield from parser.push(text.push(token))
+    yield from parser.push(text.finish())
+    yield from parser.finish()
+
+
+def _as_text(event: Event, dim: str, plain: str) -> str:
+    if isinstance(event, Reasoning):
+        return f"{dim}{event.text}{plain}"
+    if isinstance(event, Content):
+        return event.text
+    if isinstance(event, Malformed):
+        return f"\n[{event.reason}]{event.text}\n"
+    return ""
+
+
+def _writer(
+    model: Nemotron, tokenizer: Tokenizer, sampling: Sampling, flags: argparse.Namespace
+) -> Writer:
+    stops = (tokenizer.token_id(END), tokenizer.eos)
+    answer = tokenizer.token_id(ANSWER)
+    seed = flags.seed
+
+    def write(prompt: Sequence[int]) -> Iterator[int]:
+        nonlocal seed
+        seed += 1
+        return stream_tokens(
+            model,
+            prompt,
+            flags.max_tokens,
+            sampling=sampling,
+            stop_tokens=stops,
+            seed=seed,
+            budget=flags.budget if not flags.no_thinking else None,
+            budget_token=answer,
+        )
+
+    return write
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nemotron_jax.chat", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run's or a hub model's directory")
+    add("--dtype", default="float32", help="of the model's matrices")
+    add("--system", default="", help="the system message")
+    add("--no_thinking", action="store_true", help="answer without reasoning")
+    add("--low_effort", action="store_true", help="ask for short reasoning")
+    add("--budget", type=int, default=None, help="tokens of reasoning, after which it is closed")
+    add("--max_tokens", type=int, default=1024, help="new tokens of one turn at most")
+    add("--temperature", type=float, default=1.0, help="0 is greedy; published: 1.0")
+    add("--top_p", type=float, default=0.95, help="published: 0.95")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
