@@ -55,7 +55,7 @@ def number(text: str | None) -> Fraction | None:
     """The exact value of a plain number: 12, -3.50, 1,200, 2/3, 6.02e23; None for all else."""
     if text is None:
         return None
-    text = text.strip().strip("$").strip().rstrip(".") or "?"
+    text = text.strip().rstrip(".").strip("$ ") or "?"
     text = text.replace("\N{MINUS SIGN}", "-")
     over, slash, under = text.partition("/")
     value = _decimal(over.strip())

@@ -245,13 +245,15 @@ class Environment(abc.ABC):
         return {}
 
     def unavailable(self) -> str | None:
-        """Why the environment cannot run here and what to do about it; None when it can."""
+        """Why no session can start here and what to do about it; None when one can. Cheap."""
         return None
 
     def start(self, task: Task) -> Session:
         """A fresh session of one of this environment's tasks."""
         if task.environment != self.name:
             raise ValueError(f"{self.name}: task {task.id!r} belongs to {task.environment!r}")
+        if reason := self.unavailable():
+            raise ValueError(f"{self.name}: {reason}")
         return self.session(task, self.max_turns)
 
     def split(self, seed: int, split: str, index: int, *, level: int | None = None) -> Task:
@@ -267,8 +269,6 @@ class Environment(abc.ABC):
             raise ValueError(f"{self.name}: index={index!r} is not an integer of 0 or more")
         if level is not None and level not in range(self.levels):
             raise ValueError(f"{self.name}: level={level!r} is not one of 0 … {self.levels - 1}")
-        if reason := self.unavailable():
-            raise ValueError(f"{self.name}: {reason}")
         for attempt in range(MAX_ATTEMPTS):
             draws = Draws(self.name, seed, split, index, level, attempt)
             chosen = draws.below(self.levels) if level is None else level

@@ -15,10 +15,14 @@ _HOMES = {
     "structured": ("structured_json",),
     "instructions": ("instruction_following", "inverse_instructions"),
     "retention": ("retention",),
+    "workplace": ("workplace",),
     "calendar": ("calendar",),
+    "single_step": ("tool_choice", "search_pivot", "tool_schema"),
+    "wiki": ("wiki_search",),
     "longcontext": ("needle", "graph_walk"),
     "refusal": ("refusal", "over_refusal"),
     "preference": ("preference",),
+    "reasoning": ("reasoning_gym",),
 }
 
 
@@ -53,3 +57,25 @@ class Registry(Mapping[str, Environment]):
 
 
 registry = Registry(_HOMES)
+
+
+def table(environments: Mapping[str, Environment]) -> str:
+    """The environments as a table in markdown."""
+    rows = [
+        "| name | asks to | reward | tools | turns | levels | released counterpart | fidelity |"
+    ]
+    rows.append("|" + "---|" * 8)
+    for name, one in environments.items():
+        turns = "1" if one.max_turns == 1 else f"≤ {one.max_turns}"
+        summary = one.summary[0].lower() + one.summary[1:]
+        cells = [name, summary, one.reward, str(_tools(one)), turns, str(one.levels)]
+        rows.append("| " + " | ".join([*cells, one.counterpart, one.fidelity]) + " |")
+    return "\n".join(rows)
+
+
+def _tools(environment: Environment) -> int:
+    """Tools of a task of the highest level; none where no task can be drawn on this machine."""
+    try:
+        return len(environment.split(0, "train", 0, level=environment.levels - 1).tools)
+    except ValueError:
+        return 0

@@ -52,8 +52,10 @@ class Draws:
         """`count` items at different places, in random order."""
         if count > len(items):
             raise ValueError(f"Draws.sample: {count} of {len(items)} items cannot be drawn")
-        pool = list(items)
+        moved: dict[int, int] = {}  # a shuffle's first steps, of which only the changes are kept
+        drawn = []
         for place in range(count):
-            other = place + self.below(len(pool) - place)
-            pool[place], pool[other] = pool[other], pool[place]
-        return pool[:count]
+            other = place + self.below(len(items) - place)
+            drawn.append(items[moved.get(other, other)])
+            moved[other] = moved.get(place, place)
+        return drawn

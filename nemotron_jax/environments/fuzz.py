@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemotron_jax.environments.base import MAX_CALLS, MAX_TEXT, Environment, Task
+from nemotron_jax.environments.schema import example
 from nemotron_jax.environments.turns import ToolCall, Turn
 
 _DEEP = 100_000
@@ -110,23 +111,8 @@ def hostile_turns(environment: Environment, task: Task) -> Iterator[tuple[str, l
 
 def _call(tool: str, properties: dict, hostile: str, value: Any) -> Turn:
     """A call that is in order but for one argument."""
-    arguments = {key: _fitting(rule) for key, rule in properties.items()} | {hostile: value}
+    arguments = {key: example(rule) for key, rule in properties.items()} | {hostile: value}
     return Turn(calls=(ToolCall(tool, arguments),))
-
-
-def _fitting(rule: dict) -> Any:
-    """A value that fits a schema, more or less."""
-    if "enum" in rule:
-        return rule["enum"][0]
-    kind = rule.get("type", "string")
-    kind = kind if isinstance(kind, str) else kind[0]
-    if kind == "array":
-        return [_fitting(rule.get("items", {}))] * max(1, rule.get("minItems", 1))
-    if kind == "object":
-        return {key: _fitting(inner) for key, inner in rule.get("properties", {}).items()}
-    if kind == "string":
-        return "a" * max(1, rule.get("minLength", 1))
-    return {"boolean": True, "null": None}.get(kind, rule.get("minimum", 1))
 
 
 def _messages() -> Iterator[dict]:

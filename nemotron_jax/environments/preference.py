@@ -32,27 +32,27 @@ def style_density(text: str) -> float:
 
 
 class PreferenceSession(Session):
-    """0 unless every fact stands and none is made up; then half each for length and for style."""
+    """0 unless every fact stands, none is made up and it is shorter; half of 1 unless plainer."""
 
     def score(self) -> Verdict:
         facts, reference = self.task.data["facts"], self.task.data["reference"]
         text = self.text
+        words = len(text.split())
+        if words >= len(reference.split()) or len(text) > 2 * len(reference):
+            return Verdict(0.0, {"shorter": 0.0})
+        parts_of = [set(re.findall(r"\w+", part)) for part in sentences(text)]
         said = [
-            any({name.casefold(), kind, str(value)} <= set(re.findall(r"\w+", part))
-                for part in sentences(text))
+            any({name.casefold(), kind, str(value)} <= part for part in parts_of)
             for name, kind, value in facts
-        ]  # fmt: skip
+        ]
         known = {str(value) for _, _, value in facts}
         made_up = any(number not in known for number in _NUMBER.findall(text))
-        words = len(text.split())
         # Names and numbers in a row are no sentences: each fact takes a verb at least.
         prose = len(re.findall(r"\b(?:is|has|costs|are)\b", text)) >= len(facts)
         sound = all(said) and not made_up and prose
-        shorter = words < len(reference.split())
         plainer = style_density(text) < style_density(reference)
-        reward = (shorter + plainer) / 2 if sound and shorter else 0.0
-        parts = {"facts": sum(said) / len(said), "shorter": float(shorter)}
-        return Verdict(reward, parts | {"plainer": float(plainer)})
+        parts = {"facts": sum(said) / len(said), "shorter": 1.0, "plainer": float(plainer)}
+        return Verdict((1 + plainer) / 2 if sound else 0.0, parts)
 
 
 class Preference(Environment):

@@ -123,6 +123,25 @@ def _object_faults(value: dict, schema: dict, where: str) -> Iterator[str]:
             yield f"{at}{_shown(key)} is unknown; the names are {sorted(properties)}"
 
 
+def example(schema: dict) -> Any:
+    """A value that fits a schema of the supported subset (uniqueItems beyond one item aside)."""
+    if "const" in schema:
+        return schema["const"]
+    if "enum" in schema:
+        return schema["enum"][0]
+    kind = schema.get("type", "string")
+    kind = kind if isinstance(kind, str) else kind[0]
+    if kind == "array":
+        return [example(schema.get("items", {}))] * schema.get("minItems", 1)
+    if kind == "object":
+        return {key: example(inner) for key, inner in schema.get("properties", {}).items()}
+    if kind == "string":
+        return "a" * max(1, schema.get("minLength", 1))
+    return {"boolean": True, "null": None}.get(
+        kind, schema.get("minimum", schema.get("maximum", 1))
+    )
+
+
 def too_large(value: Any) -> bool:
     """Whether a value is nested deeper or holds more than a call may; never recurses."""
     level, seen = [value], 0

@@ -1,0 +1,141 @@
+"""python -m nemotron_jax.environments: list, show, play and check environments."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+from nemotron_jax.environments.base import Environment, Session, Task, Verdict
+from nemotron_jax.environments.catalogue import registry, table
+from nemotron_jax.environments.check import check
+from nemotron_jax.environments.turns import ToolCall, Turn
+
+_HOW_TO_PLAY = (
+    "Type a reply and end it with a line that is a single dot.\n"
+    'A line such as /NAME {"argument": 1} calls the tool NAME; /quit gives up.'
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        if given.list:
+            print(table(registry))
+            return 0
+        environment = find(given.sample or given.play or given.check)
+        if given.check:
+            report = check(environment, given.tasks, seed=given.seed)
+            print("\n".join(report.lines()))
+            return 1 if report.faults else 0
+        task = environment.split(given.seed, given.split, given.index, level=given.level)
+        verdict = _sample(environment, task) if given.sample else _play(environment, task)
+    except (ValueError, KeyError, ImportError) as error:
+        print(f"environments: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 2
+    print(_shown(verdict))
+    return 0
+
+
+def find(name: str) -> Environment:
+    """A registered environment, or MODULE:ATTRIBUTE, an environment or its class, of one's own."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return registry[name]
+    found = getattr(importlib.import_module(module), attribute, None)
+    found = found() if isinstance(found, type) else found
+    if not isinstance(found, Environment):
+        raise ValueError(f"{name} is not an environment; give MODULE:ATTRIBUTE of one")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m nemotron_jax.environments", description=__doc__)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--list", action="store_true", help="the table of environments")
+    action.add_argument("--sample", metavar="NAME", help="one task with its oracle's transcript")
+    action.add_argument("--play", metavar="NAME", help="play one task in the terminal")
+    action.add_argument("--check", metavar="NAME", help="try the properties; MODULE:ATTRIBUTE too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--level", type=int)
+    parser.add_argument(
+        "--tasks", type=int, default=20, help="tasks of each split that are checked"
+    )
+    return parser
+
+
+def _sample(environment: Environment, task: Task) -> Verdict:
+    _print_opening(task)
+    with environment.start(task) as session:
+        for turn in environment.oracle(task):
+            if session.over:
+                break
+            _print_message(Turn.of(turn).message())
+            for message in session.reply(turn):
+                _print_message(message)
+        return session.verify()
+
+
+def _play(environment: Environment, task: Task) -> Verdict:
+    _print_opening(task)
+    print(_HOW_TO_PLAY)
+    with environment.start(task) as session:
+        for turn in _typed(session):
+            for message in session.reply(turn):
+                _print_message(message)
+            if session.over:
+                break
+        return session.verify()
+
+
+def _typed(session: Session) -> Iterator[Turn]:
+    """The turns that a person types, until the input ends."""
+    lines: list[str] = []
+    for line in sys.stdin:
+        line = line.rstrip("\n")
+        name, _, arguments = line[1:].partition(" ")
+        if line == "/quit":
+            return
+        if line == ".":
+            yield Turn("\n".join(lines))
+            lines = []
+        elif line.startswith("/"):
+            try:
+                yield Turn(calls=(ToolCall(name, json.loads(arguments or "{}")),))
+            except ValueError:
+                print("that is not JSON")
+        else:
+            lines.append(line)
+    if lines:
+        yield Turn("\n".join(lines))
+
+
+def _print_opening(task: Task) -> None:
+    print(f"{task.id}, level {task.level}")
+    for spec in task.tools:
+        function = spec["function"]
+        print(
+            f"[tool] {function['name']}({', '.join(function['parameters'].get('properties', {}))})"
+        )
+    for message in task.messages:
+        _print_message(message)
+
+
+def _print_message(message: dict) -> None:
+    if message["content"]:
+        print(f"[{message['role']}] {message['content']}")
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        print(f"[{message['role']} calls] {function['name']} {json.dumps(function['arguments'])}")
+
+
+def _shown(verdict: Verdict) -> str:
+    parts = "".join(f", {name} {value:g}" for name, value in verdict.parts.items())
+    failed = f", infrastructure: {verdict.infra_error}" if verdict.infra_error else ""
+    return f"reward {verdict.reward:g}{parts}{failed}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Rows in NeMo Gym's format become tasks with the same properties as all others."""
+
+import json
+import pathlib
+
+import pytest
+
+from nemotron_jax.environments import calling, play
+from nemotron_jax.environments.check import check
+from nemotron_jax.environments.rows import Rows
+
+
+def row(text: str | list, tools: list | None = None, **rest: object) -> dict:
+    given = [{"role": "user", "content": text}] if isinstance(text, str) else text
+    return {"responses_create_params": {"input": given, "tools": tools or []}, **rest}
+
+
+CALL = {"type": "function_call", "name": "find", "arguments": '{"city": "Oslo"}'}
+FLAT_TOOL = {
+    **{"type": "function", "name": "find", "description": "", "strict": True},
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+KINDS = {
+    "number": (row("What is 2+2?", expected_answer="4"), "\\boxed{4.0}", "\\boxed{5}"),
+    "name": (row("Capital?", verifier_metadata={"expected_answer": "Paris"}), "paris.", "Rome"),
+    "letter": (row("Which?", options=[{"A": "x"}, {"B": "y"}], expected_answer="B"), "B) y", "A"),
+    "schema": (row("JSON?", schema_str=SCHEMA, schema_type="json"), '{"a": 3}', '{"a": "3"}'),
+    "action": (row("Find Oslo", [FLAT_TOOL], expected_action=CALL), calling("find", city="oslo"),
+               calling("find", city="Rome")),
+    "words": (row("Thanks", [FLAT_TOOL], expected_action={"type": "message"}), "Gladly.",
+              calling("find", city="Oslo")),
+}  # fmt: skip
+
+
+def write(path: pathlib.Path, rows: list) -> pathlib.Path:
+    path.write_text("\n".join(json.dumps(one) for one in rows), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_judged_by_its_keys(kind: str, tmp_path: pathlib.Path) -> None:
+    one, right, wrong = KINDS[kind]
+    environment = Rows(write(tmp_path / "rows.jsonl", [one]), "mine")
+    split = "train" if environment._drafts["train"] else "held_out"
+    task = environment.split(0, split, 0)
+    assert play(environment, task, [right]).reward == 1
+    assert play(environment, task, environment.oracle(task)).reward == 1
+    assert play(environment, task, [wrong]).reward == 0
+    assert play(environment, task, [""]).reward == 0
+
+
+def test_rows_pass_the_check_of_every_environment(tmp_path: pathlib.Path) -> None:
+    rows = [row(f"What is {n}+{n}?", expected_answer=str(2 * n)) for n in range(40)]
+    environment = Rows(write(tmp_path / "sums.jsonl", rows))
+    assert environment.name == "sums" and len(environment) == 40
+    assert not check(environment, tasks=8, fuzz=1).faults
+
+
+def test_every_row_of_a_split_comes_once_before_any_comes_again(tmp_path: pathlib.Path) -> None:
+    rows = [row(f"{n}?", expected_answer=str(n)) for n in range(40)]
+    environment = Rows(write(tmp_path / "rows.jsonl", rows))
+    count = len(environment._drafts["train"])
+    first = [environment.split(3, "train", index).content_hash for index in range(count)]
+    assert len(set(first)) == count < 40
+    assert environment.split(3, "train", count).content_hash == first[0]
+
+
+def test_a_history_in_responses_form_becomes_chat_messages(tmp_path: pathlib.Path) -> None:
+    history = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Find Oslo"}]},
+        CALL | {"call_id": "1"},
+        {"type": "function_call_output", "call_id": "1", "output": "Norway"},
+    ]
+    one = row(history, [FLAT_TOOL], expected_answer="Norway")
+    environment = Rows(write(tmp_path / "rows.jsonl", [one]))
+    (draft,) = environment._drafts["train"] + environment._drafts["held_out"]
+    assert draft.messages == [
+        {"role": "user", "content": "Find Oslo"},
+        calling("find", city="Oslo").message(),
+        {"role": "tool", "content": "Norway"},
+    ]
+    assert draft.tools[0]["function"]["name"] == "find"
+
+
+@pytest.mark.parametrize(
+    "bad", ["{", "[]", '{"responses_create_params": {}}', json.dumps(row("judge me")),
+            json.dumps(row([], expected_answer="1"))],
+)  # fmt: skip
+def test_a_row_that_cannot_be_judged_is_named_or_skipped(bad: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row("1?", expected_answer="1")) + "\n" + bad, "utf-8")
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: .*unsupported='skip'"):
+        Rows(path)
+    environment = Rows(path, unsupported="skip")
+    assert len(environment) == 1 and environment.skipped == 1
