@@ -7,6 +7,7 @@ _HOMES = {
     "Execution": "nemotron_jax.config.execution",
     "ModelConfig": "nemotron_jax.config.model",
     "Nemotron": "nemotron_jax.model.nemotron",
+    "for_decoding": "nemotron_jax.decoding.step",
     "generate": "nemotron_jax.decoding.generate",
     "load_pretrained": "nemotron_jax.pretrained",
     "load_tokenizer": "nemotron_jax.pretrained",

@@ -1,4 +1,4 @@
-"""Text from a model: chunked prefill, then one compiled loop of single tokens."""
+"""Text from a model: chunked prefill, then one compiled loop of rounds."""
 
 import dataclasses
 import functools
@@ -10,13 +10,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.decoding.sampling import Sampling, sample
+from nemotron_jax.decoding.speculative import (
+    DRAW,
+    Acceptance,
+    finish_round,
+    keys_at,
+    run_round,
+)
+from nemotron_jax.decoding.step import for_decoding, prefill_chunk
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
 
 PREFILL_CHUNK = 1024  # tokens of one prefill call; memory of a long prompt is a chunk's
 _SMALLEST_CHUNK = 16
-_NEW_TOKENS_STEP = 64  # buffers grow by this many tokens, so that few loops are ever compiled
+_FEWEST_NEW_TOKENS = 64  # buffers hold this times a power of two, so that few loops are compiled
 _STOPS_STEP = 8  # likewise for the table of stop tokens
+MOST_DRAFTS = 32  # more were never worth their cost, and every count compiles a loop of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +35,22 @@ class Generated:
     tokens: Int[np.ndarray, "B N"]
     lengths: Int[np.ndarray, "B"]  # new tokens of each row, its stop token counted
     logprobs: Float[np.ndarray, "B N"]  # float32 log-softmax of the untempered logits; 0 in padding
-    acceptance: None = None  # of drafted tokens; there are none without speculation
+    acceptance: Acceptance | None = None  # of drafted tokens; None without speculation
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-    """What the decode loop carries."""
+    """What the decode loop carries. Each row's newest token is in `tokens`, not in the cache."""
 
-    step: Int[Array, ""]
     cache: Cache
-    logits: Float[Array, "B V"]  # of each row's next token
+    token: Int[Array, "B"]
     tokens: Int[Array, "B N"]
     logprobs: Float[Array, "B N"]
     lengths: Int[Array, "B"]
     done: Array
+    verifications: Int[Array, ""]
+    accepted: Int[Array, "k"]  # drafts at each place
 
 
 def generate(
@@ -48,40 +58,44 @@ def generate(
     prompt_tokens: Int[Array, "B T"] | Sequence[Sequence[int]],
     max_new_tokens: int = 24,
     *,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_tokens: Sequence[int] | None = (),
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    stop_tokens: Sequence[int] | int | None = (),
     speculative: int = 0,
     seed: int = 0,
 ) -> Generated:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
-    Rows may differ in length; each behaves as if it were alone. `stop_tokens=None` takes the
-    checkpoint's own end-of-sequence ids, `()` never stops. Raises ValueError for an empty prompt, a
-    token outside the vocabulary, or sampling values out of range.
+    Rows may differ in length and in how they are sampled; each behaves as if it were alone.
+    `stop_tokens=None` takes the checkpoint's own end-of-sequence ids, `()` never stops.
+    `speculative=k` drafts k tokens at a time with the MTP block and verifies them together: greedy
+    tokens stay the same, sampled ones keep their distribution. For many calls pass
+    `for_decoding(model)`, which is made here otherwise. Raises ValueError for an empty prompt, a
+    token outside the vocabulary, drafts without an MTP block, or sampling values out of range.
     """
-    rows = _checked_rows(model, prompt_tokens, max_new_tokens, speculative)
-    sampling = Sampling.create(temperature, top_k, top_p)
-    if stop_tokens is None:
-        stop_tokens = default_stop_tokens(model)
-    capacity = _round_up(max_new_tokens, _NEW_TOKENS_STEP)
-    cache, logits = prefill(model, rows, extra=capacity)
+    rows = _checked_rows(model, prompt_tokens, max_new_tokens)
+    _check_speculative(model, speculative)
+    sampling = _sampling_of_rows(Sampling.create(temperature, top_k, top_p), len(rows))
+    stops = _stop_table(default_stop_tokens(model) if stop_tokens is None else stop_tokens)
+    model = for_decoding(model)
+    batch = _power_of_two(len(rows))
+    padded = [*rows, *[[0]] * (batch - len(rows))]
+    capacity = max(_FEWEST_NEW_TOKENS, _power_of_two(max_new_tokens))
+    cache, logits = prefill(model, padded, extra=capacity + speculative + 1, mtp=speculative > 0)
     end = _decode(
         model,
         cache,
         logits,
         sampling,
-        stops=_stop_table(stop_tokens),
+        stops=stops,
         key=jax.random.key(seed),
         limit=max_new_tokens,
+        real=np.arange(batch) < len(rows),
         capacity=capacity,
+        speculative=speculative,
     )
-    return Generated(
-        tokens=np.asarray(end.tokens)[:, :max_new_tokens],
-        lengths=np.asarray(end.lengths),
-        logprobs=np.asarray(end.logprobs)[:, :max_new_tokens],
-    )
+    return _result(end, len(rows), max_new_tokens, speculative)
 
 
 def default_stop_tokens(model: Nemotron) -> tuple[int, ...]:
@@ -92,16 +106,16 @@ def default_stop_tokens(model: Nemotron) -> tuple[int, ...]:
 
 
 def prefill(
-    model: Nemotron, rows: Sequence[Sequence[int]], extra: int
+    model: Nemotron, rows: Sequence[Sequence[int]], extra: int, *, mtp: bool = False
 ) -> tuple[Cache, Float[Array, "B V"]]:
     """A cache that holds every row's prompt and has room for `extra` tokens, and the next token's
     logits."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    chunk = min(PREFILL_CHUNK, max(_SMALLEST_CHUNK, 1 << int(lengths.max() - 1).bit_length()))
+    chunk = min(PREFILL_CHUNK, max(_SMALLEST_CHUNK, _power_of_two(int(lengths.max()))))
     padded = np.zeros((len(rows), _round_up(int(lengths.max()), chunk)), np.int32)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
-    cache = model.init_cache(len(rows), padded.shape[1] + extra)
+    cache = model.init_cache(len(rows), padded.shape[1] + extra, mtp=mtp)
     hidden = jnp.zeros((len(rows), model.config.width), model.embedding[...].dtype)
     for start in range(0, padded.shape[1], chunk):
         valid = np.clip(lengths - start, 0, chunk).astype(np.int32)
@@ -118,12 +132,11 @@ def _prefill_chunk(
     model: Nemotron, cache: Cache, tokens: Array, valid: Array, hidden: Array
 ) -> tuple[Cache, Array]:
     """The cache after a chunk, and each row's last hidden state so far."""
-    output = model(tokens, cache=cache, lengths=valid)
-    last = jnp.take_along_axis(output.hidden, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)
-    return output.cache, jnp.where((valid > 0)[:, None], last[:, 0], hidden)
+    cache, last = prefill_chunk(model, cache, tokens, valid)
+    return cache, jnp.where((valid > 0)[:, None], last, hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity",), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("capacity", "speculative"), donate_argnums=1)
 def _decode(
     model: Nemotron,
     cache: Cache,
@@ -133,55 +146,92 @@ def _decode(
     stops: Array,
     key: Array,
     limit: Array,
+    real: Array,
     capacity: int,
+    speculative: int,
 ) -> _Loop:
     """The loop's end; its cache is a result, so that the donated one is written in place."""
-    model = model.split_layers()
     batch = logits.shape[0]
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-
-    def unfinished(loop: _Loop) -> Array:
-        return (loop.step < limit) & ~jnp.all(loop.done)
-
-    def emit(loop: _Loop) -> _Loop:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, loop.step)
-        token = jnp.where(loop.done, model.config.pad_token, sample(loop.logits, keys, sampling))
-        chosen = jnp.take_along_axis(loop.logits, token[:, None], axis=-1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(loop.logits, axis=-1)
-        output = model(token[:, None], cache=loop.cache)
-        return _Loop(
-            step=loop.step + 1,
-            cache=output.cache,
-            logits=model.logits(output.hidden[:, 0]),
-            tokens=jax.lax.dynamic_update_slice(loop.tokens, token[:, None], (0, loop.step)),
-            logprobs=jax.lax.dynamic_update_slice(
-                loop.logprobs, jnp.where(loop.done, 0.0, logprob)[:, None], (0, loop.step)
-            ),
-            lengths=loop.lengths + ~loop.done,
-            done=loop.done | jnp.any(token[:, None] == stops, axis=-1),
-        )
-
-    start = _Loop(
-        step=jnp.int32(0),
+    token = sample(logits, keys_at(row_keys, cache.length, DRAW), sampling)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    logprob = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    empty = _Loop(
         cache=cache,
-        logits=logits,
-        tokens=jnp.full((batch, capacity), model.config.pad_token, jnp.int32),
-        logprobs=jnp.zeros((batch, capacity), jnp.float32),
+        token=token,
+        # Room for a last round's tokens past the limit, which are not kept.
+        tokens=jnp.full((batch, capacity + speculative + 1), model.config.pad_token, jnp.int32),
+        logprobs=jnp.zeros((batch, capacity + speculative + 1), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
+        done=~real,
+        verifications=jnp.int32(0),
+        accepted=jnp.zeros(speculative, jnp.int32),
     )
-    return jax.lax.while_loop(unfinished, emit, start)
+    emit = functools.partial(_emit, stops=stops, limit=limit, pad=model.config.pad_token)
+    start = emit(empty, token[:, None], logprob, jnp.ones_like(token))
+
+    def run(loop: _Loop) -> _Loop:
+        options = {"sampling": sampling, "row_keys": row_keys}
+        round = run_round(model, loop.cache, loop.token, speculative, **options)
+        active, count = ~loop.done, round.accepted + 1
+        newest = jnp.take_along_axis(round.tokens, round.accepted[:, None], axis=1)[:, 0]
+        stood = jnp.arange(speculative) < round.accepted[:, None]
+        loop = dataclasses.replace(
+            loop,
+            cache=finish_round(model, round, active),
+            token=newest,
+            verifications=loop.verifications + jnp.sum(active),
+            accepted=loop.accepted + jnp.sum(stood & active[:, None], axis=0),
+        )
+        return emit(loop, round.tokens, round.logprobs, count)
+
+    return jax.lax.while_loop(lambda loop: ~jnp.all(loop.done), run, start)
 
 
-def _checked_rows(
-    model: Nemotron, prompt_tokens: Sequence, max_new_tokens: int, speculative: int
-) -> list[list[int]]:
+def _emit(
+    loop: _Loop,
+    tokens: Int[Array, "B n"],
+    logprobs: Float[Array, "B n"],
+    count: Int[Array, "B"],
+    *,
+    stops: Array,
+    limit: Array,
+    pad: int,
+) -> _Loop:
+    """Rows with the first `count` tokens added, up to a stop token and to the limit."""
+    stop = jnp.any(tokens[..., None] == stops, axis=-1)
+    # The place of a row's first stop token, or one that no count reaches.
+    first = jnp.where(jnp.any(stop, axis=1), jnp.argmax(stop, axis=1), tokens.shape[1])
+    room = jnp.where(loop.done, 0, limit - loop.lengths)
+    kept = jnp.minimum(jnp.minimum(count, first + 1), room)
+    inside = jnp.arange(tokens.shape[1]) < kept[:, None]
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    lengths = loop.lengths + kept
+    return dataclasses.replace(
+        loop,
+        tokens=write(loop.tokens, jnp.where(inside, tokens, pad), loop.lengths),
+        logprobs=write(loop.logprobs, jnp.where(inside, logprobs, 0.0), loop.lengths),
+        lengths=lengths,
+        done=loop.done | (lengths >= limit) | (first < kept),
+    )
+
+
+def _result(end: _Loop, rows: int, max_new_tokens: int, speculative: int) -> Generated:
+    assert not np.any(end.cache.overflowed()), "a row outgrew its cache"
+    counts = int(end.verifications), np.asarray(end.accepted)
+    return Generated(
+        tokens=np.asarray(end.tokens)[:rows, :max_new_tokens],
+        lengths=np.asarray(end.lengths)[:rows],
+        logprobs=np.asarray(end.logprobs)[:rows, :max_new_tokens],
+        acceptance=Acceptance.of_counts(*counts) if speculative else None,
+    )
+
+
+def _checked_rows(model: Nemotron, prompt_tokens: Sequence, max_new_tokens: int) -> list[list[int]]:
     rows = [np.asarray(row).tolist() for row in prompt_tokens]
     vocabulary = model.config.vocab_size
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be at least 1")
-    if speculative != 0:
-        raise ValueError(f"generate: speculative={speculative} is not available; use 0")
     for number, row in enumerate(rows):
         if not isinstance(row, list) or not all(isinstance(token, int) for token in row):
             raise ValueError(
@@ -201,11 +251,45 @@ def _checked_rows(
     return rows
 
 
-def _stop_table(stop_tokens: Sequence[int]) -> Int[np.ndarray, "stops"]:
+def _check_speculative(model: Nemotron, speculative: int) -> None:
+    if not 0 <= speculative <= MOST_DRAFTS:
+        raise ValueError(
+            f"generate: speculative={speculative} must lie between 0 and {MOST_DRAFTS}; it is the "
+            "number of tokens drafted at a time"
+        )
+    if speculative and model.mtp_block is None:
+        raise ValueError(
+            f"generate: speculative={speculative} needs an MTP block to draft with, and this model "
+            "has none; use 0"
+        )
+
+
+def _sampling_of_rows(sampling: Sampling, rows: int) -> Sampling:
+    """One value a row; rows that fill the batch up repeat the last."""
+
+    def by_row(name: str, values: Array) -> Array:
+        if values.ndim > 1 or values.size not in (1, rows):
+            raise ValueError(
+                f"generate: {name} has {values.size} values for {rows} prompts; give one, or one "
+                "for each"
+            )
+        return jnp.pad(jnp.broadcast_to(values, rows), (0, _power_of_two(rows) - rows), mode="edge")
+
+    fields = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+    return dataclasses.replace(sampling, **{n: by_row(n, v) for n, v in fields.items()})
+
+
+def _stop_table(stop_tokens: Sequence[int] | int) -> Int[np.ndarray, "stops"]:
     """The stop tokens and at least one -1, which no token equals; its size hardly ever changes."""
+    stop_tokens = np.atleast_1d(np.asarray(stop_tokens, np.int32))
     table = np.full(_round_up(len(stop_tokens) + 1, _STOPS_STEP), -1, np.int32)
     table[: len(stop_tokens)] = stop_tokens
     return table
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest one that is at least `count`."""
+    return 1 << (count - 1).bit_length()
 
 
 def _round_up(count: int, step: int) -> int:

@@ -1,10 +1,16 @@
-"""Choosing the next token from logits."""
+"""From logits to a token: the distribution that is sampled, and drawing from it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+_LARGEST = np.iinfo(np.int32).max
+# The smallest normal float32: a CPU takes smaller ones for 0, and logits over 0 are no numbers.
+_SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
 @jax.tree_util.register_dataclass
@@ -13,45 +19,79 @@ class Sampling:
     """Temperature, then top-k, then top-p; temperature 0 is greedy, top_k 0 and top_p 1 keep every
     token.
 
-    Which filters run is fixed when compiled; their values are not.
+    Each value is one for all rows, or one a row. Whether any row samples and whether any filters is
+    fixed when compiled; the values are not.
     """
 
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    greedy: bool = dataclasses.field(metadata={"static": True})
-    filtered: bool = dataclasses.field(metadata={"static": True})
+    temperature: Float[Array, "*B"]
+    top_k: Int[Array, "*B"]
+    top_p: Float[Array, "*B"]
+    greedy: bool = dataclasses.field(metadata={"static": True})  # every row
+    filtered: bool = dataclasses.field(metadata={"static": True})  # any row
 
     @classmethod
-    def create(cls, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> "Sampling":
-        if not temperature >= 0:
-            raise ValueError(f"Sampling: temperature={temperature} must be at least 0; 0 is greedy")
-        if top_k < 0:
+    def create(
+        cls,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+    ) -> "Sampling":
+        """Raises ValueError for a value out of range."""
+        t, k, p = np.asarray(temperature), np.asarray(top_k), np.asarray(top_p)
+        if not np.all((t >= 0) & (t < np.inf)):
+            raise ValueError(
+                f"Sampling: temperature={temperature} must be at least 0, and finite; 0 is greedy"
+            )
+        if not np.issubdtype(k.dtype, np.integer):
+            raise ValueError(f"Sampling: top_k={top_k} must be an integer; 0 keeps every token")
+        if np.any(k < 0):
             raise ValueError(f"Sampling: top_k={top_k} must be at least 0; 0 keeps every token")
-        if not 0 < top_p <= 1:
+        if not np.all((p > 0) & (p <= 1)):
             raise ValueError(f"Sampling: top_p={top_p} must lie in (0, 1]; 1 keeps every token")
         return cls(
-            jnp.float32(temperature),
-            jnp.int32(top_k),
-            jnp.float32(top_p),
-            greedy=temperature == 0,
-            filtered=top_k > 0 or top_p < 1,
+            jnp.asarray(t, jnp.float32),
+            jnp.asarray(np.minimum(k, _LARGEST), jnp.int32),
+            jnp.asarray(p, jnp.float32),
+            greedy=bool(np.all(t < _SMALLEST_TEMPERATURE)),
+            filtered=bool(np.any(k > 0) or np.any(p < 1)),
         )
 
 
-def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
+def distribution(logits: Float[Array, "B *T V"], sampling: Sampling) -> Float[Array, "B *T V"]:
+    """float32 log-probabilities of what is drawn; those of a greedy row are 0 and -inf."""
+
+    def by_row(values: Array) -> Array:
+        return values.reshape(*values.shape, *(1,) * (logits.ndim - values.ndim))
+
+    temperature = by_row(sampling.temperature)
+    greedy = temperature < _SMALLEST_TEMPERATURE
+    # From the largest down: a small temperature makes large logits infinite, but never these.
+    scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+    scaled = scaled / jnp.where(greedy, 1.0, temperature)
+    if sampling.filtered:
+        scaled = keep_likely(scaled, by_row(sampling.top_k), by_row(sampling.top_p))
+    likeliest = jnp.argmax(logits, axis=-1)[..., None] == jnp.arange(logits.shape[-1])
+    certain = jnp.where(likeliest, 0.0, -jnp.inf)
+    return jnp.where(greedy, certain, jax.nn.log_softmax(scaled, axis=-1))
+
+
+def draw(log_probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
     """One token a row; each row draws with its own key."""
+    return jax.vmap(jax.random.categorical)(keys, log_probabilities).astype(jnp.int32)
+
+
+def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
+    """One token a row of what `sampling` makes of its logits."""
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.filtered:
-        logits = keep_likely(logits, sampling.top_k, sampling.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return draw(distribution(logits, sampling), keys)
 
 
 def keep_likely(
-    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Float[Array, "B V"]:
+    logits: Float[Array, "*B V"],
+    top_k: Int[Array, "*B 1"] | int,
+    top_p: Float[Array, "*B 1"] | float,
+) -> Float[Array, "*B V"]:
     """-inf for tokens outside the k likeliest (0: all), then outside the smallest set that holds
     top_p.
 

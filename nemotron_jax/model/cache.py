@@ -5,7 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.layers.attention import KVState
@@ -19,11 +19,20 @@ class Cache:
 
     After a call with `every_state`, `start` holds the lengths before it and Mamba states hold one
     entry a token: `select` brings such a cache back to one state per row.
+
+    For drafting, `mtp` is the MTP block's own cache and `hidden` the backbone's state of each row's
+    last token. Entry i of `mtp` is made of hidden state i and token i + 1, so at rest it is one
+    token behind: `hidden` waits for the token that follows.
+
+    A call that writes past `capacity` leaves its row's length at capacity + 1 for good, and
+    `overflowed` tells.
     """
 
     layers: tuple
     length: Int[Array, "B"]
     start: Int[Array, "B"] | None = None
+    mtp: "Cache | None" = None
+    hidden: Float[Array, "B D"] | None = None
 
     @classmethod
     def zeros(
@@ -36,19 +45,111 @@ class Cache:
 
         return cls(tuple(state(letter) for letter in pattern), jnp.zeros(batch, jnp.int32))
 
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that a row has room for; None without attention, whose states never grow."""
+        sizes = [layer.k.shape[1] for layer in self.layers if isinstance(layer, KVState)]
+        return min(sizes, default=None)
+
+    def overflowed(self) -> Bool[Array, "B"]:
+        """Which rows were written past their end; nothing that they hold can be trusted."""
+        if self.capacity is None:
+            return jnp.zeros(self.length.shape, bool)
+        return self.length > self.capacity
+
+    def advance(
+        self, layers: tuple, num_tokens: int, lengths: Int[Array, "B"] | None, every_state: bool
+    ) -> "Cache":
+        """The cache after a call that wrote `num_tokens` to each row, `lengths` of them valid."""
+        length = self.length + (num_tokens if lengths is None else lengths)
+        if self.capacity is not None:
+            full = self.length + num_tokens > self.capacity
+            length = jnp.where(full, self.capacity + 1, length)
+        start = self.length if every_state else None
+        return dataclasses.replace(self, layers=layers, length=length, start=start)
+
     def select(self, count: Int[Array, "B"]) -> "Cache":
-        """The cache as it was after the first `count` (at least 1) of the last call's tokens, by
-        row."""
+        """The cache as it was after the first `count` of the last call's tokens, by row.
+
+        A count of 0 keeps the length from before the call, but its Mamba states are those after
+        one token: it is for rows that are finished.
+        """
         if self.start is None:
             raise ValueError(
                 "Cache.select: this cache holds one state per row; "
                 "call the model with every_state=True"
             )
-        pick = jax.vmap(lambda states, n: states[n - 1])
+        index = jnp.maximum(count - 1, 0)
+        pick = jax.vmap(lambda states, n: states[n])
         layers = tuple(
-            jax.tree.map(lambda a: pick(a, count), layer)
+            jax.tree.map(lambda a: pick(a, index), layer)
             if isinstance(layer, MambaState)
             else layer
             for layer in self.layers
         )
-        return Cache(layers, self.start + count)
+        length = jnp.where(self.overflowed(), self.length, self.start + count)
+        return dataclasses.replace(self, layers=layers, length=length, start=None)
+
+    def truncate(self, length: Int[Array, "B"]) -> "Cache":
+        """The cache with rows cut to at most `length` tokens.
+
+        Attention forgets any number of tokens. A Mamba state cannot go back further than the last
+        call, and only if that kept every state; otherwise ValueError.
+        """
+        if self.start is not None:
+            return self.select(jnp.minimum(length, self.length) - self.start)
+        if any(isinstance(layer, MambaState) for layer in self.layers):
+            raise ValueError(
+                "Cache.truncate: a Mamba state does not go back; call the model with "
+                "every_state=True, or put a cache that was kept at the wanted length"
+            )
+        return dataclasses.replace(self, length=jnp.minimum(self.length, length))
+
+    def reset(self, rows: Bool[Array, "B"]) -> "Cache":
+        """The cache with the given rows empty, as new."""
+
+        def emptied(array: Array | None) -> Array | None:
+            if array is None:
+                return None
+            mask = rows.reshape(-1, *(1,) * (array.ndim - 1))
+            return jnp.where(mask, jnp.zeros((), array.dtype), array)
+
+        layers = tuple(
+            jax.tree.map(emptied, layer) if isinstance(layer, MambaState) else layer
+            for layer in self.layers
+        )
+        return dataclasses.replace(
+            self,
+            layers=layers,  # keys and values past the length are never read
+            length=emptied(self.length),
+            start=emptied(self.start),
+            mtp=None if self.mtp is None else self.mtp.reset(rows),
+            hidden=emptied(self.hidden),
+        )
+
+    def put(self, row: Int[Array, ""] | int, other: "Cache", other_row: int = 0) -> "Cache":
+        """The cache with one row replaced by a row of another, whose capacity may be smaller.
+
+        Raises ValueError where the two cannot hold the same states.
+        """
+        if jax.tree.structure(self) != jax.tree.structure(other):
+            raise ValueError(
+                "Cache.put: the other cache has other parts; make both by the same model's "
+                "init_cache, with or without mtp, and select after every_state"
+            )
+        if (self.capacity or 0) < (other.capacity or 0):
+            raise ValueError(
+                f"Cache.put: the other cache has capacity {other.capacity}, this one "
+                f"{self.capacity}; it must be at least as large"
+            )
+
+        def write(mine: Array, theirs: Array) -> Array:
+            piece = theirs[other_row : other_row + 1].astype(mine.dtype)
+            return jax.lax.dynamic_update_slice(mine, piece, (row, *(0,) * (mine.ndim - 1)))
+
+        written = jax.tree.map(write, self, other)
+        # The row's mark of an overflow is one past its own capacity, which may be smaller.
+        if self.capacity is None:
+            return written
+        mark = jnp.where(other.overflowed()[other_row], self.capacity + 1, other.length[other_row])
+        return dataclasses.replace(written, length=written.length.at[row].set(mark))

@@ -69,7 +69,7 @@ class Nemotron(nnx.Module):
         T tokens of the call, padding included. `key` (jax.random.key, or two words uint32 [2])
         feeds stochastic rounding, which the training recipes in `execution.precision` need.
         """
-        _check_call(self, cache, segment_ids, lengths)
+        _check_call(cache, segment_ids, lengths, tokens.shape[1])
         return _forward(
             self,
             tokens,
@@ -125,7 +125,7 @@ class Nemotron(nnx.Module):
         embed."""
         if self.mtp_block is None:
             raise ValueError("Nemotron.mtp_step: this model has no MTP block; configure model.mtp")
-        _check_call(self, cache, segment_ids, lengths)
+        _check_call(cache, segment_ids, lengths, next_tokens.shape[1])
         return _mtp_step(
             self, hidden, next_tokens, segment_ids, cache, lengths=lengths, execution=execution
         )
@@ -136,14 +136,33 @@ class Nemotron(nnx.Module):
         """float32 logits of token t+depth+1 from hidden t and tokens t+1..t+depth."""
         return self.logits(self.mtp(hidden, tokens, depth).hidden)
 
-    def init_cache(self, batch: int, max_length: int, dtype: str | None = None) -> Cache:
+    def init_cache(
+        self, batch: int, max_length: int, dtype: str | None = None, *, mtp: bool = False
+    ) -> Cache:
         """An empty cache for rows of up to `max_length` tokens; recurrent states are always
-        float32."""
-        return self._empty_cache(self.config.pattern, batch, max_length, dtype)
+        float32.
+
+        With `mtp` it holds the MTP block's cache too, which `decoding/step.py` feeds along.
+        """
+        cache = self._empty_cache(self.config.pattern, batch, max_length, dtype)
+        if not mtp:
+            return cache
+        if self.mtp_block is None:
+            raise ValueError(
+                "Nemotron.init_cache: mtp=True needs a model with an MTP block; configure model.mtp"
+            )
+        hidden = jnp.zeros((batch, self.config.width), self.embedding[...].dtype)
+        drafts = self.init_mtp_cache(batch, max_length, dtype)
+        return dataclasses.replace(cache, mtp=drafts, hidden=hidden)
 
     def init_mtp_cache(self, batch: int, max_length: int, dtype: str | None = None) -> Cache:
         """An empty cache for the MTP block's own attention."""
         return self._empty_cache(self.config.mtp.pattern, batch, max_length, dtype)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether single layers stand in place of stacks."""
+        return any(isinstance(stack, nnx.List) for stack in self._stacks().values())
 
     def split_layers(self) -> "Nemotron":
         """The same model with single layers in place of stacks, for loops that run one token at a
@@ -208,7 +227,7 @@ def _forward(
     x, states, metrics = run_stack(x, model.config, model._stacks(), segment_ids, states, context)
     return Output(
         hidden=model.final_norm(x),
-        cache=_advance(cache, states, tokens.shape[1], lengths, every_state),
+        cache=cache and cache.advance(states, tokens.shape[1], lengths, every_state),
         router_load=metrics.load,
         aux_loss=jnp.sum(metrics.aux_loss),
     )
@@ -240,7 +259,7 @@ def _mtp_step(
     loads = [report.load for report in metrics]
     return Output(
         hidden=hidden,
-        cache=_advance(cache, states, next_tokens.shape[1], lengths, False),
+        cache=cache and cache.advance(states, next_tokens.shape[1], lengths, False),
         router_load=jnp.stack(loads) if loads else jnp.zeros((0, experts)),
         aux_loss=sum((report.aux_loss for report in metrics), jnp.zeros(())),
     )
@@ -258,24 +277,19 @@ def _valid_lengths(segment_ids: Array | None, lengths: Array | None) -> Array | 
     return lengths if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
 
 
-def _advance(
-    cache: Cache | None,
-    states: tuple | None,
-    num_tokens: int,
-    lengths: Array | None,
-    every_state: bool,
-) -> Cache | None:
-    if cache is None:
-        return None
-    length = cache.length + (num_tokens if lengths is None else lengths)
-    return Cache(states, length, cache.length if every_state else None)
-
-
 def _check_call(
-    model: Nemotron, cache: Cache | None, segment_ids: Array | None, lengths: Array | None
+    cache: Cache | None, segment_ids: Array | None, lengths: Array | None, num_tokens: int
 ) -> None:
     if segment_ids is not None and (cache is not None or lengths is not None):
         raise ValueError(
             "Nemotron: segment_ids come with a cache or lengths; a cache holds one document "
             "per row, and segment id 0 marks padding, so pass segment_ids alone"
+        )
+    if cache is None or cache.capacity is None or isinstance(cache.length, jax.core.Tracer):
+        return  # inside jit, `Cache.overflowed` tells
+    filled = cache.length.shape[0] and int(jnp.max(cache.length))
+    if filled and filled + num_tokens > cache.capacity:
+        raise ValueError(
+            f"Nemotron: T={num_tokens} tokens after {filled} exceed the cache's capacity of "
+            f"{cache.capacity}; give init_cache a larger max_length"
         )

@@ -167,9 +167,16 @@ def _decode(
 
     from nemotron_jax.decoding import generate
     from nemotron_jax.decoding.sampling import Sampling
+    from nemotron_jax.decoding.step import for_decoding
 
     rows, sampling = tokens.tolist(), Sampling.create(0.0, 0, 1.0)
-    options = {"stops": jnp.array([-1], jnp.int32), "key": jax.random.key(0)}
+    options = {
+        "stops": jnp.array([-1], jnp.int32),
+        "key": jax.random.key(0),
+        "real": jnp.ones(len(rows), bool),
+        "speculative": 0,
+    }
+    model = for_decoding(model)
 
     def run() -> measure.Duration:
         cache, logits = jax.block_until_ready(generate.prefill(model, rows, extra=case.new_tokens))

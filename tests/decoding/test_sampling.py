@@ -62,6 +62,14 @@ def test_greedy_takes_the_first_of_the_likeliest():
     np.testing.assert_array_equal(draw(logits, keys, Sampling.create(0.0)), [1, 0])
 
 
+@pytest.mark.parametrize("temperature", [1e-37, 1e-38, 1e-45])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    logits = jnp.asarray([[1.0, 3.0, 2.0, 2.0], [0.0, -1.0, 1e-3, -3.0]])
+    sampling = Sampling.create([temperature, 1.0], [0, 1], 1.0)
+    tokens = draw(logits, jax.random.split(jax.random.key(0), 2), sampling)
+    np.testing.assert_array_equal(tokens, [1, 2])
+
+
 def test_each_row_draws_with_its_own_key():
     logits = jnp.zeros((3, VOCABULARY))
     keys = jax.random.split(jax.random.key(2), 3)
@@ -91,6 +99,8 @@ def test_no_top_p_keeps_every_token_of_a_large_vocabulary():
         ({"temperature": -0.1}, "temperature=-0.1 must be at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be at least 0"),
         ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0, and finite"),
+        ({"top_k": 1.5}, "top_k=1.5 must be an integer"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
     ],

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import nemotron_jax as nj
-from nemotron_jax.decoding.drafting import draft
+from nemotron_jax.decoding.sampling import Sampling
+from nemotron_jax.decoding.speculative import draft
+from nemotron_jax.decoding.step import prefill_chunk
 from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
 from tests.golden_cases import CASES, model, reference, relative_l2, tokens
@@ -142,10 +144,17 @@ def test_mtp_drafts_equal_the_reference(case):
     expected = reference(case)
     first = expected["greedy_tokens"][:, 0].astype(np.int32)
     count = expected["mtp/draft_tokens"].shape[1]
-    drafted = quick_jit(
-        lambda model, prompt: draft(model, prompt, model(prompt).hidden, first, count)
-    )
-    drafts, logits = drafted(model(case), expected["prompt_ids"].astype(np.int32))
+
+    def drafted(model, prompt):
+        batch, length = prompt.shape
+        cache = model.init_cache(batch, length + count, mtp=True)
+        for piece in (prompt[:, :3], prompt[:, 3:]):  # an MTP entry spans their border
+            cache, _ = prefill_chunk(model, cache, piece, jnp.full(batch, piece.shape[1]))
+        return draft(
+            model, cache, first, count, sampling=Sampling.create(0.0), row_keys=jax.random.key(0)
+        )
+
+    _, drafts, logits = quick_jit(drafted)(model(case), expected["prompt_ids"].astype(np.int32))
     np.testing.assert_array_equal(drafts, expected["mtp/draft_tokens"])
     np.testing.assert_allclose(logits, expected["mtp/draft_logits"], atol=ABSOLUTE)
 

@@ -1,0 +1,113 @@
+"""The steps that every way of decoding is made of: prefill a chunk, decode a token, verify drafts.
+
+Pure functions of a model and a cache. A cache with an `mtp` part has it fed along: an MTP entry
+needs a token and the hidden state of the one before, which may lie in another chunk.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.model.cache import Cache
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import abstract_model
+
+
+def for_decoding(model: Nemotron, dtype: str | None = None) -> Nemotron:
+    """The model with single layers in place of stacks, and its matrices in `dtype`, made once.
+
+    Inside a compiled loop a layer of a stack would be copied, and a master cast, at every step. A
+    model that is so already is returned as it is; drop the other one to hold the weights once.
+    """
+    if dtype is not None and model.embedding[...].dtype != jnp.dtype(dtype):
+        if model.is_split:
+            raise ValueError(
+                f"for_decoding: dtype={dtype!r} for a model that is split already; give the dtype "
+                "when it is split"
+            )
+        leaves, structure = jax.tree.flatten(model)
+        wanted = jax.tree.leaves(abstract_model(model.config, dtype))
+        pairs = zip(leaves, wanted, strict=True)
+        model = jax.tree.unflatten(structure, [leaf.astype(like.dtype) for leaf, like in pairs])
+    return model if model.is_split else model.split_layers()
+
+
+def prefill_chunk(
+    model: Nemotron, cache: Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> tuple[Cache, Float[Array, "B D"]]:
+    """The cache after `lengths` tokens of each row, and the hidden state of each row's last one.
+
+    A row of length 0 keeps its states; its hidden state means nothing.
+    """
+    output = model(tokens, cache=cache, lengths=lengths)
+    last = _at(output.hidden, lengths - 1)
+    return _with_mtp(model, cache, output.cache, output.hidden, tokens, lengths), last
+
+
+def decode_step(
+    model: Nemotron, cache: Cache, token: Int[Array, "B"]
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """The cache after one more token of each row, and the float32 logits of the next."""
+    output = model(token[:, None], cache=cache)
+    ones = jnp.ones_like(token)
+    cache = _with_mtp(model, cache, output.cache, output.hidden, token[:, None], ones)
+    return cache, model.logits(output.hidden[:, 0])
+
+
+def verify_step(
+    model: Nemotron, cache: Cache, tokens: Int[Array, "B T"]
+) -> tuple[Cache, Float[Array, "B T D"], Float[Array, "B T V"]]:
+    """A cache with the state after each of a few tokens, their hidden states and their logits.
+
+    Weights are read once for all of them. `commit` turns the cache into one at rest.
+    """
+    output = model(tokens, cache=cache, every_state=True)
+    return output.cache, output.hidden, model.logits(output.hidden)
+
+
+def commit(
+    model: Nemotron,
+    cache: Cache,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    count: Int[Array, "B"],
+) -> Cache:
+    """The cache at rest after the first `count` of the tokens just verified.
+
+    A count of 0 is for a row that is finished: its length stays, its Mamba states mean nothing.
+    Entries that drafts left in the MTP cache are discarded, and those of the tokens that stay made
+    of the backbone's states.
+    """
+    chosen = cache.select(count)
+    if cache.mtp is None:
+        return chosen
+    mtp = cache.mtp.truncate(jnp.maximum(cache.start - 1, 0))
+    before = dataclasses.replace(cache, length=cache.start, start=None, mtp=mtp)
+    return _with_mtp(model, before, chosen, hidden, tokens, count)
+
+
+def _with_mtp(
+    model: Nemotron,
+    before: Cache,
+    after: Cache,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> Cache:
+    """`after`, its MTP cache fed with the tokens of this call but a row's very first."""
+    if before.mtp is None:
+        return after
+    known = jnp.concatenate([before.hidden[:, None], hidden[:, :-1]], axis=1)
+    first = before.length == 0  # nothing stands before the row's first token
+    moved = lambda a: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), jnp.roll(a, -1, 1), a)
+    count = jnp.maximum(lengths - first, 0)
+    mtp = model.mtp_step(moved(known), moved(tokens), cache=before.mtp, lengths=count).cache
+    last = jnp.where((lengths > 0)[:, None], _at(hidden, lengths - 1), before.hidden)
+    return dataclasses.replace(after, mtp=mtp, hidden=last)
+
+
+def _at(hidden: Float[Array, "B T D"], index: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """Each row's hidden state at its index, at 0 for a negative one."""
+    return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]

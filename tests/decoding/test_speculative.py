@@ -1,0 +1,228 @@
+"""Speculation changes the speed alone: greedy tokens stay, samples keep their distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nemotron_jax as nj
+from nemotron_jax.decoding import generate as generate_module
+from nemotron_jax.decoding.sampling import Sampling, distribution
+from nemotron_jax.decoding.speculative import Acceptance, accept
+from nemotron_jax.decoding.step import for_decoding
+from nemotron_jax.model.parameters import flatten, unflatten
+from tests.tiny_models import quick_jit, random_tokens, tiny_model
+
+NEW = 40
+LENGTHS = (21, 1, 30, 7, 2, 13, 9, 16)
+ROWS = [random_tokens(n, n).tolist() for n in LENGTHS]
+MARGIN = 1e-4  # between the two likeliest tokens: nearer ones may change place by rounding
+
+
+def agreeing(model: nj.Nemotron) -> nj.Nemotron:
+    """The model with drafts that are often right: what follows hangs mostly on the last token.
+
+    Mixers add little, and the MTP block passes the embedding on, so that both heads see nearly
+    the same state.
+    """
+    width = model.config.width
+    changed = dict(flatten(model))
+    for name, leaf in changed.items():
+        if name.endswith(("out.weight", "down.weight", "latent_up.weight", "experts.down")):
+            changed[name] = 0.2 * leaf
+    identity = jnp.concatenate([jnp.eye(width), jnp.zeros((width, width))])
+    changed["mtp_block.project.weight"] = identity
+    changed["mtp_block.embedding_norm.weight"] = jnp.ones(width)
+    changed["mtp_block.final_norm.weight"] = changed["final_norm.weight"]
+    return unflatten(model, changed)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return for_decoding(agreeing(tiny_model("M*E", mtp="*E")))
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return nj.generate(model, ROWS, NEW)
+
+
+@quick_jit
+def log_probabilities(model, tokens):
+    return jax.nn.log_softmax(model.logits(model(tokens).hidden))
+
+
+def teacher_forced(model, rows, result):
+    """Log-probabilities [B, new, V] where each new token stands, by one pass over whole rows."""
+    whole = np.zeros((len(rows), 32 + NEW), np.int32)
+    for number, row in enumerate(rows):
+        whole[number, : len(row)] = row
+        whole[number, len(row) : len(row) + NEW] = result.tokens[number]
+    found = np.asarray(log_probabilities(model, whole))
+    return np.stack([found[n, len(row) - 1 :][:NEW] for n, row in enumerate(rows)])
+
+
+@pytest.mark.parametrize(
+    "count, batch, chunk",
+    [(1, 8, 7), (2, 3, 1), (3, 8, 64), (4, 1, 1024), (5, 8, 1024), (6, 3, 7), (7, 1, 1)],
+)
+def test_greedy_tokens_are_those_without_speculation(
+    model, plain, monkeypatch, count, batch, chunk
+):
+    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
+    stops = tuple(int(plain.tokens[row, 9 + row]) for row in range(0, batch, 2))
+    for options in ({}, {"stop_tokens": stops}):
+        result = nj.generate(model, ROWS[:batch], NEW, speculative=count, **options)
+        for row in range(batch):
+            hits = np.flatnonzero(np.isin(plain.tokens[row], options.get("stop_tokens", ())))
+            length = hits[0] + 1 if len(hits) else NEW
+            assert result.lengths[row] == length
+            np.testing.assert_array_equal(result.tokens[row, :length], plain.tokens[row, :length])
+            assert (result.tokens[row, length:] == model.config.pad_token).all()
+            np.testing.assert_allclose(
+                result.logprobs[row, :length], plain.logprobs[row, :length], atol=1e-4
+            )
+            assert (result.logprobs[row, length:] == 0).all()
+        if batch == len(ROWS):  # neither rejection nor acceptance alone shows much
+            assert result.acceptance.mean_length > 1.2
+            assert result.acceptance.by_position[0] < 0.9
+
+
+def test_no_greedy_token_of_these_tests_hangs_on_rounding(model, plain):
+    ordered = np.sort(teacher_forced(model, ROWS, plain), axis=-1)
+    close = ordered[..., -1] - ordered[..., -2] <= MARGIN
+    assert close.mean() < 0.001
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_logprobs_of_samples_are_the_models(model, count):
+    options = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
+    result = nj.generate(model, ROWS, NEW, speculative=count, **options)
+    expected = teacher_forced(model, ROWS, result)
+    chosen = np.take_along_axis(expected, result.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(result.logprobs, chosen, atol=1e-4)
+
+
+def test_rows_are_sampled_each_by_its_own_values(model, plain):
+    """A greedy row beside sampled ones stays greedy; a row's samples do not hang on the others."""
+    options = {"temperature": [0.0, 0.9, 0.7], "top_k": [0, 5, 0], "top_p": [1.0, 1.0, 0.8]}
+    for count in (0, 3):
+        mixed = nj.generate(model, ROWS[:3], NEW, speculative=count, **options)
+        np.testing.assert_array_equal(mixed.tokens[0], plain.tokens[0])
+        alone = nj.generate(model, ROWS[:2], NEW, speculative=count, temperature=0.9, top_k=5)
+        np.testing.assert_array_equal(mixed.tokens[1], alone.tokens[1])
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"temperature": 1.3, "top_k": 4, "top_p": 0.8}], ids=str
+)
+def test_what_comes_out_follows_the_models_distribution(options):
+    """Tokens after acceptance or rejection, and pairs of them, against the plain distribution."""
+    draws, vocabulary = 40_000, 6
+    generator = np.random.default_rng(0)
+    sampling = Sampling.create(**options)
+    # The next token's logits hang on the token before, as a model's do.
+    target = jnp.asarray(generator.normal(0, 1.2, (vocabulary, vocabulary)), jnp.float32)
+    proposal = target + jnp.asarray(generator.normal(0, 1, target.shape), jnp.float32)
+    first = 2
+
+    @quick_jit
+    def run(key):
+        keys = jax.random.split(key, (3, draws))
+        draft = []
+        token = jnp.full(draws, first)
+        for place in range(2):
+            logits = distribution(proposal[token], sampling)
+            token = jax.vmap(jax.random.categorical)(keys[place], logits)
+            draft.append(token)
+        fed = jnp.stack([jnp.full(draws, first), *draft], axis=1)
+        accepted, own = accept(
+            target[fed],
+            jnp.stack(draft, axis=1),
+            proposal[fed[:, :-1]],
+            jnp.zeros(draws, jnp.int32),
+            sampling=sampling,
+            row_keys=keys[2],
+        )
+        return (
+            accepted,
+            jnp.where(accepted > 0, draft[0], own),
+            jnp.where(accepted > 1, draft[1], own),
+        )
+
+    accepted, one, two = (np.asarray(a) for a in run(jax.random.key(5)))
+    p = np.exp(np.asarray(distribution(target, sampling), np.float64))
+    assert_follows(one, p[first])
+    for token in np.flatnonzero(p[first] > 0.05):
+        assert_follows(two[(accepted > 0) & (one == token)], p[token])
+    q = np.exp(np.asarray(distribution(proposal, sampling), np.float64))
+    expected = np.minimum(p[first], q[first]).sum()
+    assert abs((accepted > 0).mean() - expected) < 4 * 0.5 / np.sqrt(draws)
+
+
+def assert_follows(tokens, p):
+    """Chi-square within five standard deviations of its mean, and nothing impossible."""
+    counts, possible = np.bincount(tokens, minlength=len(p)), p > 1e-9
+    assert not counts[~possible].any()
+    wanted = len(tokens) * p[possible] / p[possible].sum()
+    freedom = possible.sum() - 1
+    chi_square = np.sum((counts[possible] - wanted) ** 2 / wanted)
+    assert chi_square <= freedom + 5 * np.sqrt(2 * max(freedom, 1))
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A model whose first new tokens are spread out: little of it is certain."""
+    changed = dict(flatten(agreeing(tiny_model("M*E", mtp="*E"))))
+    changed["head.weight"] = changed["head.weight"] * jnp.where(jnp.arange(53) < 5, 0.35, 0.0)
+    return for_decoding(unflatten(tiny_model("M*E", mtp="*E"), changed))
+
+
+def test_generated_samples_follow_the_plain_samplers(forks):
+    """The second and third new tokens with and without drafts, over many seeds' worth of rows."""
+    rows, options = [ROWS[3]] * 1024, {"temperature": 1.0, "top_k": 6, "top_p": 0.9}
+    found = [
+        nj.generate(forks, rows, 4, speculative=count, seed=seed, **options)
+        for count, seed in ((0, 1), (3, 2))
+    ]
+    for place in range(1, 4):
+        counts = np.stack([np.bincount(r.tokens[:, place], minlength=53) for r in found])
+        counts = counts[:, counts.sum(axis=0) >= 10]
+        expected = counts.sum(axis=0) / 2
+        freedom = counts.shape[1] - 1
+        assert freedom >= 2
+        chi_square = np.sum((counts - expected) ** 2 / expected)
+        assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_acceptance_counts_what_stood():
+    found = Acceptance.of_counts(10, np.array([8, 4, 1]))
+    assert (found.drafted, found.accepted, found.mean_length) == (30, 13, 2.3)
+    assert found.by_position == (0.8, 0.4, 0.1)
+
+
+def test_rounds_give_the_tokens_that_acceptance_says(model):
+    """One row, no stop: its tokens are the first and what each verification gave."""
+    result = nj.generate(model, ROWS[:1], 64, speculative=3)
+    rounds = result.acceptance.drafted / 3
+    given = 1 + rounds * result.acceptance.mean_length
+    assert 64 <= given <= 64 + 3  # the last round may pass the limit
+    assert result.acceptance.accepted == round(rounds * sum(result.acceptance.by_position))
+
+
+@pytest.mark.parametrize(
+    "mtp, count, message",
+    [
+        ("*E", -1, "speculative=-1 must lie between 0 and 32"),
+        ("*E", 33, "speculative=33 must lie between 0 and 32"),
+        (None, 2, "speculative=2 needs an MTP block"),
+    ],
+)
+def test_impossible_speculation_is_an_error(mtp, count, message):
+    with pytest.raises(ValueError, match=message):
+        nj.generate(tiny_model("M*E", mtp=mtp), [[1]], 2, speculative=count)
+
+
+def test_values_for_another_number_of_rows_are_an_error(model):
+    with pytest.raises(ValueError, match="temperature has 2 values for 3 prompts"):
+        nj.generate(model, ROWS[:3], 2, temperature=[0.0, 1.0])
