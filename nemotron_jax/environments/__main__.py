@@ -23,11 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.list:
             print(table(registry))
             return 0
-        environment = find(given.sample or given.play or given.check)
         if given.check:
-            report = check(environment, given.tasks, seed=given.seed)
-            print("\n".join(report.lines()))
-            return 1 if report.faults else 0
+            return _check(given.check, given.tasks, given.seed)
+        environment = find(given.sample or given.play)
         task = environment.split(given.seed, given.split, given.index, level=given.level)
         verdict = _sample(environment, task) if given.sample else _play(environment, task)
     except (ValueError, KeyError, ImportError) as error:
@@ -35,6 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(_shown(verdict))
     return 0
+
+
+def _check(name: str, tasks: int, seed: int) -> int:
+    """1 if something is wrong with an environment, or with any that can run here for "all"."""
+    status = 0
+    for environment in registry.values() if name == "all" else [find(name)]:
+        if name == "all" and (reason := environment.unavailable()):
+            print(f"{environment.name}: left out; {reason}")
+            continue
+        report = check(environment, tasks, seed=seed)
+        print("\n".join(report.lines()), flush=True)
+        status |= bool(report.faults)
+    return status
 
 
 def find(name: str) -> Environment:
@@ -55,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--list", action="store_true", help="the table of environments")
     action.add_argument("--sample", metavar="NAME", help="one task with its oracle's transcript")
     action.add_argument("--play", metavar="NAME", help="play one task in the terminal")
-    action.add_argument("--check", metavar="NAME", help="try the properties; MODULE:ATTRIBUTE too")
+    action.add_argument(
+        "--check", metavar="NAME", help="try the properties; all, or MODULE:ATTRIBUTE"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="train")
     parser.add_argument("--index", type=int, default=0)

@@ -19,6 +19,7 @@ import abc
 import dataclasses
 import hashlib
 import json
+import operator
 import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -265,7 +266,8 @@ class Environment(abc.ABC):
         split = _ALIASES.get(split, split)
         if split not in SPLITS:
             raise ValueError(f"{self.name}: split={split!r} is unknown; use one of {SPLITS}")
-        if not isinstance(index, int) or index < 0:
+        seed, index = operator.index(seed), operator.index(index)  # of numpy's kinds too
+        if index < 0:
             raise ValueError(f"{self.name}: index={index!r} is not an integer of 0 or more")
         if level is not None and level not in range(self.levels):
             raise ValueError(f"{self.name}: level={level!r} is not one of 0 … {self.levels - 1}")

@@ -31,7 +31,7 @@ _TEXTS = {
     "an answer of unicode tricks": f"Answer: {_UNICODE}",
     "a unicode box": f"\\boxed{{{_UNICODE}}}",
     "many boxes": "\\boxed{" * 20_000,
-    "many answer lines": "Answer: 1\n" * 15_000,
+    "many answer lines": "Answer: 7391846\n" * 10_000,
     "answer lines without an end": "answer " * 20_000,
     "spaces before nothing": " " * 150_000 + "x",
     "stars and blanks": "* _ " * 40_000 + "answer",

@@ -33,8 +33,11 @@ def checks(text: str, rules: dict) -> dict[str, bool]:
         kept["case"] = text == (text.upper() if rules["case"] == "capitals" else text.lower())
     if "without" in rules:
         kept["without"] = rules["without"] not in text.casefold()
-    # Most words have to be words: letters in a row are no text.
-    kept["language"] = bool(words) and sum(map(_is_known, bare)) * 2 >= len(words)
+    if "topic" in rules:
+        kept["topic"] = rules["topic"] in bare
+    # Letters in a row are no text, nor is one word over and over.
+    known = sum(map(_is_known, bare))
+    kept["language"] = bool(words) and 2 * min(known, len(set(bare))) >= len(words)
     return kept
 
 
@@ -52,8 +55,10 @@ def _is_known(word: str) -> bool:
     )
 
 
-def _told(rules: dict, topic: str) -> str:
-    sentences = [f"Write about a {topic} in exactly {rules['words']} words"]
+def _told(rules: dict) -> str:
+    sentences = [
+        f"Write about “{rules['topic']}”, with this word, in exactly {rules['words']} words"
+    ]
     if "lines" in rules:
         sentences[0] += f" on {rules['lines']} lines"
     if "keyword" in rules:
@@ -89,16 +94,16 @@ class InstructionFollowing(Environment):
         topic, keyword = draws.sample(THINGS, 2)
         first, last = draws.sample(FILLER, 2)
         if level == 0:
-            rules = {"words": draws.between(3, 40), "first": topic, "last": last}
+            rules = {"words": draws.between(5, 40), "first": topic, "last": last}
             text = f"{rules['words']} words, first “{topic}”, last “{last}”"
-            return Draft(ask(text), {"rules": rules, "topic": topic})
+            return Draft(ask(text), {"rules": rules})
         choices = [
             {"keyword": keyword, "times": draws.between(2, 4)},
             {"first": first},
             {"last": last},
             {"case": draws.choice(["capitals", "small letters"])},
         ]
-        rules: dict = {"lines": draws.between(2, 3 + level)}
+        rules: dict = {"topic": topic, "lines": draws.between(2, 3 + level)}
         rules["words"] = rules["lines"] * draws.between(5, 9)
         for choice in draws.sample(choices, level + 1):
             rules |= choice
@@ -107,7 +112,7 @@ class InstructionFollowing(Environment):
             rules["without"] = draws.choice(
                 [letter for letter in "bcdfgjkmpqvwxyz" if letter not in used]
             )
-        return Draft(ask(_told(rules, topic)), {"rules": rules, "topic": topic})
+        return Draft(ask(_told(rules)), {"rules": rules})
 
     def oracle(self, task: Task) -> list[Turn | str]:
         return [_written(task.data["rules"], 0)]
@@ -122,6 +127,7 @@ class InstructionFollowing(Environment):
             "a word too many": [text + " " + words[-1]],
             "a word too few": [" ".join(words[1:])],
             "the rules promised": ["I have written the text and kept every rule."],
+            "one word over and over": [" ".join([words[0]] * (len(words) - 1) + [words[-1]])],
             "letters for words": [" ".join("zzq" for _ in words)],
             "introduced": [f"Here is the text:\n{text}"],
         }
@@ -139,6 +145,8 @@ def _written(rules: dict, shift: int) -> str:
     missing = rules.get("times", 0) - inner.count(rules.get("keyword"))
     for place in range(1, 1 + missing):
         inner[place] = rules["keyword"]
+    if "topic" in rules:
+        inner[-2] = rules["topic"]
     count = rules.get("lines", 1)
     width = len(inner) // count
     rows = [inner[row * width : (row + 1) * width] for row in range(count - 1)]

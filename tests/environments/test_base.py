@@ -1,5 +1,6 @@
 """The interface: turns, sessions and verdicts behave as base.py says, whatever a model sends."""
 
+import numpy as np
 import pytest
 
 from nemotron_jax.environments import (
@@ -152,6 +153,12 @@ def test_a_task_is_a_function_of_seed_split_and_index() -> None:
     }
     assert len(tasks) == 8
     assert all(side(list(ECHO.split(0, s, i).messages)) == s for s in SPLITS for i in range(20))
+
+
+def test_numpys_integers_are_integers() -> None:
+    assert ECHO.split(np.int64(3), "train", np.int32(5)) == ECHO.split(3, "train", 5)
+    with pytest.raises(TypeError):
+        ECHO.split(0, "train", 1.0)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from nemotron_jax.environments import __main__ as command
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.__main__ import main
 from nemotron_jax.environments.catalogue import table
@@ -59,6 +60,16 @@ def test_a_check_passes_and_fails_by_its_status(
     assert "passed" in capsys.readouterr().out
     assert main(["--check=wrong_environment:Reverse", "--tasks=2"]) == 1
     assert "FAULT" in capsys.readouterr().out
+
+
+def test_all_are_checked_at_once(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = {name: registry[name] for name in ("lookup", "equations")}
+    monkeypatch.setattr(command, "registry", some)
+    assert main(["--check=all", "--tasks=2"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}: 4 tasks" in shown for name in some)
 
 
 @pytest.mark.parametrize(
