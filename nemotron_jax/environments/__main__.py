@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         if given.list:
-            print(table(registry))
+            print(table(registry.everything()))
             return 0
         if given.check:
             return _check(given.check, given.tasks, given.seed)

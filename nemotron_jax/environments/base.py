@@ -31,7 +31,7 @@ from nemotron_jax.environments.turns import Turn
 SPLITS = ("train", "held_out")
 # One problem in four is held out, by its hash: which side it is on depends on nothing else.
 HELD_OUT_OF = 4
-_ALIASES = {"held-out": "held_out", "validation": "held_out", "test": "held_out"}
+_ALIASES = dict.fromkeys(("held-out", "heldout", "validation", "val", "test", "eval"), "held_out")
 # Draws made in search of a problem on the wanted side; a level with at least one on each side and
 # dozens in all never comes near.
 MAX_ATTEMPTS = 2000
@@ -263,9 +263,7 @@ class Environment(abc.ABC):
         split: "train" or "held_out"; no problem is in both, whatever the seeds.
         level: 0 (easiest) … levels - 1; None mixes them all.
         """
-        split = _ALIASES.get(split, split)
-        if split not in SPLITS:
-            raise ValueError(f"{self.name}: split={split!r} is unknown; use one of {SPLITS}")
+        split = split_name(split, self.name)
         seed, index = operator.index(seed), operator.index(index)  # of numpy's kinds too
         if index < 0:
             raise ValueError(f"{self.name}: index={index!r} is not an integer of 0 or more")
@@ -285,6 +283,14 @@ class Environment(abc.ABC):
             f"{self.name}: level {level} has no {split} problem in {MAX_ATTEMPTS} draws; "
             f"make the level's problems more varied"
         )
+
+
+def split_name(split: str, who: str) -> str:
+    """The split that a name means; ValueError for none."""
+    split = _ALIASES.get(split, split)
+    if split not in SPLITS:
+        raise ValueError(f"{who}: split={split!r} is unknown; use one of {SPLITS}")
+    return split
 
 
 def side(identity: Any) -> str:

@@ -1,6 +1,7 @@
 """The registry: every environment by name, each module imported when first asked for."""
 
 import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 
 from nemotron_jax.environments.base import Environment
@@ -26,8 +27,16 @@ _HOMES = {
 }
 
 
+# The package, of one of this project's extras, without which an environment makes no task.
+_PACKAGES = {"reasoning_gym": "reasoning_gym"}
+
+
 class Registry(Mapping[str, Environment]):
-    """Environments by name; a module's tuple ENVIRONMENTS holds its own."""
+    """Environments by name; a module's tuple ENVIRONMENTS holds its own.
+
+    Iterating leaves out those whose package is not installed; asking by name gives them too, and
+    their `unavailable()` says what to install.
+    """
 
     def __init__(self, homes: Mapping[str, tuple[str, ...]]) -> None:
         self._homes = {name: module for module, names in homes.items() for name in names}
@@ -43,10 +52,14 @@ class Registry(Mapping[str, Environment]):
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._homes, *self._loaded]))
+        return iter([name for name in self._names() if _installed(name)])
 
     def __len__(self) -> int:
-        return len(self._homes.keys() | self._loaded.keys())
+        return len(list(iter(self)))
+
+    def everything(self) -> dict[str, Environment]:
+        """All environments, those that cannot run on this machine included."""
+        return {name: self[name] for name in self._names()}
 
     def register(self, environment: Environment) -> Environment:
         """Add an environment of the user's own; its name must be new."""
@@ -54,6 +67,14 @@ class Registry(Mapping[str, Environment]):
             raise ValueError(f"registry: {environment.name!r} is taken; choose another name")
         self._loaded[environment.name] = environment
         return environment
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys([*self._homes, *self._loaded]))
+
+
+def _installed(name: str) -> bool:
+    package = _PACKAGES.get(name)
+    return package is None or importlib.util.find_spec(package) is not None
 
 
 registry = Registry(_HOMES)

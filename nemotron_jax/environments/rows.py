@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_jax.environments.answers import final_answer, number, plain
-from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict, side
+from nemotron_jax.environments.base import (
+    Draft,
+    Environment,
+    Session,
+    Task,
+    Verdict,
+    side,
+    split_name,
+)
 from nemotron_jax.environments.choice import letter_of
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.schema import canonical, check_schema, example, faults, read_json
@@ -96,7 +104,7 @@ class Rows(Environment):
 
     def split(self, seed: int, split: str, index: int, *, level: int | None = None) -> Task:
         """Row after row in an order of the seed's own; after the last it begins again."""
-        split = "train" if split == "train" else "held_out"
+        split = split_name(split, self.name)
         drafts = self._drafts[split]
         if not drafts:
             raise ValueError(f"{self.name}: no row belongs to {split}; give a longer file")

@@ -50,9 +50,10 @@ def test_ten_thousand_tasks_are_distinct_and_in_one_split(name: str) -> None:
 
 def test_the_registry_covers_the_released_reward_kinds() -> None:
     assert len(registry) >= 21
-    counterparts = " ".join(environment.counterpart for environment in registry.values())
+    everything = registry.everything().values()
+    counterparts = " ".join(environment.counterpart for environment in everything)
     assert [kind for kind in RELEASED if kind not in counterparts] == []
-    assert {one.fidelity for one in registry.values()} <= {
+    assert {one.fidelity for one in everything} <= {
         "same reward kind", "reduced stand-in", "templates"}  # fmt: skip
 
 
@@ -125,3 +126,12 @@ class Broken(Environment):
 def test_the_check_finds_a_fault(fault: str, words: str) -> None:
     assert not check(Broken("none"), tasks=3, fuzz=1).faults
     assert any(words in found for found in check(Broken(fault), tasks=3, fuzz=1).faults)
+
+
+def test_a_missing_package_is_said_and_leaves_the_rest_alone() -> None:
+    environment = registry["reasoning_gym"]
+    if environment.unavailable() is None:
+        pytest.skip("reasoning-gym is installed")
+    assert "reasoning_gym" not in list(registry) and "reasoning_gym" in registry.everything()
+    with pytest.raises(ValueError, match=r"pip install 'nemotron-jax\[rl\]' brings it"):
+        environment.split(0, "train", 0)
