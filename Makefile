@@ -47,6 +47,10 @@ test-hf: $(VENV_HF)/.installed  ## compare with Hugging Face transformers, in an
 test-latest: $(VENV_LATEST)/.installed  ## run the fast tests on Python >= 3.12 with the newest jax
 	@$(VENV_LATEST)/bin/python -m pytest $(FAST)
 
+.PHONY: sandbox
+sandbox: $(VENV)/.installed  ## say which sandbox runs model-written code here, and what would better it
+	@$(VENV)/bin/python -m nemotron_jax.environments.sandbox
+
 .PHONY: bench
 bench: $(VENV)/.installed  ## speed and memory on this CPU, beside transformers where .venv-hf is made
 	@$(VENV)/bin/python -m tests.benchmarks.compare --peer-python=$(VENV_HF)/bin/python $(BENCH)

@@ -207,6 +207,7 @@ def test_two_thousand_runs_leak_nothing(box: Sandbox) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(one, range(100)))
+        assert nobody(box, mine)
         before, memory = held(), resident(launcher)
         assert all(pool.map(one, range(2000)))
     assert nobody(box, mine)

@@ -43,6 +43,7 @@ class Run:
             handles = [channel.fileno(), stdin, stdout, stderr, control.fileno()]
             sandbox.order(slot, limits, handles)
         except BaseException:
+            self.report = b"{}"  # the launcher knows nothing of it, so none will come
             self.__exit__()
             raise
         finally:
@@ -266,7 +267,7 @@ def _exactly(channel: socket.socket, count: int, deadline: float) -> bytes:
 
 
 def _bytes(content: str | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
 
 
 def _check_paths(files: dict[str, bytes]) -> None:

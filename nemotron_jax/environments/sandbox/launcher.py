@@ -10,6 +10,7 @@ is reported there.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -25,7 +26,6 @@ from nemotron_jax.environments.sandbox import kernel_calls, memory_group, seccom
 STARTUP_S = 30.0  # from fork to the shim's first word; more than that is a machine in trouble
 FILES_IN_SCRATCH = 4096  # inodes take kernel memory that no size limit counts
 POLL_S = 0.05  # between two looks at scratch folders that have no limit of their own
-_EMPTY_FD = 20  # received descriptors are moved above it before 0..4 are filled
 
 
 class Launcher:
@@ -174,10 +174,12 @@ class Launcher:
         """In the child: give up every power, then become the sandbox. Never returns."""
         try:
             os.setsid()
-            high = [os.dup2(handle, _EMPTY_FD + i) for i, handle in enumerate(handles[:4])]
+            signal.set_wakeup_fd(-1)
+            # Copies above the targets first: a received descriptor may have a target's number.
+            high = [fcntl.fcntl(handle, fcntl.F_DUPFD, 5) for handle in handles[:4]]
             for target, handle in zip((3, 0, 1, 2), high):
                 os.dup2(handle, target)
-            signal.set_wakeup_fd(-1)
+            os.closerange(4, 4096)  # the other sandboxes' descriptors
             for name in (signal.SIGCHLD, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
                 signal.signal(name, signal.SIG_DFL)
             own_uid = self.base is None
@@ -223,13 +225,13 @@ class Launcher:
         source, sink = os.pipe()
         os.write(sink, filter_program)  # smaller than a pipe's buffer
         os.dup2(source, 4)
+        os.set_inheritable(4, True)  # dup2 does so only for another number
         os.closerange(5, 4096)
         box = scratch if self.mounts else None
         arguments = self.settings.bubblewrap_arguments(order["scratch_bytes"], box, filter_fd=4)
         os.execve(self.settings.bubblewrap, arguments + self._python(), {})
 
     def _enter_landlock(self, scratch: str, filter_program: bytes) -> None:
-        os.closerange(4, 4096)
         home = os.path.join(scratch, "box")
         os.chdir(home)
         environment = tiers.ENVIRONMENT | {"HOME": home, "TMPDIR": os.path.join(scratch, "tmp")}

@@ -176,7 +176,7 @@ class Sandbox:
         try:
             with self.reserve(limits) as slot:
                 with channel.Run(self, slot, limits, request, files or {}) as run:
-                    return run.finish(stdin.encode("utf-8", "surrogateescape"))
+                    return run.finish(stdin.encode("utf-8", "surrogatepass"))
         except OSError as error:
             return Result("", "", -1, "exit", 0.0, f"sandbox: {error}")
 

@@ -132,12 +132,17 @@ def _shell_command(command: str, timeout_s: float, most: int) -> dict:
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        os.closerange(3, 64)
-        shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
-        os.execv(shell, [shell, "-c", command])
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            os.closerange(3, 64)
+            shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+            os.execv(shell, [shell, "-c", command])
+        except (OSError, ValueError) as error:  # too long, or no text that a system call takes
+            os.write(2, type(error).__name__.encode())
+        finally:
+            os._exit(126)
     os.close(sink)
     os.set_blocking(source, False)
     data, ended, deadline = b"", None, time.monotonic() + timeout_s

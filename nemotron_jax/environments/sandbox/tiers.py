@@ -20,6 +20,8 @@ ENVIRONMENT = {
 DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
 SYSTEM_FOLDERS = ("bin", "sbin", "lib", "lib64")  # links into /usr, or folders of their own
 UIDS_A_BLOCK = 64  # a launcher claims one block, so it has at most as many slots
+# Folders outside /usr that commands need to be found: links into it, and nothing else.
+LINK_FOLDERS = ("/etc/alternatives",)
 # Blocks of uids that no system gives to accounts; in a container with few uids, the top of them.
 _FIRST_UID, _BLOCKS, _FIRST_UID_OF_FEW, _BLOCKS_OF_FEW = 0x70000000, 4096, 60_000, 80
 _CAP_SETGID, _CAP_SETUID = 6, 7
@@ -48,7 +50,7 @@ class Settings:
 
     def readable(self) -> list[str]:
         """Folders that sandboxed code may read: the system's programs and this Python."""
-        folders = ["/usr", *(f"/{name}" for name in SYSTEM_FOLDERS)]
+        folders = ["/usr", *(f"/{name}" for name in SYSTEM_FOLDERS), *LINK_FOLDERS]
         folders = [folder for folder in folders if os.path.isdir(folder)]
         return folders + python_folders(self.python)
 
@@ -68,7 +70,7 @@ class Settings:
                 arguments += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]
             elif os.path.isdir(f"/{name}"):
                 arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-        for folder in python_folders(self.python):
+        for folder in (*python_folders(self.python), *filter(os.path.isdir, LINK_FOLDERS)):
             arguments += ["--ro-bind", folder, folder]
         arguments += ["--dev", "/dev", "--remount-ro", "/dev"]
         for name in ("box", "tmp"):
