@@ -24,6 +24,12 @@ _HOMES = {
     "refusal": ("refusal", "over_refusal"),
     "preference": ("preference",),
     "reasoning": ("reasoning_gym",),
+    "python_tool": ("python_tool",),
+    "code_tests": ("code_tests",),
+    "bug_repair": ("bug_repair",),
+    "sql": ("sql",),
+    "terminal": ("terminal",),
+    "command_equivalence": ("command_equivalence",),
 }
 
 

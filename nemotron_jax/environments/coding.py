@@ -1,0 +1,101 @@
+"""What the code-executing environments share: code out of a text, and its results out of a sandbox.
+
+Expected results never enter the sandbox. The code gets inputs, its outputs come back as JSON, and
+they are compared here: no trick with tests, exits, frames or `__eq__` touches the comparison.
+"""
+
+import functools
+import json
+import re
+from typing import Any
+
+from nemotron_jax.environments.base import InfraError
+from nemotron_jax.environments.sandbox import Limits, Result, Sandbox, SandboxUnavailable, shared
+from nemotron_jax.environments.schema import canonical
+
+# What one answer's code may take; a right answer needs a hundredth of it.
+LIMITS = Limits(wall_s=4.0, cpu_s=3)
+CELL_S = 4.0
+_FENCE = re.compile(r"^```[\w+-]*[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+
+# Results leave by a descriptor of their own, so that what the code prints is not among them.
+_CALLER = """
+import json, os, sys
+tests = json.loads(sys.stdin.read())
+out = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+dump = json.dumps
+names = {"__name__": "solution"}
+exec(compile(open("solution.py").read(), "solution.py", "exec"), names)
+for function, arguments in tests:
+    try:
+        line = dump({"value": names[function](*arguments)})
+    except Exception as error:
+        line = dump({"error": type(error).__name__})
+    out.write(line + "\\n")
+    out.flush()
+"""
+
+
+def fenced(text: str) -> list[str]:
+    """The contents of the fenced blocks of a text."""
+    return _FENCE.findall(text)
+
+
+def code_of(text: str) -> str:
+    """The code that an answer gives: its one fenced block, else all of it; "" for several."""
+    blocks = fenced(text)
+    if not blocks:
+        return text
+    return blocks[0] if len(blocks) == 1 else ""
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no code can be run here; None when it can."""
+    try:
+        shared()
+    except SandboxUnavailable as error:
+        return str(error)
+    return None
+
+
+def sandbox() -> Sandbox:
+    """The process's sandbox, as an environment wants it: a failure is the machinery's."""
+    try:
+        return shared()
+    except SandboxUnavailable as error:
+        raise InfraError(str(error)) from error
+
+
+def checked(result: Result) -> Result:
+    """A result that says something about the code; raises InfraError for one that does not."""
+    if result.infra_error:
+        raise InfraError(result.infra_error)
+    return result
+
+
+def call_all(code: str, tests: list[tuple[str, list]]) -> list[Any]:
+    """What each (function, arguments) of a module gives; None from where the code has ended.
+
+    A value stands in a list of its own, so that a function's None is [None]; one that raised or
+    gave what JSON cannot hold is None too.
+    """
+    files = {"solution.py": code}
+    result = checked(sandbox().run(_CALLER, files=files, stdin=json.dumps(tests), limits=LIMITS))
+    values: list[Any] = []
+    for line in result.stdout.splitlines()[: len(tests)]:
+        try:
+            row = json.loads(line)
+            values.append([row["value"]] if set(row) == {"value"} else None)
+        except (ValueError, TypeError, RecursionError):
+            values.append(None)
+    return values + [None] * (len(tests) - len(values))
+
+
+def agree(values: list[Any], expected: list[Any]) -> list[bool]:
+    """Which values are the expected ones; True is not 1 and 1 is not 1.0."""
+    return [
+        value is not None and canonical(value[0]) == canonical(right)
+        for value, right in zip(values, expected)
+    ]
