@@ -108,7 +108,7 @@ class Calendar(Environment):
         if level:
             opening += ", all events so far, none at the same time as another."
         data = {"batches": batches, "after": [f"Also: {text}." for text in words[1:]]}
-        return Draft(ask(opening), data, identity=words)
+        return Draft(ask(opening), data)  # the side is that of what is shown first
 
     def oracle(self, task: Task) -> list[Turn | str]:
         return _turns(task, 0)

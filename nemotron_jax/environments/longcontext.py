@@ -61,7 +61,7 @@ class Needle(Environment):
             question = f"What {'is the code' if asked == 1 else 'are the codes'} of {names}?"
             text = f"{' '.join(hay)}\n\n{question} End with a line Answer: and nothing but codes."
         data = {"values": [value for _, value in wanted], "others": [v for _, v in pairs[asked:]]}
-        return Draft(ask(text), data, identity=[told, names])
+        return Draft(ask(text), data, identity=[sorted(told), names])
 
     def oracle(self, task: Task) -> list[Turn | str]:
         return ["Answer: " + ", ".join(task.data["values"])]
