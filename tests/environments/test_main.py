@@ -97,6 +97,11 @@ def example() -> str:
     return code
 
 
+def test_the_docs_first_lines_run(capsys: pytest.CaptureFixture) -> None:
+    exec(re.search(r"```python\n(from .*?)```", DOCS, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.strip().endswith("1.0")
+
+
 def test_the_docs_example_is_an_environment_that_passes() -> None:
     names: dict = {}
     exec(compile(example(), "docs/environments.md", "exec"), names)
