@@ -25,6 +25,7 @@ from nemotron_jax.environments.sandbox import kernel_calls, memory_group, seccom
 
 STARTUP_S = 30.0  # from fork to the shim's first word; more than that is a machine in trouble
 FILES_IN_SCRATCH = 4096  # inodes take kernel memory that no size limit counts
+LONGEST_PATH = 1024  # of those looked at; deeper ones would take the launcher's time
 POLL_S = 0.05  # between two looks at scratch folders that have no limit of their own
 
 
@@ -49,6 +50,7 @@ class Launcher:
         self.mounts = self._own_mounts()
         kernel_calls.prctl(kernel_calls.PR_SET_CHILD_SUBREAPER, 1)
         self.runs: dict[int, dict] = {}
+        self.removed = 0  # scratch folders handed to a child that deletes them
         self.selector = selectors.DefaultSelector()
 
     def _own_mounts(self) -> bool:
@@ -168,7 +170,15 @@ class Launcher:
             with contextlib.suppress(OSError):
                 os.rmdir(scratch)
         elif os.path.lexists(scratch):
-            _remove_tree(scratch)
+            # Ten thousand entries take a disk seconds, in which other sandboxes must be served.
+            self.removed += 1
+            refuse = os.path.join(self.folder, f"removed-{self.removed}")
+            os.rename(scratch, refuse)
+            if os.fork() == 0:
+                os.closerange(3, 4096)
+                with contextlib.suppress(BaseException):
+                    _remove_tree(refuse)
+                os._exit(0)
 
     def _become(self, order: dict, handles: list[int], scratch: str) -> None:
         """In the child: give up every power, then become the sandbox. Never returns."""
@@ -323,7 +333,7 @@ def _remove_tree(folder: str) -> None:
 
 
 def _bigger_than(folder: str, most: int) -> bool:
-    """Whether a tree holds more bytes, or more entries, than allowed."""
+    """Whether a tree holds more bytes, more entries, or longer paths than allowed."""
     size, entries, pending = 0, 0, [folder]
     while pending:
         with contextlib.suppress(OSError):
@@ -333,7 +343,7 @@ def _bigger_than(folder: str, most: int) -> bool:
                     size += entry.stat(follow_symlinks=False).st_blocks * 512
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
-                if size > most or entries > FILES_IN_SCRATCH:
+                if size > most or entries > FILES_IN_SCRATCH or len(entry.path) > LONGEST_PATH:
                     return True
     return False
 
