@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 
 import pytest
 
@@ -99,6 +100,14 @@ def test_a_launcher_that_dies_is_an_infra_error() -> None:
 )
 def test_values_come_back_as_they_are(code: str, values: list) -> None:
     assert coding.call_all(code, [("solve", [1]), ("solve", [2])]) == values
+
+
+def test_the_example_of_the_docs_runs(capsys: pytest.CaptureFixture) -> None:
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "sandbox.md").read_text("utf-8")
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["result"].stdout == "cba\n"
+    assert capsys.readouterr().out == "42\n\nb'1 a.txt\\n'\n"
 
 
 def test_agreement_is_of_type_and_value() -> None:
