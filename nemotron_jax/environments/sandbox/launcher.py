@@ -17,7 +17,6 @@ import resource
 import selectors
 import signal
 import socket
-import sys
 import time
 from typing import Any
 
@@ -351,6 +350,7 @@ def _bigger_than(folder: str, most: int) -> bool:
 def launch(descriptor: int, settings: str) -> None:
     """Serve requests on a socket until it closes at the other end; settings is JSON."""
     launcher = Launcher(socket.socket(fileno=descriptor), json.loads(settings))
-    print(json.dumps({"group": launcher.group and launcher.group.kind, "mounts": launcher.mounts}))
-    sys.stdout.flush()
+    group = launcher.group and launcher.group.kind
+    facts = {"group": group, "mounts": launcher.mounts, "first_uid": launcher.base}
+    print(json.dumps(facts), flush=True)
     launcher.serve()
