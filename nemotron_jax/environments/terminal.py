@@ -81,7 +81,7 @@ _JOBS: tuple[tuple[str, Callable[[Tree, str, str], Tree], str, str], ...] = (
         "Write all lines that begin with the word {w}, from all files, into {w}.found (in this "
         "folder), sorted as bytes.",
         _collect,
-        "cat $(find . -type f) | grep '^{w} ' | LC_ALL=C sort > /tmp/all; mv /tmp/all {w}.found",
+        "cat $(find . -type f) | grep '^{w} ' | LC_ALL=C sort > {w}.found",
         _PY.format(
             "a = [l for p in glob.glob('**/*.*', recursive=True) for l in open(p)]\n"
             "open('{w}.found', 'w').writelines(sorted(l for l in a if l.startswith('{w} ')))"
