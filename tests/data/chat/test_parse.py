@@ -195,12 +195,13 @@ MEGABYTE = 1_000_000
     ["x", "<", "\n", "<tool_call>", "<tool_call></tool_call>", "</parameter>", OPEN_CALL],
 )
 def test_a_megabyte_costs_no_more_than_its_length(unit: str) -> None:
-    """Four times the text may cost eight times the time, not sixteen as a quadratic reader does."""
+    """Four times the text may cost ten times the time, not sixteen as a quadratic reader does."""
 
     def seconds(size: int) -> float:
         text = OPEN_CALL + unit * (size // len(unit))
-        start = time.perf_counter()
+        start = time.process_time()
         events([text[at : at + 64] for at in range(0, len(text), 64)], tools=TOOLS)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
-    assert seconds(MEGABYTE) < 8 * min(seconds(MEGABYTE // 4) for _ in range(2)) + 0.5
+    best = lambda size: min(seconds(size) for _ in range(2))  # another program may have the cache
+    assert best(MEGABYTE) < 10 * best(MEGABYTE // 4) + 0.5
