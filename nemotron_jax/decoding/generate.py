@@ -173,17 +173,16 @@ def _decode(
     def run(loop: _Loop) -> _Loop:
         options = {"sampling": sampling, "row_keys": row_keys}
         round = run_round(model, loop.cache, loop.token, speculative, **options)
-        active, count = ~loop.done, round.accepted + 1
-        newest = jnp.take_along_axis(round.tokens, round.accepted[:, None], axis=1)[:, 0]
         stood = jnp.arange(speculative) < round.accepted[:, None]
+        active = ~loop.done
         loop = dataclasses.replace(
-            loop,
-            cache=finish_round(model, round, active),
-            token=newest,
+            emit(loop, round.tokens, round.logprobs, round.accepted + 1),
+            token=jnp.take_along_axis(round.tokens, round.accepted[:, None], axis=1)[:, 0],
             verifications=loop.verifications + jnp.sum(active),
             accepted=loop.accepted + jnp.sum(stood & active[:, None], axis=0),
         )
-        return emit(loop, round.tokens, round.logprobs, count)
+        # A row that this round has finished grows no more: the others may go on for long.
+        return dataclasses.replace(loop, cache=finish_round(model, round, ~loop.done))
 
     return jax.lax.while_loop(lambda loop: ~jnp.all(loop.done), run, start)
 

@@ -195,6 +195,13 @@ def test_generated_samples_follow_the_plain_samplers(forks):
         assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
 
 
+def test_rows_that_finish_early_leave_the_others_room(model):
+    """Buffers hold 64 new tokens exactly; a finished row is run along until the last one is."""
+    rows = [random_tokens(seed, 32).tolist() for seed in range(8)]  # 32 fill their bucket too
+    plain, drafted = (nj.generate(model, rows, 64, speculative=k) for k in (0, 7))
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+
+
 def test_acceptance_counts_what_stood():
     found = Acceptance.of_counts(10, np.array([8, 4, 1]))
     assert (found.drafted, found.accepted, found.mean_length) == (30, 13, 2.3)
