@@ -5,11 +5,13 @@ machine that traces it: a host with CPUs alone can compile an op for a TPU or a 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 
+PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 DEFAULT = "xla"  # runs wherever XLA does, so it is what the other platforms get
 
 
@@ -25,8 +27,8 @@ class Implementation:
     `unsupported` is a pure function of the op's arrays (only shapes and dtypes count) and options:
     a sentence when they cannot run, else None. `platforms` are those on which it is preferred when
     the caller names no implementation: of "cpu", "tpu", "cuda", "rocm".
-    `forward` and `backward` share one signature with those of every other implementation of the op,
-    residuals included; an op without a backward of its own leaves it None.
+    `forward` and `backward` share one signature with those of every other implementation of the op;
+    an op without a backward of its own leaves it None.
     """
 
     forward: Callable[..., Any]
@@ -79,6 +81,112 @@ def run(
         return branch(default)(*arrays)
     branches = {p: branch(name) for name in preferred for p in implementations[name].platforms}
     return jax.lax.platform_dependent(*arrays, default=branch(default), **branches)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # an op is itself alone: hashable, one trace each
+class Op:
+    """An op with its implementations: chooses one, runs it, and differentiates it by its own rule.
+
+    Its implementations' `forward(*operands, **options)` returns (out, residuals), and their
+    `backward(residuals, cotangent, **options)` the gradients of the operands in order, None for
+    integers. Residuals belong to their implementation: no two need agree on what they keep.
+    """
+
+    name: str
+    implementations: Implementations
+
+    def __call__(
+        self,
+        *operands: Any,
+        implementation: str | None = None,
+        target: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """What the chosen implementation returns; options are hashable and enter no gradient.
+
+        `target` is the platform that the program is compiled for, where the caller knows it: then
+        one implementation alone is traced. None leaves the choice to the lowering. Raises
+        ValueError as `choose` does, and for an unknown platform.
+        """
+        names = choose(self.name, self.implementations, implementation, *operands, **options)
+        if target is not None:
+            names = (self._on(target, names),)
+        return _differentiable(self, names, tuple(sorted(options.items())), *operands)
+
+    def _on(self, target: str, names: tuple[str, ...]) -> str:
+        if target not in PLATFORMS:
+            raise ValueError(
+                f"{self.name}: target={target!r} must be one of {', '.join(PLATFORMS)}, or None"
+            )
+        default, *preferred = names
+        fitting = [n for n in preferred if target in self.implementations[n].platforms]
+        return fitting[-1] if fitting else default  # as `run` gives a platform to the last of two
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(op: Op, names: tuple[str, ...], options: Any, *operands: Any) -> Any:
+    outputs = {
+        name: dataclasses.replace(entry, forward=lambda *o, f=entry.forward, **k: f(*o, **k)[0])
+        for name, entry in op.implementations.items()
+        if name in names
+    }
+    return run(outputs, names, "forward", *operands, **dict(options))
+
+
+def _differentiable_forward(op: Op, names: tuple[str, ...], options: Any, *operands: Any) -> Any:
+    if len(names) > 1:
+        # The program's branches would have to keep the same arrays; keep what all of them were
+        # given, and let the one that runs compute its residuals again.
+        return _differentiable(op, names, options, *operands), operands
+    return op.implementations[names[0]].forward(*operands, **dict(options))
+
+
+def _differentiable_backward(
+    op: Op, names: tuple[str, ...], options: Any, residuals: Any, cotangent: Any
+) -> Any:
+    if len(names) == 1:
+        entry = op.implementations[names[0]]
+        return tuple(entry.backward(residuals, cotangent, **dict(options)))
+    # Integers have no gradient, and a branch returns arrays: the operands that have one are the
+    # same for every implementation.
+    variable = [i for i, o in enumerate(residuals) if _differs(o)]
+
+    def again(entry: Implementation) -> Callable[..., Any]:
+        def backward(*arrays: Any, **options: Any) -> Any:
+            *operands, cotangent = arrays
+            kept = entry.forward(*operands, **options)[1]
+            gradients = tuple(entry.backward(kept, cotangent, **options))
+            return tuple(gradients[i] for i in variable)
+
+        return backward
+
+    table = {
+        n: dataclasses.replace(op.implementations[n], backward=again(op.implementations[n]))
+        for n in names
+    }
+    found = run(table, names, "backward", *residuals, cotangent, **dict(options))
+    gradients: list[Any] = [None] * len(residuals)
+    for index, gradient in zip(variable, found, strict=True):
+        gradients[index] = gradient
+    return tuple(gradients)
+
+
+_differentiable.defvjp(_differentiable_forward, _differentiable_backward)
+
+
+def _differs(operand: Any) -> bool:
+    """Whether an operand, a tree of arrays or None, has a gradient."""
+    leaves = jax.tree.leaves(operand)
+    return bool(leaves) and all(jax.numpy.issubdtype(a.dtype, jax.numpy.floating) for a in leaves)
+
+
+def keeping_operands(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as the forward of an `Op` whose backward starts from the operands alone."""
+
+    def forward(*operands: Any, **options: Any) -> Any:
+        return function(*operands, **options), operands
+
+    return forward
 
 
 def expect_shape(op: str, sizes: dict[str, int], **arrays: tuple[Any, str]) -> None:

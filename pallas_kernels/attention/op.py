@@ -1,8 +1,5 @@
 """Causal attention with grouped heads, segments and caches: contract, checks, gradients."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -24,28 +21,35 @@ def _definition(q, k, v, masks, *, causal):
         q_offset=masks.offset,
         causal=causal,
     )
-    return out.astype(q.dtype), None
+    out = out.astype(q.dtype)
+    return out, (q, k, v, masks)
 
 
-def _definition_gradients(q, k, v, masks, results, dout, *, causal):
-    del results
+def _definition_gradients(residuals, dout, *, causal):
+    q, k, v, masks = residuals
     forward = lambda *qkv: _definition(*qkv, masks, causal=causal)[0]  # noqa: E731
-    return jax.vjp(forward, q, k, v)[1](dout)
+    return *jax.vjp(forward, q, k, v)[1](dout), None
 
 
 def _xla(q, k, v, masks, *, causal):
     """Decoding has a loop of its own; its logsumexp is laid out like that of whole blocks."""
     rows = q.shape[1] * (q.shape[2] // k.shape[2])
     module = few if rows <= few.MOST_ROWS else xla
-    return module.forward(q, k, v, masks, causal=causal)
+    results = module.forward(q, k, v, masks, causal=causal)
+    return results[0], (q, k, v, masks, results)
 
 
-# Forward: (q, k, v, masks, *, causal) -> results = (out, logsumexp); backward takes
-# (q, k, v, masks, results, dout, *, causal).
-IMPLEMENTATIONS = {
-    "reference": dispatch.Implementation(_definition, _definition_gradients),
-    "xla": dispatch.Implementation(_xla, xla.backward),
-}
+def _xla_gradients(residuals, dout, *, causal):
+    return *xla.backward(*residuals, dout, causal=causal), None
+
+
+ATTENTION = dispatch.Op(
+    "attention",
+    {
+        "reference": dispatch.Implementation(_definition, _definition_gradients),
+        "xla": dispatch.Implementation(_xla, _xla_gradients),
+    },
+)
 
 
 def attention(
@@ -59,6 +63,7 @@ def attention(
     q_offset: Int[Array, "B"] | None = None,
     causal: bool = True,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> Float[Array, "B T H C"]:
     """softmax(q kᵀ / sqrt(C)) v in q's dtype, over the keys that each query sees. No positions.
 
@@ -69,6 +74,7 @@ def attention(
     cache. Queries from `lengths` on, and queries that see no key, give zeros and no gradient.
     `causal=False` lets every query see every key, without a cache only.
     Statistics and sums are float32; memory grows linearly with T and S.
+    `target` is the platform that the program is compiled for, where the caller knows it.
     Raises ValueError for shapes that disagree, for options that contradict each other and for an
     implementation that cannot run.
     """
@@ -91,28 +97,7 @@ def attention(
         segment_ids=segment_ids,
         kv_segment_ids=kv_segment_ids,
     )
-    names = dispatch.choose(
-        "attention", IMPLEMENTATIONS, implementation, q, k, v, masks, causal=causal
-    )
-    return _attention(names, causal, q, k, v, masks)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(names: tuple[str, ...], causal: bool, *operands: Any) -> Array:
-    return dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, causal=causal)[0]
-
-
-def _attention_forward(names: tuple[str, ...], causal: bool, *operands: Any) -> Any:
-    results = dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, causal=causal)
-    return results[0], (*operands, results)
-
-
-def _attention_backward(names: tuple[str, ...], causal: bool, residuals: Any, dout: Array) -> Any:
-    gradients = dispatch.run(IMPLEMENTATIONS, names, "backward", *residuals, dout, causal=causal)
-    return *gradients, None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
+    return ATTENTION(q, k, v, masks, implementation=implementation, target=target, causal=causal)
 
 
 def _int32(values: Array | None, batch: int, default: int) -> Int[Array, "B"]:

@@ -1,7 +1,6 @@
 """The selective state-space scan of Mamba-2: contract, checks, gradients."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,27 @@ def _recurrence(x, dt, A, B, C, D, state, documents, *, chunk):
     return reference.ssd_scan(x, dt, A, B, C, D, initial_state=state, segment_ids=documents)
 
 
-def _recurrence_gradients(x, dt, A, B, C, D, state, documents, dy, dstate, *, chunk):
+def _recurrence_gradients(operands, cotangents, *, chunk):
+    *variables, documents = operands
     scan = functools.partial(_recurrence, documents=documents, chunk=chunk)
-    return jax.vjp(scan, x, dt, A, B, C, D, state)[1]((dy, dstate))
+    return *jax.vjp(scan, *variables)[1](cotangents), None
 
 
-# Forward: (x, dt, A, B, C, D, state, documents, *, chunk) -> (y, state), where documents is None or
-# counts the document starts along each row; backward takes (dy, dstate) after them.
-IMPLEMENTATIONS = {
-    "reference": dispatch.Implementation(_recurrence, _recurrence_gradients),
-    "xla": dispatch.Implementation(xla.forward, xla.backward),
-}
+def _xla_gradients(operands, cotangents, *, chunk):
+    return *xla.backward(*operands, *cotangents, chunk=chunk), None
+
+
+# Operands: (x, dt, A, B, C, D, state, documents), where documents is None or counts the document
+# starts along each row; results are (y, state).
+SCAN = dispatch.Op(
+    "ssd_scan",
+    {
+        "reference": dispatch.Implementation(
+            dispatch.keeping_operands(_recurrence), _recurrence_gradients
+        ),
+        "xla": dispatch.Implementation(dispatch.keeping_operands(xla.forward), _xla_gradients),
+    },
+)
 
 
 def ssd_scan(
@@ -42,6 +51,7 @@ def ssd_scan(
     lengths: Int[Array, "B"] | None = None,
     chunk: int = 128,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> tuple[Float[Array, "B T M P"], Float[Array, "B M P N"]]:
     """Outputs y in x's dtype and the float32 state after the last token.
 
@@ -51,6 +61,7 @@ def ssd_scan(
     give y = 0, leave the state as it is and receive no gradient. `chunk` is the longest piece of a
     row that is computed by matrix products; it changes rounding alone.
     Decays and states are float32; matrix products take operands of x's dtype.
+    `target` is the platform that the program is compiled for, where the caller knows it.
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     Source: Mamba-2, arXiv:2405.21060, sections 6 and 7.
     """
@@ -61,21 +72,12 @@ def ssd_scan(
     documents, valid = _documents(segment_ids, lengths), _valid(x, lengths)
     if valid is not None:
         dt = jnp.where(valid[..., None], dt, 0)  # no step: neither decay nor input
-    names = dispatch.choose(
-        "ssd_scan",
-        IMPLEMENTATIONS,
-        implementation,
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        state,
-        documents,
+    y, state = SCAN(
+        *(x, dt, A, B, C, D, state, documents),
+        implementation=implementation,
+        target=target,
         chunk=chunk,
     )
-    y, state = _scan(names, chunk, x, dt, A, B, C, D, state, documents)
     return y if valid is None else jnp.where(valid[..., None, None], y, 0), state
 
 
@@ -153,25 +155,6 @@ def ssd_state(
     weighted = weighted.reshape(batch, tokens, groups, heads // groups, head_dim)
     state = xla.product("btgrp,btgn->bgrpn", weighted, B)
     return jnp.exp(whole), state.reshape(batch, heads, head_dim, state_size)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(names: tuple[str, ...], chunk: int, *operands: Any) -> tuple[Array, Array]:
-    return dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, chunk=chunk)
-
-
-def _scan_forward(names: tuple[str, ...], chunk: int, *operands: Any) -> Any:
-    return _scan(names, chunk, *operands), operands
-
-
-def _scan_backward(names: tuple[str, ...], chunk: int, operands: Any, cotangents: Any) -> Any:
-    gradients = dispatch.run(
-        IMPLEMENTATIONS, names, "backward", *operands, *cotangents, chunk=chunk
-    )
-    return *gradients, None
-
-
-_scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _initial(x: Array, B: Array) -> Float[Array, "B M P N"]:

@@ -94,6 +94,74 @@ def test_a_name_never_falls_back() -> None:
         run("fast", 4)
 
 
+def cube(kept: tuple[str, ...], platforms: tuple[str, ...], factor: float, limit: int = 99):
+    """factor x³ + n, whose backward starts from what `kept` names: other arrays, other shapes."""
+
+    def forward(x, n, *, power):
+        assert power == 3
+        given = {"x": x, "square": x * x, "padded": jnp.pad(x * x, (0, 5))}
+        return factor * x**3 + n, tuple(given[name] for name in kept)
+
+    def backward(residuals, cotangent, *, power):
+        square = residuals[-1] ** 2 if kept[-1] == "x" else residuals[-1][: cotangent.shape[0]]
+        return factor * power * square * cotangent, None
+
+    unsupported = lambda x, n, **_: "too long" if x.shape[0] > limit else None
+    return dispatch.Implementation(forward, backward, unsupported, platforms)
+
+
+CUBE = dispatch.Op(
+    "cube",
+    {
+        "xla": cube(("x",), (), 1.0),
+        "wide": cube(("x", "padded"), ("cpu",), 2.0, limit=4),
+        "elsewhere": cube(("x", "square"), ("tpu",), 4.0),
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "factor"),
+    [
+        (4, {}, 2.0),
+        (5, {}, 1.0),  # what the platform prefers cannot run
+        (4, {"target": "cpu"}, 2.0),
+        (4, {"target": "tpu"}, 4.0),
+        (4, {"target": "cuda"}, 1.0),
+        (4, {"implementation": "elsewhere"}, 4.0),
+        (4, {"implementation": "wide", "target": "tpu"}, 2.0),
+    ],
+)
+def test_an_op_runs_and_differentiates_one_implementation(size, options, factor) -> None:
+    x, n = jnp.arange(1.0, size + 1), jnp.arange(size)
+
+    @jax.jit
+    def both(x):
+        op = lambda x: CUBE(x, n, power=3, **options)
+        out, pullback = jax.vjp(op, x)
+        return out, pullback(jnp.arange(size) + 1.0)[0]
+
+    out, gradient = both(x)
+    np.testing.assert_allclose(out, factor * x**3 + n, rtol=1e-6)
+    np.testing.assert_allclose(gradient, 3 * factor * x**2 * (np.arange(size) + 1), rtol=1e-6)
+
+
+def test_a_known_target_leaves_no_branch_to_the_lowering() -> None:
+    x, n = jnp.ones(4), jnp.arange(4)
+
+    def traced(target: str | None) -> str:
+        loss = lambda x: jnp.sum(CUBE(x, n, power=3, target=target))
+        return str(jax.make_jaxpr(jax.grad(loss))(x))
+
+    assert "platform_index" in traced(None)
+    assert "platform_index" not in traced("cpu")
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(ValueError, match="cube: target='gpu' must be one of cpu, tpu, cuda, rocm"):
+        CUBE(jnp.ones(4), jnp.arange(4), power=3, target="gpu")
+
+
 def test_shapes_are_checked_letter_by_letter() -> None:
     sizes: dict[str, int] = {}
     dispatch.expect_shape("op", sizes, a=(np.zeros((2, 3)), "B T"))
