@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import pallas_tpu, reference, xla
 
 
 def _reference_matmul(lhs, rhs, group_sizes, *, transpose_rhs):
@@ -24,14 +24,19 @@ def _reference_mlp_gradients(lhs, up, down, group_sizes, dout):
 MATMUL = {
     "reference": dispatch.Implementation(_reference_matmul),
     "xla": dispatch.Implementation(xla.matmul),
+    "pallas_tpu": dispatch.Implementation(pallas_tpu.matmul, unsupported=pallas_tpu.unsupported),
 }
 OUTER = {
     "reference": dispatch.Implementation(reference.grouped_outer),
     "xla": dispatch.Implementation(xla.outer),
+    "pallas_tpu": dispatch.Implementation(pallas_tpu.outer, unsupported=pallas_tpu.unsupported),
 }
 MLP = {
     "reference": dispatch.Implementation(reference.grouped_mlp, _reference_mlp_gradients),
     "xla": dispatch.Implementation(xla.mlp, xla.mlp_gradients),
+    "pallas_tpu": dispatch.Implementation(
+        pallas_tpu.mlp, pallas_tpu.mlp_gradients, pallas_tpu.unsupported
+    ),
 }
 
 

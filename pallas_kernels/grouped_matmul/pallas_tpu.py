@@ -1,0 +1,399 @@
+"""Grouped products on TPU: one visit of a tile of rows by one expert is one step of the grid.
+
+The grid is [cores, visits]; the visits' tables are read as scalars before the step, so that the
+pipeline fetches the next expert's whole matrix while this one multiplies, and fetches it once for
+all the tiles of its group. Rows go through the matrix unit in pieces of LARGE and, at a group's
+end, of the fewest multiples of STEP that hold the rest: that is all the work that padding adds.
+An output tile stays in fast memory from its first visit to its last, each of which replaces its
+own rows only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.visits import Visits, by_expert, by_tile
+
+ALIGN = 16  # rows: a tile of bfloat16 is 16 high, so pieces start at multiples of it
+STEP = 32  # rows: pieces are multiples of it; less saves no time, a product's start costs that
+LARGE = 256  # rows of a whole piece: enough to hide that a matrix unit loads its weights
+TILE_ROWS = (1024, 512, 256, 128)  # heights of a tile, the highest that fits being taken
+# Of fast memory, in bytes: the least any supported chip has (TPU v7x, 64 MiB) less the compiler's.
+VMEM_LIMIT = 60 * 2**20
+VMEM_BLOCKS = 48 * 2**20  # for pipelined blocks and scratch; products and spills take the rest
+
+Interpret = bool | pltpu.InterpretParams
+
+
+def matmul(
+    lhs: Float[Array, "rows K"],
+    rhs: Float[Array, "E K N"],
+    group_sizes: Int[Array, "E"],
+    *,
+    transpose_rhs: bool,
+    scale: Float[Array, "E"] | None = None,
+    activation: str | None = None,
+    interpret: Interpret = False,
+) -> Float[Array, "rows N"]:
+    """Rows times their expert's matrix, or its transpose, in lhs's dtype; zeros past the groups.
+
+    `scale` multiplies each product by its expert's number, and `activation` "relu2" squares what
+    is positive of it, both in float32 before the only rounding.
+    """
+    rows, depth = lhs.shape
+    width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
+    matrix = rhs[0].size * rhs.dtype.itemsize
+    height = _tile_rows(rows, (depth + width) * lhs.dtype.itemsize, matrix)
+    visits = by_tile(group_sizes, rows, height)
+    kernel = functools.partial(
+        _matmul_kernel,
+        bound=visits.expert.shape[0] // visits.cores,
+        transpose_rhs=transpose_rhs,
+        scaled=scale is not None,
+        activation=activation,
+    )
+    scales = () if scale is None else (scale.astype(jnp.float32),)
+    call = _call(
+        kernel,
+        visits,
+        scalars=len(scales),
+        inputs=[_tile_block(height, depth), _matrix_block(rhs.shape)],
+        outputs=[_tile_block(height, width)],
+        shapes=[jax.ShapeDtypeStruct((rows, width), lhs.dtype)],
+        cost=(2 * rows * rhs[0].size, lhs.nbytes + rhs.nbytes + rows * width * lhs.dtype.itemsize),
+        name="grouped_matmul_transposed" if transpose_rhs else "grouped_matmul",
+        interpret=interpret,
+    )
+    return call(*visits.tables(), *scales, lhs, rhs)[0]
+
+
+def outer(
+    lhs: Float[Array, "rows K"],
+    dout: Float[Array, "rows N"],
+    group_sizes: Int[Array, "E"],
+    *,
+    scale: Float[Array, "E"] | None = None,
+    interpret: Interpret = False,
+) -> Float[Array, "E K N"]:
+    """Each group's lhsᵀ dout in float32, times its number of `scale`; zeros for an empty group."""
+    rows, depth = lhs.shape
+    experts, width = group_sizes.shape[0], dout.shape[1]
+    row_bytes = depth * lhs.dtype.itemsize + width * dout.dtype.itemsize
+    height = _tile_rows(rows, row_bytes, 4 * depth * width)
+    visits = by_expert(group_sizes, rows, height)
+    kernel = functools.partial(
+        _outer_kernel,
+        bound=visits.expert.shape[0] // visits.cores,
+        scaled=scale is not None,
+    )
+    piece = min(LARGE, height)
+    scales = () if scale is None else (scale.astype(jnp.float32),)
+    call = _call(
+        kernel,
+        visits,
+        scalars=len(scales),
+        inputs=[_tile_block(height, depth), _tile_block(height, width)],
+        outputs=[_matrix_block((experts, depth, width))],
+        shapes=[jax.ShapeDtypeStruct((experts, depth, width), jnp.float32)],
+        scratch=[
+            pltpu.VMEM((piece, depth), lhs.dtype),  # a piece's rows, those of other groups zero
+            pltpu.VMEM((piece, width), dout.dtype),
+        ],
+        cost=(2 * rows * depth * width, lhs.nbytes + dout.nbytes + 4 * experts * depth * width),
+        name="grouped_outer",
+        interpret=interpret,
+    )
+    return call(*visits.tables(), *scales, lhs, dout)[0]
+
+
+def mlp(
+    lhs: Float[Array, "rows L"],
+    up: Float[Array, "E L F"],
+    down: Float[Array, "E F L"],
+    group_sizes: Int[Array, "E"],
+    *,
+    interpret: Interpret = False,
+) -> Float[Array, "rows L"]:
+    """Rows through their expert's relu²-MLP: two products, the first one's activation in it."""
+    product = functools.partial(matmul, transpose_rhs=False, interpret=interpret)
+    hidden = product(lhs, up, group_sizes, activation="relu2")
+    return product(hidden, down, group_sizes)
+
+
+def mlp_gradients(
+    lhs: Float[Array, "rows L"],
+    up: Float[Array, "E L F"],
+    down: Float[Array, "E F L"],
+    group_sizes: Int[Array, "E"],
+    dout: Float[Array, "rows L"],
+    *,
+    interpret: Interpret = False,
+) -> tuple[Float[Array, "rows L"], Float[Array, "E L F"], Float[Array, "E F L"]]:
+    """Gradients of lhs, up and down (these in float32), the hidden computed again.
+
+    One kernel makes it and its gradient together from both matrices; neither is kept in float32.
+    """
+    rows, width, hidden_width = lhs.shape[0], lhs.shape[1], up.shape[2]
+    row_bytes = 2 * (width + hidden_width) * lhs.dtype.itemsize
+    height = _tile_rows(rows, row_bytes, 2 * up[0].size * up.dtype.itemsize)
+    visits = by_tile(group_sizes, rows, height)
+    kernel = functools.partial(_hidden_kernel, bound=visits.expert.shape[0] // visits.cores)
+    out_shape = jax.ShapeDtypeStruct((rows, hidden_width), lhs.dtype)
+    call = _call(
+        kernel,
+        visits,
+        inputs=[_tile_block(height, width)] * 2
+        + [_matrix_block(up.shape), _matrix_block(down.shape)],
+        outputs=[_tile_block(height, hidden_width)] * 2,
+        shapes=[out_shape] * 2,
+        cost=(4 * rows * up[0].size, 2 * lhs.nbytes + up.nbytes + down.nbytes),
+        name="grouped_hidden_gradient",
+        interpret=interpret,
+    )
+    hidden, dbefore = call(*visits.tables(), lhs, dout, up, down)
+    dlhs = matmul(dbefore, up, group_sizes, transpose_rhs=True, interpret=interpret)
+    dup = outer(lhs, dbefore, group_sizes, interpret=interpret)
+    return dlhs, dup, outer(hidden, dout, group_sizes, interpret=interpret)
+
+
+def unsupported(lhs: Array, rhs: Array, *operands: Array, **options: Any) -> str | None:
+    """Why these operands cannot run, or None: two float dtypes, matrices that fast memory holds."""
+    for array in (lhs, rhs):
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"an operand is {array.dtype}; the kernel takes bfloat16 and float32"
+    rows, depth = lhs.shape
+    if rhs.ndim == 2:  # the weight gradient: an expert's float32 sums stay in fast memory
+        blocks = 2 * 4 * depth * rhs.shape[1] + TILE_ROWS[-1] * (depth + rhs.shape[1]) * 12
+    else:
+        both = 2 if operands and operands[0].ndim == 3 else 1  # an MLP's backward holds two
+        sides = rhs.shape[1] + rhs.shape[2]
+        blocks = both * (2 * rhs[0].size + 2 * TILE_ROWS[-1] * sides) * rhs.dtype.itemsize
+    if blocks > VMEM_BLOCKS:
+        return (
+            f"an expert's matrix and its rows need {blocks / 2**20:.0f} MiB of fast memory, and "
+            f"the kernel keeps it within {VMEM_BLOCKS // 2**20}; shard the matrices"
+        )
+    return None
+
+
+def _matmul_kernel(
+    expert_ref, tile_ref, low_ref, high_ref, first_ref, *refs,
+    bound, transpose_rhs, scaled, activation,
+):  # fmt: skip
+    """lhs [height, K], rhs [K, N] (or [N, K]), out [height, N]; one visit's rows of out."""
+    lhs_ref, rhs_ref, out_ref = refs[-3:]
+    visit = pl.program_id(0) * bound + pl.program_id(1)
+    low, high = low_ref[visit], high_ref[visit]
+    depth_axis = 1 if transpose_rhs else 0
+
+    @pl.when(first_ref[visit] == 1)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    def piece(start, height):
+        mask = _row_mask(start, height, low, high)
+
+        def columns(column):
+            rhs = rhs_ref[column, :] if transpose_rhs else rhs_ref[:, column]
+            product = _dot(lhs_ref[pl.ds(start, height), :], rhs, 1, depth_axis)
+            if scaled:
+                product = product * refs[0][expert_ref[visit]]
+            if activation == "relu2":
+                product = jnp.square(jnp.maximum(product, 0))
+            _put(out_ref, start, height, column, product, mask)
+
+        _over_columns(out_ref.shape[1], columns)
+
+    _over_pieces(low, high, out_ref.shape[0], piece)
+
+
+def _hidden_kernel(
+    expert_ref, tile_ref, low_ref, high_ref, first_ref,
+    lhs_ref,  # [height, L]
+    dout_ref,  # [height, L]
+    up_ref,  # [L, F]
+    down_ref,  # [F, L]
+    hidden_ref,  # [height, F]: relu(lhs up)²
+    dbefore_ref,  # [height, F]: the gradient of lhs up
+    *, bound,
+):  # fmt: skip
+    """The activations of one visit's rows and the gradient before them, F columns in turn."""
+    visit = pl.program_id(0) * bound + pl.program_id(1)
+    low, high = low_ref[visit], high_ref[visit]
+
+    @pl.when(first_ref[visit] == 1)
+    def _():
+        hidden_ref[...] = jnp.zeros_like(hidden_ref)
+        dbefore_ref[...] = jnp.zeros_like(dbefore_ref)
+
+    def piece(start, height):
+        mask = _row_mask(start, height, low, high)
+
+        def columns(column):
+            rows = pl.ds(start, height)
+            positive = jnp.maximum(_dot(lhs_ref[rows, :], up_ref[:, column], 1, 0), 0)
+            dhidden = _dot(dout_ref[rows, :], down_ref[column, :], 1, 1)
+            _put(hidden_ref, start, height, column, jnp.square(positive), mask)
+            _put(dbefore_ref, start, height, column, 2 * positive * dhidden, mask)
+
+        _over_columns(hidden_ref.shape[1], columns)
+
+    _over_pieces(low, high, hidden_ref.shape[0], piece)
+
+
+def _outer_kernel(
+    expert_ref, tile_ref, low_ref, high_ref, first_ref, *refs, bound, scaled
+):  # fmt: skip
+    """lhs [height, K], dout [height, N], out [K, N] float32: adds one visit's rows to out."""
+    lhs_ref, dout_ref, out_ref, left_ref, right_ref = refs[-5:]
+    visit = pl.program_id(0) * bound + pl.program_id(1)
+    low, high = low_ref[visit], high_ref[visit]
+
+    @pl.when(first_ref[visit] == 1)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    def piece(start, height):
+        # Both sides are masked: a row outside the group may hold infinities, and inf * 0 is NaN.
+        mask = _row_mask(start, height, low, high)
+        for source, target in ((lhs_ref, left_ref), (dout_ref, right_ref)):
+            value = source[pl.ds(start, height), :].astype(jnp.float32)
+            target[:height, :] = jnp.where(mask, value, 0).astype(target.dtype)
+
+        def depths(depth):
+            def columns(column):
+                left, right = left_ref[:height, depth], right_ref[:height, column]
+                product = _dot(left, right, 0, 0)
+                if scaled:
+                    product = product * refs[0][expert_ref[visit]]
+                out_ref[depth, column] += product
+
+            _over_columns(out_ref.shape[1], columns)
+
+        _over_columns(out_ref.shape[0], depths)
+
+    _over_pieces(low, high, lhs_ref.shape[0], piece)
+
+
+def _over_pieces(low, high, tile_rows: int, piece: Callable[[Any, int], None]) -> None:
+    """Calls `piece(first row, height)` so that the pieces cover rows low .. high - 1 of a tile.
+
+    A piece may begin before `low` and end after `high`; rows are masked where they are used.
+    """
+    large = min(LARGE, tile_rows)
+    begin = low & -ALIGN
+    whole = lax.div(high - begin, large)  # `//` asks the tracing host what TPU it is
+
+    @pl.loop(0, whole)
+    def _(i):
+        piece(pl.multiple_of(begin + i * large, ALIGN), large)
+
+    rest = high - begin - whole * large
+    for height in range(STEP, large + STEP, STEP):
+        height = min(height, large)
+
+        @pl.when((rest > max(height - STEP, 0)) & (rest <= height) & (high > low))
+        def _(height=height):
+            start = jnp.minimum(begin + whole * large, tile_rows - height)
+            piece(pl.multiple_of(start, ALIGN), height)
+
+
+def _over_columns(size: int, columns: Callable[[Any], None]) -> None:
+    """Calls `columns(slice)` over all of `size` columns, as wide as registers allow."""
+    width = next((w for w in (512, 384, 256) if size % w == 0), min(512, size))
+
+    @pl.loop(0, size // width)
+    def _(i):
+        columns(pl.ds(pl.multiple_of(i * width, width), width))
+
+    if rest := size % width:
+        columns(pl.ds(size - rest, rest))
+
+
+def _row_mask(start, height: int, low, high) -> Array:
+    row = start + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
+    return (row >= low) & (row < high)
+
+
+def _put(ref, start, height: int, column, product: Array, mask: Array) -> None:
+    """Replaces the masked rows; the others belong to other groups."""
+    rows = pl.ds(start, height)
+    old = ref[rows, column].astype(jnp.float32)
+    ref[rows, column] = jnp.where(mask, product, old).astype(ref.dtype)
+
+
+def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
+    dtype = jnp.promote_types(left.dtype, right.dtype)
+    return lax.dot_general(
+        left.astype(dtype),
+        right.astype(dtype),
+        (((left_axis,), (right_axis,)), ((), ())),
+        # A float32 product in one bfloat16 pass would not be one.
+        precision="highest" if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _tile_rows(rows: int, row_bytes: int, fixed_bytes: int) -> int:
+    """The height of a tile whose blocks, two of each, fit beside two of `fixed_bytes`."""
+    fits = (h for h in TILE_ROWS if 2 * (h * row_bytes + fixed_bytes) <= VMEM_BLOCKS)
+    return min(next(fits, TILE_ROWS[-1]), -(-rows // STEP) * STEP)
+
+
+def _tile_block(*shape: int) -> tuple[tuple[int, ...], str]:
+    return shape, "tile"
+
+
+def _matrix_block(shape: tuple[int, ...]) -> tuple[tuple[int | None, ...], str]:
+    return (None, *shape[1:]), "expert"
+
+
+def _call(
+    kernel: Callable[..., None],
+    visits: Visits,
+    *,
+    inputs: list[Any],
+    outputs: list[Any],
+    shapes: list[jax.ShapeDtypeStruct],
+    cost: tuple[int, int],
+    name: str,
+    interpret: Interpret,
+    scalars: int = 0,
+    scratch: Any = (),
+) -> Callable[..., Any]:
+    """A pallas_call over the visits, whose blocks lie where the tables of scalars say."""
+    bound = visits.expert.shape[0] // visits.cores
+
+    def spec(block: Any) -> pl.BlockSpec:
+        shape, kind = block
+
+        def place(core, i, expert, tile, *_):
+            table = tile if kind == "tile" else expert
+            return (table[core * bound + i], *(0,) * (len(shape) - 1))
+
+        return pl.BlockSpec(shape, place)
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5 + scalars,
+            grid=(visits.cores, visits.steps),
+            in_specs=[spec(block) for block in inputs],
+            out_specs=[spec(block) for block in outputs],
+            scratch_shapes=list(scratch),
+        ),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(flops=cost[0], bytes_accessed=cost[1], transcendentals=0),
+        name=name,
+        interpret=interpret,
+    )
