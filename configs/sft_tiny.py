@@ -2,7 +2,7 @@
 
 Command:  python train.py --config=configs/sft_tiny.py --workdir=runs/sft
 Hardware: a CPU, two cores.
-Expected: success on held-out tasks rises from 0.
+Expected: not yet run to its end; after 50 of its steps the loss of learned tokens was 0.59 nats.
 """
 
 import dataclasses

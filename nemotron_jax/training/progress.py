@@ -9,6 +9,9 @@ import tqdm
 
 LINE_EVERY_S = 10.0
 
+# What else an evaluation may bring, and how it is told.
+_SHOWN = {"bits_per_byte": "bits/byte", "success": "of held-out tasks solved"}
+
 
 class Progress:
     """Steps done with loss, tokens/s and time left; evaluations always get a line of their own."""
@@ -34,10 +37,11 @@ class Progress:
             self._last_line = time.monotonic()
             print(f"step {record['step']}/{self._steps}: {text}{self._left(record['step'])}")
         if "held_out_loss" in record:
-            self.note(
-                f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} nats/token, "
-                f"{record['bits_per_byte']:.4f} bits/byte"
+            line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} nats/token"
+            line += "".join(
+                f", {record[name]:.4f} {unit}" for name, unit in _SHOWN.items() if name in record
             )
+            self.note(line)
 
     def note(self, line: str) -> None:
         """One line above the bar."""
