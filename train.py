@@ -24,17 +24,23 @@ def train(config: RunConfig, workdir: Path) -> int:
     """Prepare the data of a run and train it; prints what came out."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    host.show_cpu_devices(config.mesh.data)
+    host.show_cpu_devices(config.mesh.size)
     # jax reads the environment when it is imported, and a wrong config should not wait for it.
+    import jax
+
     from nemotron_jax.data.loader import TrainLoader
+    from nemotron_jax.pretrained import begin_run
+    from nemotron_jax.sharding import make_mesh
     from nemotron_jax.training import loop
 
+    mesh = make_mesh(config.mesh, jax.devices())
     loop.check_run(config, workdir)
     prepare = _conversations if config.stage == "sft" else _text
     corpus, evaluators, sampler = prepare(config, workdir)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
-    with contextlib.closing(loader):
-        outcome = loop.run(config, workdir, data=loader, evaluators=evaluators, sampler=sampler)
+    parts = {"data": loader, "evaluators": evaluators, "sampler": sampler, "begin": begin_run}
+    with contextlib.closing(loader), jax.set_mesh(mesh):
+        outcome = loop.run(config, workdir, **parts)
     if outcome.finished:
         print(summary(outcome.records, workdir))
     return 0

@@ -1,17 +1,21 @@
 """Models and tokenizers by path: hub directories and directories of runs."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
+from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.interop.hf_export import save_hub
 from nemotron_jax.interop.hf_import import load_hub
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
 from nemotron_jax.training.checkpoint import load_parameters
+from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
 
 
 def load_pretrained(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
@@ -24,6 +28,27 @@ def load_pretrained(path: str | os.PathLike, dtype: str | None = "float32") -> N
     if _is_run(directory):
         return _load_run(directory, dtype)
     return load_hub(directory, dtype)
+
+
+def begin_run(config: RunConfig) -> TrainState:
+    """A run's first state: random parameters, or those of `config.init_from`.
+
+    Raises ValueError when that directory holds another model than the run's.
+    """
+    if not config.init_from:
+        return place_state(config)
+    model = load_pretrained(config.init_from)
+    if model.config != config.model:
+        names = [field.name for field in dataclasses.fields(config.model)]
+        wrong = [n for n in names if getattr(model.config, n) != getattr(config.model, n)]
+        raise ValueError(
+            f"RunConfig.init_from={config.init_from!r}: its model differs from the run's in "
+            f"{', '.join(wrong)}; give the run the same model"
+        )
+    model.origin = None  # the run's own files say where it comes from
+    placed = abstract_state(config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    return jax.jit(lambda model: first_state(config, model), out_shardings=shardings)(model)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -1,30 +1,102 @@
-"""The device mesh, and how batches and parameters lie on it; mesh axis names occur here only."""
+"""The device mesh, and how every array lies on it; mesh axis names occur here only.
 
-from collections.abc import Callable
+Arrays are global. Dense parts of the model are partitioned by the compiler, from the placement of
+parameters and batches and from `shard`; what sorts, scans or calls a kernel runs in `local`, where
+each device sees its own part alone.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.config.run import MeshConfig
+from nemotron_jax.types import Weight
 
-DATA = "data"
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+ROWS = ("data", "fsdp")  # both share the rows of a batch
+
+# Logical axes of parameters and of their moments. Of the mesh axes named here, each goes to the
+# first axis of an array that names it and that it divides; what it does not divide stays whole.
+# Heads are one unit, so that no head is cut; the groups of B and C move with Mamba's heads.
+PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "vocabulary": ("tensor",),
+    "width": ("fsdp",),
+    "mtp_width": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mamba_inner": ("tensor",),
+    "mamba_heads": ("tensor",),
+    "mamba_groups": ("tensor",),
+    "conv_width": (),
+    "latent": ("fsdp",),
+    "experts": ("expert", "fsdp"),
+    "router_experts": (),
+    "expert_hidden": ("tensor", "fsdp"),
+    "mlp_hidden": ("tensor",),
+}
+# Logical axes of batches, activations, caches and losses.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
+    "batch": ROWS,
+    "tokens": ("context",),
+    "width": (),
+    "latent": (),
+    "vocabulary": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mamba_inner": ("tensor",),
+    "mamba_heads": ("tensor",),
+    "mamba_groups": ("tensor",),
+    "experts": (),
+}
+
+Axes = Sequence[str | None]
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of a run, over the first devices there are.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of a run over the first of `devices`: real, virtual, or of an absent topology.
 
-    Raises ValueError where there are fewer devices than the config asks for.
+    The one who makes it enters it with `jax.set_mesh`. Raises ValueError where there are fewer
+    devices than the config asks for.
     """
-    devices = jax.devices()
-    if config.data > len(devices):
+    if config.size > len(devices):
         raise ValueError(
-            f"MeshConfig.data={config.data}: there are {len(devices)} devices; lower it, or on a "
-            f"CPU start with XLA_FLAGS=--xla_force_host_platform_device_count={config.data}"
+            f"MeshConfig: data={config.data} times fsdp={config.fsdp} is {config.size} devices, "
+            f"but there are {len(devices)}; lower one, or on a CPU start with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={config.size}"
         )
     return jax.make_mesh(
-        (config.data,), (DATA,), axis_types=(AxisType.Auto,), devices=devices[: config.data]
+        tuple(getattr(config, axis) for axis in MESH_AXES),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=list(devices)[: config.size],
     )
+
+
+def parameter_spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How a parameter lies on a mesh of these axis sizes.
+
+    `axes` name the last axes of `shape`; those before them are stacked layers. Vectors stay whole:
+    they are small, and a gather of one costs more than its memory.
+    """
+    stacked = len(shape) - len(axes)
+    if len(axes) < 2:
+        return PartitionSpec()
+    return PartitionSpec(*(None,) * stacked, *_spec(PARAMETERS, axes, shape[stacked:], sizes))
+
+
+def activation_spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """How an activation lies on a mesh of these axis sizes; None names an axis that is whole."""
+    return PartitionSpec(*_spec(ACTIVATIONS, axes, shape, sizes))
+
+
+def parameter_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+    """The placement of a parameter, or of its moments, on a mesh."""
+    return NamedSharding(mesh, parameter_spec(axes, shape, mesh.shape))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -32,43 +104,171 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def sum_over_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function(batch, *shared)` on each device's rows of the batch, its results added up.
+def current_mesh() -> Mesh | None:
+    """The mesh that was entered with `jax.set_mesh`; None where none was. Not for traced code."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
 
-    What `function` sorts, routes and scans are the local rows alone.
+
+def place_batch(batch: Any) -> Any:
+    """This process's rows of a batch as global arrays, split by rows over the mesh.
+
+    Without a mesh the batch stays as it is.
     """
-    if mesh.size == 1:
+    mesh = current_mesh()
+    if mesh is None:
+        return batch
+
+    def place(rows: Any) -> jax.Array:
+        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        spec = activation_spec(("batch",), shape[:1], mesh.shape)
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), rows, shape)
+
+    return jax.tree.map(place, batch)
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, an activation with these logical axes, laid out as the table says."""
+    return _constrained(x, lambda sizes: activation_spec(axes, x.shape, sizes))
+
+
+def shard_parameter(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x` laid out as a parameter with these logical axes: its gradient, or a copy of it."""
+    return _constrained(x, lambda sizes: parameter_spec(axes, x.shape, sizes))
+
+
+def gather_parameter(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x`, laid out as a parameter with these logical axes, with every device's FSDP part."""
+    whole = lambda sizes: parameter_spec(axes, x.shape, {**sizes, "fsdp": 1})
+    return _constrained(x, whole)
+
+
+def local(
+    function: Callable[..., Any],
+    in_axes: Sequence[Axes | Weight | None],
+    out_axes: Any,
+) -> Callable[..., Any]:
+    """`function` on each device's own part of its arguments; the function itself without a mesh.
+
+    `in_axes` hold for each argument the logical axes of an activation, leading ones first (None: it
+    is whole everywhere), or the `Weight` whose value it is. `out_axes` are the results', leading
+    axes likewise; a result that has one entry for each device's part names it "batch". Rows that
+    the devices do not divide are computed by all of them. Differentiate it from outside only.
+    """
+    sizes = _sizes()
+    if math.prod(sizes.values()) == 1:
         return function
 
-    def local(batch: Any, *shared: Any) -> Any:
-        return jax.lax.psum(function(batch, *shared), DATA)
-
-    def run(batch: Any, *shared: Any) -> Any:
-        specs = (PartitionSpec(DATA), *(PartitionSpec() for _ in shared))
-        # The sum makes results equal on all devices; the checker cannot see it through loops.
-        mapped = jax.shard_map(
-            local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+    def run(*arguments: Any) -> Any:
+        chosen: dict[str, tuple[str, ...]] = {}  # mesh axes by logical axis, found once
+        specs = [
+            parameter_spec(axes.axes, value.shape, sizes)
+            if isinstance(axes, Weight)
+            else _local_spec(axes, value, sizes, chosen)
+            for axes, value in zip(in_axes, arguments, strict=True)
+        ]
+        is_axes = lambda node: (
+            isinstance(node, tuple) and all(isinstance(name, str | None) for name in node)
         )
-        return mapped(batch, *shared)
+        results = jax.tree.map(
+            lambda axes: PartitionSpec(*(chosen.get(name) or None for name in axes)),
+            out_axes,
+            is_leaf=is_axes,
+        )
+        mapped = jax.shard_map(function, in_specs=tuple(specs), out_specs=results, check_vma=False)
+        return mapped(*arguments)
 
     return run
 
 
+def cut_axis(weight: Weight) -> int | None:
+    """The axis of a weight along which FSDP cuts it, for `gathered`; None where it stays whole."""
+    spec = parameter_spec(weight.axes, weight.value.shape, _sizes())
+    return next((axis for axis, names in enumerate(spec) if "fsdp" in (names or ())), None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
+    """Inside `local`, a whole weight from this device's part of it, cut along `axis`.
+
+    It travels in `dtype`, whose values the result has; its gradient is summed, and scattered over
+    the devices, in its own. Outside `local`, and with `axis` None, the weight as it is.
+    """
+    if axis is None:
+        return part
+    sent = part.astype(dtype)
+    return jax.lax.all_gather(sent, "fsdp", axis=axis, tiled=True).astype(part.dtype)
+
+
+def _gathered_forward(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> tuple:
+    return gathered(part, axis, dtype), None
+
+
+def _gathered_backward(axis: int | None, dtype: jnp.dtype, _: None, gradient: jax.Array) -> tuple:
+    if axis is None:
+        return (gradient,)
+    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
 def max_over_devices(value: jax.Array) -> jax.Array:
-    """The largest of all devices' values inside `sum_over_rows`; the value itself elsewhere."""
-    return jax.lax.pmax(value, DATA) if _splits_rows() else value
+    """The largest of all devices' values inside `local`; the value itself elsewhere."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = tuple(axis for axis in ROWS if axis in manual)
+    return jax.lax.pmax(value, axes) if axes else value
 
 
-def first_row(rows: int) -> jax.Array | int:
-    """The number that this device's first of `rows` rows has among all devices' rows."""
-    return jax.lax.axis_index(DATA) * rows if _splits_rows() else 0
+def _spec(
+    table: Mapping[str, tuple[str, ...]],
+    axes: Axes,
+    shape: Sequence[int],
+    sizes: Mapping[str, int],
+) -> list[tuple[str, ...] | None]:
+    taken: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for name, length in zip(axes, shape):
+        found = () if name is None else _fitting(table[name], length, sizes, taken)
+        taken.update(found)
+        entries.append(found or None)
+    return entries
 
 
-def _splits_rows() -> bool:
-    """Whether the function being traced sees one device's rows only."""
-    return DATA in jax.sharding.get_abstract_mesh().manual_axes
+def _fitting(
+    wanted: tuple[str, ...], length: int, sizes: Mapping[str, int], taken: set[str]
+) -> tuple[str, ...]:
+    """Of the wanted mesh axes, those above 1 that are free and together divide a length."""
+    found: tuple[str, ...] = ()
+    parts = 1
+    for axis in wanted:
+        size = sizes.get(axis, 1)
+        if size > 1 and axis not in taken and length % (parts * size) == 0:
+            found += (axis,)
+            parts *= size
+    return found
 
 
-def on_one_device(tree: Any) -> Any:
-    """The first device's copy of replicated arrays, for loops of one device; copies nothing."""
-    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+def _local_spec(
+    axes: Axes | None, value: Any, sizes: Mapping[str, int], chosen: dict[str, tuple[str, ...]]
+) -> PartitionSpec:
+    """One argument's placement; a logical axis has the same mesh axes in every argument."""
+    if axes is None or value is None:
+        return PartitionSpec()
+    for name, length in zip(axes, value.shape):
+        if name is not None and name not in chosen:
+            chosen[name] = _fitting(ACTIVATIONS[name], length, sizes, set())
+    return PartitionSpec(*(name and (chosen[name] or None) for name in axes))
+
+
+def _sizes() -> Mapping[str, int]:
+    """Sizes of the axes over which the compiler still partitions: none inside `local`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty or mesh.manual_axes else dict(mesh.shape)
+
+
+def _constrained(x: jax.Array, spec: Callable[[Mapping[str, int]], PartitionSpec]) -> jax.Array:
+    sizes = _sizes()
+    if math.prod(sizes.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(sizes))

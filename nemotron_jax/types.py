@@ -7,12 +7,10 @@ E experts, R experts per token, L latent, F expert hidden; Z prediction targets 
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, UInt32
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.precision import HIGH
@@ -37,6 +35,7 @@ class Batch:
     mtp_tokens: Int[Array, "B T Z-1"]
     segment_ids: Int[Array, "B T"]
     weights: Float[Array, "B T Z"]
+    numbers: Int[Array, "B T"] | None = None  # each token's in the whole batch; None: as it stands
 
 
 @jax.tree_util.register_dataclass
@@ -49,21 +48,30 @@ class Output:
     router_load: Float[
         Array, "layers E"
     ]  # tokens sent to each expert of each MoE layer, padding left out
-    aux_loss: Float[Array, ""]  # sum over MoE layers of the sequence balance loss, unscaled
+    aux_loss: Float[Array, ""]  # sum over MoE layers of the mean sequence balance loss, unscaled
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What every layer is told of the tokens it is given; made once, at the model's door."""
+
+    documents: Int[Array, "B T"] | None = None  # each token's, counted from 0 along its row
+    valid: Bool[Array, "B T"] | None = None  # which tokens are no padding; None when none is
+    lengths: Int[Array, "B"] | None = None  # valid tokens of each row where padding ends it
+    offset: Int[Array, "B"] | None = None  # tokens already in the cache
+    numbers: Int[Array, "B T"] | None = None  # each token's among all of the batch
+    words: UInt32[Array, "2"] | None = None  # random words of this layer, for stochastic rounding
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What one call of the model function tells every layer."""
+    """How every layer is to run: static, so that programs are compiled by it."""
 
     execution: Execution
     dtype: Any  # compute dtype, resolved
-    lengths: Int[Array, "B"] | None = None  # valid tokens of each row; None means all
-    offset: Int[Array, "B"] | None = None  # tokens already in the cache
     every_state: bool = False  # keep the recurrent state after each token
-    words: UInt32[Array, "2"] | None = None  # random words of this layer, for stochastic rounding
-    first_token: Int[Array, ""] | int = 0  # the number of the first token here among all devices'
-    formats: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of roles not high
+    formats: tuple[tuple[str, str], ...] = ()  # (role, number format) of roles that are not high
 
     @property
     def implementation(self) -> str | None:
@@ -72,20 +80,35 @@ class Context:
 
     def format(self, role: str) -> str:
         """The number format of the weight matmul with this role in this layer."""
-        return self.formats.get(role, HIGH)
-
-    def valid(self, num_tokens: int) -> Array | None:
-        """bool [B, T]: which tokens are not padding; None when all are."""
-        if self.lengths is None:
-            return None
-        return jnp.arange(num_tokens) < self.lengths[:, None]
+        return dict(self.formats).get(role, HIGH)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Weight:
+    """A matrix as its product wants it: the master, and how devices share it.
+
+    The cast to the compute dtype, and the gathering of what other devices hold, are the product's.
+    """
+
+    value: Float[Array, "..."]
+    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # logical, one an axis
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a model's parameters came from, so that saving gives back the same files."""
+    """Where a model's parameters came from, so that saving gives back the same files.
+
+    All are equal, so that models of two origins (a policy and its reference) map over each other.
+    """
 
     directory: str
     dtype: str  # in which the files store their tensors, but for the exceptions
     dtype_exceptions: tuple[tuple[str, str], ...] = ()
     stop_tokens: tuple[int, ...] = ()  # of generation_config.json
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin)
+
+    def __hash__(self) -> int:
+        return hash(Origin)

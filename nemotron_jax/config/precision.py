@@ -24,7 +24,6 @@ HIGH, MXFP8, NVFP4 = "high", "mxfp8", "nvfp4"
 FORMATS = (HIGH, MXFP8, NVFP4)
 ROUNDINGS = ("nearest", "stochastic")
 WEIGHT_BLOCKS = ("16x16", "1x16")
-AMAX = ("global", "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +32,19 @@ class NVFP4Config:
 
     Gradients are quantised twice, for the gradient of the input and of the weight, each with random
     numbers of its own. `hadamard` transforms both operands of the weight gradient along the tokens.
-    `amax` is the whole tensor's, or that of each device's rows: local ones save a collective, and
-    make the codes depend on the mesh.
+    Scales come from the whole tensor's largest magnitude, that of all devices' rows.
     """
 
     gradient_rounding: str = "stochastic"
     activation_rounding: str = "nearest"
     weight_block: str = "16x16"
     hadamard: bool = True
-    amax: str = "global"
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("gradient_rounding", ROUNDINGS),
             ("activation_rounding", ROUNDINGS),
             ("weight_block", WEIGHT_BLOCKS),
-            ("amax", AMAX),
         ):
             value = getattr(self, field)
             require(

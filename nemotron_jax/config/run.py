@@ -1,12 +1,15 @@
 """Everything that a run file in configs/ decides, as one checked dataclass."""
 
 import dataclasses
+import math
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import ModelConfig, require, require_positive
 from nemotron_jax.config.sft import SFTConfig
 
 STAGES = ("pretrain", "sft")
+
+TRAINS = ("all", "mtp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +138,7 @@ class TrainingConfig:
     aux_loss_scale: float = 1e-4
     router_bias_rate: float = 1e-3
     max_skipped_steps: int = 10  # consecutive non-finite steps before the run stops
+    trains: str = "all"  # which parameters move: all, or mtp (the block of the drafts alone)
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "micro_batches", "loss_chunk", "max_skipped_steps")
@@ -144,6 +148,20 @@ class TrainingConfig:
             "mtp_depths",
             self.mtp_depths,
             "must not be negative",
+        )
+        require(
+            self.trains in TRAINS,
+            "TrainingConfig",
+            "trains",
+            self.trains,
+            f"must be one of {', '.join(TRAINS)}",
+        )
+        require(
+            self.trains != "mtp" or self.mtp_depths > 0,
+            "TrainingConfig",
+            "mtp_depths",
+            self.mtp_depths,
+            "must be at least 1 where trains='mtp'",
         )
         for field in ("mtp_loss_scale", "aux_loss_scale", "router_bias_rate"):
             value = getattr(self, field)
@@ -190,16 +208,32 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share the rows of a batch, each with all parameters.
+    """How many devices lie along each axis of the mesh.
 
-    On a CPU a device is a share of its cores: XLA runs the many small products of a step on one
-    core, so two devices train nearly twice as fast as one on two cores.
+    `data` and `fsdp` share the rows of a batch; `fsdp` also shares parameters and their moments, of
+    which each device gathers one layer at a time. On a CPU a device is a share of its cores: XLA
+    runs the many small products of a step on one core, so two devices train nearly twice as fast as
+    one on two cores. `expert`, `tensor` and `context` are named for checkpoints' sake, and must
+    be 1.
     """
 
     data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(dataclasses.astuple(self))
 
     def __post_init__(self) -> None:
-        require_positive(self, "data")
+        require_positive(self, "data", "fsdp", "expert", "tensor", "context")
+        for field in ("expert", "tensor", "context"):
+            value = getattr(self, field)
+            rule = "must be 1: no layer is split along it yet; use data and fsdp"
+            require(value == 1, "MeshConfig", field, value, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +249,7 @@ class RunConfig:
     stage: str = "pretrain"
     sft: SFTConfig = SFTConfig()  # of stage sft alone
     seed: int = 0
+    init_from: str = ""  # a hub's or a run's directory whose parameters the run begins with
 
     def at_step(self, step: int) -> "RunConfig":
         """The run as its step after `step` others computes it: with that step's precision."""
@@ -225,14 +260,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         rule = f"must be one of {', '.join(STAGES)}"
         require(self.stage in STAGES, "RunConfig", "stage", self.stage, rule)
-        parts = self.training.micro_batches * self.mesh.data
+        parts, rows = self.training.micro_batches * self.mesh.size, self.data.batch_size
         require(
-            self.data.batch_size % parts == 0,
+            rows % parts == 0,
             "RunConfig",
             "data.batch_size",
-            self.data.batch_size,
+            rows,
             f"must be a multiple of training.micro_batches={self.training.micro_batches} times "
-            f"mesh.data={self.mesh.data}",
+            f"the {self.mesh.size} devices of mesh.data={self.mesh.data} and "
+            f"mesh.fsdp={self.mesh.fsdp}, such as {max(parts, rows - rows % parts)} or "
+            f"{max(parts, rows - rows % parts) + parts}",
         )
         require(
             self.training.mtp_depths == 0 or self.model.mtp is not None,

@@ -14,6 +14,7 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.corpus import Corpus
 from nemotron_jax.data.loader import held_out_batches
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.training.losses import token_nll
 from nemotron_jax.types import Batch
 
 
@@ -84,12 +85,5 @@ def token_nats(
 @functools.partial(jax.jit, static_argnames=("chunk", "execution"))
 def _token_nats(model: Nemotron, batch: Batch, *, chunk: int, execution: Execution) -> Array:
     output = model(batch.tokens, segment_ids=batch.segment_ids, execution=execution)
-    hidden = output.hidden.reshape(-1, output.hidden.shape[-1])
-
-    def nats(token: tuple[Array, Array]) -> Array:
-        logits = model.logits(token[0], execution=execution)
-        return jax.nn.logsumexp(logits) - logits[token[1]]
-
-    targets = batch.targets[..., 0]
-    each = jax.lax.map(nats, (hidden, targets.reshape(-1)), batch_size=chunk)
-    return jnp.where(batch.weights[..., 0] > 0, each.reshape(targets.shape), 0.0)
+    nats = token_nll(output.hidden, model.head.matrix(), batch.targets[..., 0], chunk)
+    return jnp.where(batch.weights[..., 0] > 0, nats, 0.0)

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.model import AttentionConfig
 from nemotron_jax.layers.linear import Linear
-from nemotron_jax.types import Context
+from nemotron_jax.sharding import local
+from nemotron_jax.types import Context, Rows
 from pallas_kernels import attention
 
 
@@ -66,19 +67,41 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         state: KVState | None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], KVState | None, None]:
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = (project(x, context).reshape(heads) for project in (self.q, self.k, self.v))
-        options = {"lengths": context.lengths, "implementation": context.implementation}
+        q, k, v = (project(x, context, rows).reshape(heads) for project in (self.q, self.k, self.v))
         if state is None:
-            y = attention(q, k, v, segment_ids=segments, **options)
+            y = _attend(q, k, v, (rows.documents, rows.lengths, None), context)
         else:
-            state = state.append(k, v, context.offset)
-            y = attention(q, state.k, state.v, q_offset=context.offset, **options)
-        return self.out(y.reshape(*x.shape[:2], -1), context), state, None
+            state = state.append(k, v, rows.offset)
+            y = _attend(q, state.k, state.v, (None, rows.lengths, rows.offset), context)
+        return self.out(y.reshape(*x.shape[:2], -1), context, rows), state, None
+
+
+def _attend(
+    q: Array, k: Array, v: Array, masks: tuple[Array | None, ...], context: Context
+) -> Float[Array, "B T H C"]:
+    """Attention of each device's own rows; `masks` are documents, lengths and the cache's
+    offset."""
+
+    def attend(q: Array, k: Array, v: Array, *masks: Array | None) -> Array:
+        documents, lengths, offset = masks
+        return attention(
+            q,
+            k,
+            v,
+            segment_ids=documents,
+            lengths=lengths,
+            q_offset=offset,
+            implementation=context.implementation,
+        )
+
+    heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+    by_row = (("batch",),) * len(masks)
+    return local(attend, (heads, kv_heads, kv_heads, *by_row), heads)(q, k, v, *masks)
 
 
 def _write(cached: Array, new: Array, offset: Array) -> Array:

@@ -1,12 +1,12 @@
 """Routed experts: tokens sorted by expert, a grouped matmul, and the weighted sum back."""
 
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nemotron_jax import quant
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.linear import normal
-from nemotron_jax.types import Context
+from nemotron_jax.types import Context, Rows, Weight
 from pallas_kernels import combine_rows, gather_rows, sort_by_expert
 
 
@@ -33,19 +33,27 @@ class Experts(nnx.Module):
             axes=("experts", "expert_hidden", "latent"),
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "N L"],
-        index: Int[Array, "N R"],
-        weights: Float[Array, "N R"],
-        valid: Bool[Array, "N"] | None,
-        context: Context,
-    ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
-        """Mixed expert outputs and how many tokens each expert got; tokens that are not valid get
-        zeros."""
-        up, down = self.up[...], self.down[...]
-        align = quant.row_alignment(context)
-        order = sort_by_expert(index, up.shape[0], valid, align=align)
-        rows = gather_rows(x, order)
-        rows = quant.expert_mlp(rows, up, down, order, context=context)
-        return combine_rows(rows, weights, order).astype(x.dtype), order.load
+    def matrices(self) -> tuple[Weight, Weight]:
+        """Up and down projections of all experts, as their products take them."""
+        return tuple(Weight(matrix[...], matrix.axes) for matrix in (self.up, self.down))
+
+
+def mix(
+    x: Float[Array, "N L"],
+    index: Int[Array, "N R"],
+    weights: Float[Array, "N R"],
+    matrices: tuple[Float[Array, "E L F"], Float[Array, "E F L"]],
+    rows: Rows,
+    context: Context,
+) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
+    """Mixed expert outputs and how many tokens each expert got; padding gets zeros.
+
+    A function of tokens and experts that are all at hand: `Rows` hold those of these N tokens.
+    """
+    valid = None if rows.valid is None else rows.valid.reshape(-1)
+    align = quant.row_alignment(context)
+    order = sort_by_expert(index, matrices[0].shape[0], valid, align=align)
+    sorted_rows = quant.expert_mlp(
+        gather_rows(x, order), *matrices, order, rows=rows, context=context
+    )
+    return combine_rows(sorted_rows, weights, order).astype(x.dtype), order.load

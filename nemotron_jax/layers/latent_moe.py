@@ -5,14 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import MoEConfig
-from nemotron_jax.layers.experts import Experts
+from nemotron_jax.layers.experts import Experts, mix
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.mlp import MLP
-from nemotron_jax.layers.router import Router, balance_loss
-from nemotron_jax.types import Context
+from nemotron_jax.layers.router import Router, balance_loss, choose
+from nemotron_jax.sharding import cut_axis, gathered, local
+from nemotron_jax.types import Context, Rows
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +22,7 @@ class RouterMetrics:
     """What one MoE layer reports of one call."""
 
     load: Float[Array, "E"]  # valid tokens sent to each expert
-    aux_loss: Float[Array, ""]
+    aux_loss: Float[Array, ""]  # summed over sequences
 
 
 class LatentMoE(nnx.Module):
@@ -67,34 +68,43 @@ class LatentMoE(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         state: None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], None, RouterMetrics]:
-        flat = x.reshape(-1, x.shape[-1])
-        index, weights, scores = self.router(flat)
-        valid = context.valid(x.shape[1])
-        latent = flat if self.latent_down is None else self.latent_down(flat, context)
-        mixed, load = self.experts(
-            latent, index, weights, None if valid is None else valid.reshape(-1), context
-        )
-        routed = mixed if self.latent_up is None else self.latent_up(mixed, context)
-        shared, _, _ = self.shared(x, segments, state, context)
-        metrics = RouterMetrics(
-            load=load.astype(jnp.float32),
-            aux_loss=balance_loss(
-                scores.reshape(*x.shape[:2], -1),
-                self.config.experts_per_token,
-                _sequences(segments, context),
-                valid,
-            ),
-        )
-        return routed.reshape(x.shape) + shared, None, metrics
+        latent = x if self.latent_down is None else self.latent_down(x, context, rows)
+        mixed, load, aux_loss = self._routed(latent, self.router.logits(x), rows, context)
+        routed = mixed if self.latent_up is None else self.latent_up(mixed, context, rows)
+        shared, _, _ = self.shared(x, rows, state, context)
+        metrics = RouterMetrics(jnp.sum(load, axis=0), jnp.sum(aux_loss))
+        return routed + shared, None, metrics
 
+    def _routed(
+        self,
+        latent: Float[Array, "B T L"],
+        logits: Float[Array, "B T E"],
+        rows: Rows,
+        context: Context,
+    ) -> tuple[Float[Array, "B T L"], Float[Array, "devices E"], Float[Array, "devices"]]:
+        """Experts' outputs of each device's own tokens; load and balance loss of each device."""
+        up, down = self.experts.matrices()
+        cuts = cut_axis(up), cut_axis(down)
 
-def _sequences(segments: Array | None, context: Context) -> Array | None:
-    """Documents of each row counted from 0, where the balance loss is asked for over documents."""
-    if segments is None or context.execution.aux_loss == "rows":
-        return None
-    starts = segments[:, 1:] != segments[:, :-1]
-    return jnp.pad(jnp.cumsum(starts, axis=1), ((0, 0), (1, 0)))
+        def route(latent: Array, logits: Array, bias: Array, *others: Array | None) -> tuple:
+            up, down, documents, valid, numbers, words = others
+            own = Rows(documents=documents, valid=valid, numbers=numbers, words=words)
+            flat = lambda array: array.reshape(-1, array.shape[-1])
+            index, weights, scores = choose(flat(logits), bias, self.config)
+            matrices = tuple(gathered(*one, context.dtype) for one in zip((up, down), cuts))
+            mixed, load = mix(flat(latent), index, weights, matrices, own, context)
+            loss = balance_loss(
+                scores.reshape(logits.shape), self.config.experts_per_token, documents, valid
+            )
+            return mixed.reshape(latent.shape), load.astype(jnp.float32)[None], loss[None]
+
+        by_row, bias = ("batch",), self.router.selection_bias[...]
+        in_axes = (by_row, by_row, None, up, down, by_row, by_row, by_row, None)
+        run = local(route, in_axes, (by_row, by_row, by_row))
+        documents = None if context.execution.aux_loss == "rows" else rows.documents
+        tokens = (documents, rows.valid, rows.numbers, rows.words)
+        return run(latent, logits, bias, up.value, down.value, *tokens)

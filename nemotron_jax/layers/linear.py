@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax import quant
-from nemotron_jax.types import Context
+from nemotron_jax.types import Context, Rows, Weight
 
 
 class Linear(nnx.Module):
@@ -30,10 +30,18 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
 
     def __call__(
-        self, x: Float[Array, "... In"], context: Context, out_dtype: jnp.dtype | None = None
+        self,
+        x: Float[Array, "... In"],
+        context: Context,
+        rows: Rows = Rows(),
+        out_dtype: jnp.dtype | None = None,
     ) -> Float[Array, "... Out"]:
-        y = quant.dot(x, self.weight[...], role=self.role, context=context, out_dtype=out_dtype)
-        return self._biased(y)
+        options = {"role": self.role, "context": context, "rows": rows}
+        return self._biased(quant.dot(x, self.matrix(), out_dtype=out_dtype, **options))
+
+    def matrix(self) -> Weight:
+        """The weight as its product takes it."""
+        return Weight(self.weight[...], self.weight.axes)
 
     def _biased(self, y: Float[Array, "... Out"]) -> Float[Array, "... Out"]:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
@@ -43,13 +51,13 @@ def project_together(
     linears: Sequence[Linear],
     x: Float[Array, "... In"],
     context: Context,
+    rows: Rows,
     out_dtypes: Sequence[jnp.dtype | None],
 ) -> list[Float[Array, "... _"]]:
     """What several projections of one role make of `x`, each in its dtype."""
-    weights = [linear.weight[...] for linear in linears]
-    products = quant.dot_together(
-        x, weights, role=linears[0].role, context=context, out_dtypes=out_dtypes
-    )
+    weights = [linear.matrix() for linear in linears]
+    options = {"role": linears[0].role, "context": context, "rows": rows}
+    products = quant.dot_together(x, weights, out_dtypes=out_dtypes, **options)
     return [linear._biased(y) for linear, y in zip(linears, products, strict=True)]
 
 

@@ -6,12 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import MambaConfig
 from nemotron_jax.layers.linear import Linear, project_together
 from nemotron_jax.layers.norm import GatedGroupNorm
-from nemotron_jax.types import Context
+from nemotron_jax.sharding import local
+from nemotron_jax.types import Context, Rows
 from pallas_kernels import causal_conv1d, ssd_scan, ssd_step
 
 
@@ -56,20 +57,28 @@ class CausalConv(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T channels"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         tail: Array | None,
         context: Context,
     ) -> tuple[Float[Array, "B T channels"], Array]:
-        return causal_conv1d(
-            x,
-            self.weight[...].astype(x.dtype),
-            None if self.bias is None else self.bias[...].astype(x.dtype),
-            tail=tail,
-            segment_ids=segments,
-            lengths=context.lengths,
-            every_tail=context.every_state,
-            implementation=context.implementation,
-        )
+        def convolve(x, weight, bias, tail, documents, lengths):
+            return causal_conv1d(
+                x,
+                weight,
+                bias,
+                tail=tail,
+                segment_ids=documents,
+                lengths=lengths,
+                every_tail=context.every_state,
+                implementation=context.implementation,
+            )
+
+        weight = self.weight[...].astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        by_row, channel = ("batch",), self.weight.axes[1]
+        whole = (("batch", None, channel), (None, channel), (channel,))
+        run = local(convolve, (*whole, by_row, by_row, by_row), (by_row, by_row))
+        return run(x, weight, bias, tail, rows.documents, rows.lengths)
 
 
 class Mamba2(nnx.Module):
@@ -108,25 +117,29 @@ class Mamba2(nnx.Module):
     def __call__(
         self,
         u: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         state: MambaState | None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], MambaState | None, None]:
         tails = (None,) * 3 if state is None else (state.x_tail, state.b_tail, state.c_tail)
         # In the order of the published in_proj, which a quantiser sees as one matrix.
         z, x, b, c, dt = project_together(
-            (self.z, self.x, self.b, self.c, self.dt), u, context, (None,) * 4 + (jnp.float32,)
+            (self.z, self.x, self.b, self.c, self.dt),
+            u,
+            context,
+            rows,
+            (None,) * 4 + (jnp.float32,),
         )
-        x, x_tail = self.x_conv(x, segments, tails[0], context)
-        b, b_tail = self.b_conv(b, segments, tails[1], context)
-        c, c_tail = self.c_conv(c, segments, tails[2], context)
+        x, x_tail = self.x_conv(x, rows, tails[0], context)
+        b, b_tail = self.b_conv(b, rows, tails[1], context)
+        c, c_tail = self.c_conv(c, rows, tails[2], context)
         y, ssm = self._scan(
             (x, self._step_size(dt), b, c),
-            segments,
+            rows,
             None if state is None else state.ssm,
             context,
         )
-        y = self.out(self.norm(y, z), context)
+        y = self.out(self.norm(y, z), context, rows)
         return y, None if state is None else MambaState(ssm, x_tail, b_tail, c_tail), None
 
     def _step_size(self, raw: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
@@ -135,27 +148,36 @@ class Mamba2(nnx.Module):
         return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
 
     def _scan(
-        self, inputs: tuple, segments: Array | None, ssm: Array | None, context: Context
+        self, inputs: tuple, rows: Rows, ssm: Array | None, context: Context
     ) -> tuple[Array, Array]:
         x, dt, b, c = inputs
-        rows, config = x.shape[:2], self.config
-        x = x.reshape(*rows, config.num_heads, config.head_dim)
-        b, c = (v.reshape(*rows, config.num_groups, config.state_size) for v in (b, c))
-        operands = (x, dt, -jnp.exp(self.A_log[...]), b, c, self.D[...])
-        if ssm is not None and (rows[1] == 1 or context.every_state):
-            y, ssm = ssd_step(
-                *operands, ssm, lengths=context.lengths, every_state=context.every_state
-            )
-        else:
-            y, ssm = ssd_scan(
+        shape, config = x.shape[:2], self.config
+        x = x.reshape(*shape, config.num_heads, config.head_dim)
+        b, c = (v.reshape(*shape, config.num_groups, config.state_size) for v in (b, c))
+
+        def scan(*operands: Array | None) -> tuple[Array, Array]:
+            *operands, ssm, documents, lengths = operands
+            if ssm is not None and (shape[1] == 1 or context.every_state):
+                options = {"lengths": lengths, "every_state": context.every_state}
+                return ssd_step(*operands, ssm, **options)
+            return ssd_scan(
                 *operands,
                 initial_state=ssm,
-                segment_ids=segments,
-                lengths=context.lengths,
+                segment_ids=documents,
+                lengths=lengths,
                 chunk=config.chunk,
                 implementation=context.implementation,
             )
-        return y.reshape(*rows, config.inner_width), ssm
+
+        by_row = ("batch",)
+        heads, groups = ("batch", None, "mamba_heads"), ("batch", None, "mamba_groups")
+        vector, state = ("mamba_heads",), ("batch", "mamba_heads")
+        axes = (heads, heads, vector, groups, groups, vector, state, by_row, by_row)
+        states = heads if ssm is not None and context.every_state else state
+        A, D = -jnp.exp(self.A_log[...]), self.D[...]
+        run = local(scan, axes, (heads, states))
+        y, ssm = run(x, dt, A, b, c, D, ssm, rows.documents, rows.lengths)
+        return y.reshape(*shape, config.inner_width), ssm
 
 
 def _initial_dynamics(

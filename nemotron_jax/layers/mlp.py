@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nemotron_jax.layers.linear import Linear
-from nemotron_jax.types import Context
+from nemotron_jax.types import Context, Rows
 
 
 class MLP(nnx.Module):
@@ -32,8 +32,9 @@ class MLP(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         state: None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], None, None]:
-        return self.down(jnp.square(jax.nn.relu(self.up(x, context))), context), None, None
+        hidden = jnp.square(jax.nn.relu(self.up(x, context, rows)))
+        return self.down(hidden, context, rows), None, None

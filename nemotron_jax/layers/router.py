@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.linear import normal
+from nemotron_jax.sharding import gather_parameter
 
 
 class SelectionBias(nnx.Variable):
@@ -23,64 +24,92 @@ class Router(nnx.Module):
     def __init__(self, config: MoEConfig, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.config = config
         shape = (width, config.num_experts)
-        self.weight = nnx.Param(normal(rngs, shape, std, "float32"), axes=("width", "experts"))
-        self.selection_bias = SelectionBias(
-            jnp.zeros(config.num_experts, jnp.float32), axes=("experts",)
+        self.weight = nnx.Param(
+            normal(rngs, shape, std, "float32"), axes=("width", "router_experts")
         )
+        self.selection_bias = SelectionBias(
+            jnp.zeros(config.num_experts, jnp.float32), axes=("router_experts",)
+        )
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
+        """float32 logits of every expert, at the model's full width."""
+        weight = gather_parameter(self.weight[...].astype(jnp.float32), self.weight.axes)
+        return jnp.dot(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
 
     def __call__(
         self, x: Float[Array, "N D"]
     ) -> tuple[Int[Array, "N R"], Float[Array, "N R"], Float[Array, "N E"]]:
         """Chosen experts, their float32 weights, and the float32 scores of all experts."""
-        config = self.config
-        logits = jnp.dot(
-            x.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
-        scores = jax.nn.sigmoid(logits)
-        choice = jax.lax.stop_gradient(scores + self.selection_bias[...])
-        _, index = jax.lax.top_k(_within_best_groups(choice, config), config.experts_per_token)
-        weights = jnp.take_along_axis(scores, index, axis=-1)
-        if config.normalize_weights:
-            weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
-        return index, weights * config.weight_scale, scores
+        return choose(self.logits(x), self.selection_bias[...], self.config)
+
+
+def choose(
+    logits: Float[Array, "N E"], bias: Float[Array, "E"], config: MoEConfig
+) -> tuple[Int[Array, "N R"], Float[Array, "N R"], Float[Array, "N E"]]:
+    """Chosen experts, their weights and all scores; `bias` counts for the choice alone."""
+    scores = jax.nn.sigmoid(logits)
+    choice = jax.lax.stop_gradient(scores + bias)
+    _, index = jax.lax.top_k(_within_best_groups(choice, config), config.experts_per_token)
+    weights = jnp.take_along_axis(scores, index, axis=-1)
+    if config.normalize_weights:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+    return index, weights * config.weight_scale, scores
 
 
 def balance_loss(
     scores: Float[Array, "B T E"],
     experts_per_token: int,
-    sequences: Int[Array, "B T"] | None,
+    documents: Int[Array, "B T"] | None,
     valid: Bool[Array, "B T"] | None,
 ) -> Float[Array, ""]:
-    """Sequence balance loss `E Σ_i f_i P_i`, averaged over the sequences that hold a token.
+    """Sequence balance losses `E Σ_i f_i P_i`, summed over the sequences that hold a valid token.
 
-    `sequences` numbers each row's sequences from 0; None takes each row as one. f counts the best
+    `documents` numbers each row's sequences from 0; None takes each row as one. f counts the best
     experts by the scores alone, not by the biased choice; P is the mean of the scores normalised
-    over all experts. Source: Megatron-LM router.py, moe_utils.py (sequence auxiliary loss).
+    over all experts. `count_sequences` makes the sum a mean. Source: Megatron-LM router.py,
+    moe_utils.py (sequence auxiliary loss).
     """
-    batch, num_tokens, num_experts = scores.shape
-    per_row = 1 if sequences is None else num_tokens
-    row = jnp.arange(batch)[:, None] * per_row
-    sequence = jnp.broadcast_to(row if sequences is None else row + sequences, scores.shape[:2])
+    best = jax.lax.top_k(jax.lax.stop_gradient(scores), experts_per_token)[1]
     weight = jnp.ones(scores.shape[:2]) if valid is None else valid.astype(jnp.float32)
     share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20) * weight[..., None]
-    best = jax.lax.top_k(jax.lax.stop_gradient(scores), experts_per_token)[1]
-
-    table = jnp.zeros((batch * per_row, num_experts))
-    hits = table.at[sequence[..., None], best].add(weight[..., None])
-    probability = _sums(share, sequence, batch * per_row, whole_rows=sequences is None)
-    tokens = _sums(weight, sequence, batch * per_row, whole_rows=sequences is None)
-    loss = jnp.sum(hits * probability, axis=-1) / jnp.maximum(tokens, 1) ** 2
-    return num_experts / experts_per_token * jnp.sum(loss) / jnp.maximum(jnp.sum(tokens > 0), 1)
+    if documents is None:
+        each = jax.vmap(_row_loss)(share, best, weight)
+    else:  # row by row: a table of all rows' documents would be as large as the scores
+        each = jax.lax.map(lambda row: _documents_loss(*row), (share, best, weight, documents))
+    return scores.shape[-1] / experts_per_token * jnp.sum(each)
 
 
-def _sums(values: Array, sequence: Array, num_sequences: int, *, whole_rows: bool) -> Array:
-    """Sum of values over the tokens of each sequence."""
-    if whole_rows:
-        return jnp.sum(values, axis=1)
-    flat = values.reshape(-1, *values.shape[2:])
-    return jax.ops.segment_sum(flat, sequence.reshape(-1), num_sequences)
+def count_sequences(
+    documents: Int[Array, "B T"] | None, valid: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """How many sequences hold a valid token: documents, or rows where `documents` is None."""
+    if documents is None:
+        return jnp.sum(jnp.any(valid, axis=1)).astype(jnp.float32)
+    # Documents are numbered in order, so each one's first valid token has a new number.
+    latest = jax.lax.cummax(jnp.where(valid, documents, -1), axis=1)
+    before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return jnp.sum(valid & (documents > before)).astype(jnp.float32)
+
+
+def _row_loss(
+    share: Float[Array, "T E"], best: Int[Array, "T R"], weight: Float[Array, "T"]
+) -> Float[Array, ""]:
+    hits = jnp.zeros(share.shape[-1]).at[best].add(weight[:, None])
+    tokens = jnp.maximum(jnp.sum(weight), 1)
+    return jnp.sum(hits * jnp.sum(share, axis=0)) / tokens**2
+
+
+def _documents_loss(
+    share: Float[Array, "T E"],
+    best: Int[Array, "T R"],
+    weight: Float[Array, "T"],
+    documents: Int[Array, "T"],
+) -> Float[Array, ""]:
+    length, experts = share.shape
+    hits = jnp.zeros((length, experts)).at[documents[:, None], best].add(weight[:, None])
+    probability = jax.ops.segment_sum(share, documents, length)
+    tokens = jnp.maximum(jax.ops.segment_sum(weight, documents, length), 1)
+    return jnp.sum(jnp.sum(hits * probability, axis=-1) / tokens**2)
 
 
 def _within_best_groups(choice: Float[Array, "N E"], config: MoEConfig) -> Float[Array, "N E"]:

@@ -4,7 +4,7 @@ import math
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.attention import Attention
@@ -12,7 +12,8 @@ from nemotron_jax.layers.latent_moe import LatentMoE, RouterMetrics
 from nemotron_jax.layers.mamba2 import Mamba2
 from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.layers.norm import RMSNorm
-from nemotron_jax.types import Context
+from nemotron_jax.sharding import shard
+from nemotron_jax.types import Context, Rows
 
 
 class Block(nnx.Module):
@@ -25,12 +26,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         state: object,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], object, RouterMetrics | None]:
-        y, state, metrics = self.mixer(self.norm(x), segments, state, context)
-        return x + y, state, metrics
+        y, state, metrics = self.mixer(self.norm(x), rows, state, context)
+        return shard(x + y, "batch", "tokens", "width"), state, metrics
 
 
 def make_stack(

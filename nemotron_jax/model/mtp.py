@@ -2,14 +2,14 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.latent_moe import RouterMetrics
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.norm import RMSNorm
 from nemotron_jax.model.block import Block
-from nemotron_jax.types import Context
+from nemotron_jax.types import Context, Rows
 
 
 class MTPBlock(nnx.Module):
@@ -40,7 +40,7 @@ class MTPBlock(nnx.Module):
         self,
         hidden: Float[Array, "B T D"],
         embedded: Float[Array, "B T D"],
-        segments: Int[Array, "B T"] | None,
+        rows: Rows,
         states: tuple | None,
         context: Context,
     ) -> tuple[Float[Array, "B T D"], tuple | None, list[RouterMetrics]]:
@@ -48,9 +48,7 @@ class MTPBlock(nnx.Module):
         x = self.project(jnp.concatenate(halves, axis=-1), context)
         new_states, metrics = [], []
         for number, block in enumerate(self.blocks):
-            x, state, report = block(
-                x, segments, None if states is None else states[number], context
-            )
+            x, state, report = block(x, rows, None if states is None else states[number], context)
             new_states.append(state)
             if report is not None:
                 metrics.append(report)

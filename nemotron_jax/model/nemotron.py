@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -13,12 +14,13 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.linear import Linear, normal
 from nemotron_jax.layers.norm import RMSNorm
+from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.block import make_stack
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.mtp import MTPBlock
 from nemotron_jax.model.stack import Stacks, run_stack, split_layers
-from nemotron_jax.sharding import first_row
-from nemotron_jax.types import Context, Origin, Output
+from nemotron_jax.sharding import cut_axis, gathered, local, shard
+from nemotron_jax.types import Context, Origin, Output, Rows, Weight
 from pallas_kernels import nvfp4
 
 
@@ -58,24 +60,29 @@ class Nemotron(nnx.Module):
         *,
         lengths: Int[Array, "B"] | None = None,
         key: Array | None = None,
+        numbers: Int[Array, "B T"] | None = None,
         every_state: bool = False,
         execution: Execution = Execution(),
     ) -> Output:
         """Hidden states of tokens, after those already in `cache`.
 
-        `segment_ids` packs documents into a row (each change starts one; 0 is padding at the row's
-        end); `lengths` marks padding otherwise: padded tokens change no state and no router load. A
-        cache's rows are one document each, so it excludes `segment_ids`; it must have room for all
-        T tokens of the call, padding included. `key` (jax.random.key, or two words uint32 [2])
-        feeds stochastic rounding, which the training recipes in `execution.precision` need.
+        `segment_ids` packs documents into a row (each change starts one; 0 is padding, anywhere);
+        `lengths` marks padding at row ends otherwise: padded tokens change no state and no router
+        load. A cache's rows are one document each, so it excludes `segment_ids`; it must have room
+        for all T tokens of the call, padding included. `key` (jax.random.key, or two words uint32
+        [2]) feeds stochastic rounding, which the training recipes in `execution.precision` need;
+        the bits of a token are those of its number, by `numbers` or as it stands in the batch.
+        Raises ValueError for a token outside the vocabulary where `tokens` are at hand.
         """
         _check_call(cache, segment_ids, lengths, tokens.shape[1])
+        _check_tokens(tokens, self.config.vocab_size)
         return _forward(
             self,
             tokens,
             cache,
             segment_ids,
             lengths,
+            numbers,
             key=key,
             every_state=every_state,
             execution=execution,
@@ -186,13 +193,10 @@ class Nemotron(nnx.Module):
     def _stacks(self) -> Stacks:
         return {letter: getattr(self, kind) for letter, kind in BLOCK_KINDS.items()}
 
-    def _context(
-        self, cache: Cache | None, lengths: Array | None, execution: Execution, **options: object
-    ) -> Context:
+    def _context(self, execution: Execution, *, every_state: bool = False) -> Context:
         chosen = execution.compute_dtype
         dtype = self.embedding[...].dtype if chosen == "auto" else jnp.dtype(chosen)
-        offset = None if cache is None else cache.length
-        return Context(execution, dtype, lengths, offset, **options)
+        return Context(execution, dtype, every_state)
 
 
 def shift_tokens(
@@ -214,29 +218,32 @@ def _forward(
     cache: Cache | None,
     segment_ids: Array | None,
     lengths: Array | None,
+    numbers: Array | None,
     *,
     key: Array | None,
     every_state: bool,
     execution: Execution,
 ) -> Output:
-    lengths = _valid_lengths(segment_ids, lengths)
-    context = model._context(cache, lengths, execution, every_state=every_state)
-    context = dataclasses.replace(context, **_random_bits(key, tokens))
-    x = model.embedding[...][tokens].astype(context.dtype)
+    context = model._context(execution, every_state=every_state)
+    rows = _rows(tokens, cache, segment_ids, lengths)
+    if key is not None:
+        if numbers is None:
+            numbers = jnp.arange(tokens.size).reshape(tokens.shape)
+        rows = dataclasses.replace(rows, words=nvfp4.key_words(key), numbers=numbers)
+    x = _embed(model, tokens, context)
     states = None if cache is None else cache.layers
-    x, states, metrics = run_stack(x, model.config, model._stacks(), segment_ids, states, context)
+    x, states, metrics = run_stack(x, model.config, model._stacks(), rows, states, context)
     return Output(
         hidden=model.final_norm(x),
-        cache=cache and cache.advance(states, tokens.shape[1], lengths, every_state),
+        cache=cache and cache.advance(states, tokens.shape[1], rows.lengths, every_state),
         router_load=metrics.load,
-        aux_loss=jnp.sum(metrics.aux_loss),
+        aux_loss=jnp.sum(metrics.aux_loss) / _sequences(tokens, rows, execution),
     )
 
 
 @functools.partial(jax.jit, static_argnames=("execution",))
 def _logits(model: Nemotron, hidden: Array, execution: Execution) -> Array:
-    context = model._context(None, None, execution)
-    return model.head(hidden, context, out_dtype=jnp.float32)
+    return model.head(hidden, model._context(execution), out_dtype=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("execution",))
@@ -250,31 +257,57 @@ def _mtp_step(
     lengths: Array | None,
     execution: Execution,
 ) -> Output:
-    lengths = _valid_lengths(segment_ids, lengths)
-    context = model._context(cache, lengths, execution)
-    embedded = model.embedding[...][next_tokens].astype(context.dtype)
+    context, rows = model._context(execution), _rows(next_tokens, cache, segment_ids, lengths)
+    embedded = _embed(model, next_tokens, context)
     states = None if cache is None else cache.layers
-    hidden, states, metrics = model.mtp_block(hidden, embedded, segment_ids, states, context)
+    hidden, states, metrics = model.mtp_block(hidden, embedded, rows, states, context)
     experts = model.config.moe.num_experts if model.config.moe else 0
     loads = [report.load for report in metrics]
+    aux_loss = sum((report.aux_loss for report in metrics), jnp.zeros(()))
     return Output(
         hidden=hidden,
-        cache=cache and cache.advance(states, next_tokens.shape[1], lengths, False),
+        cache=cache and cache.advance(states, next_tokens.shape[1], rows.lengths, False),
         router_load=jnp.stack(loads) if loads else jnp.zeros((0, experts)),
-        aux_loss=sum((report.aux_loss for report in metrics), jnp.zeros(())),
+        aux_loss=aux_loss / _sequences(next_tokens, rows, execution),
     )
 
 
-def _random_bits(key: Array | None, tokens: Array) -> dict[str, Array | int]:
-    """What a context holds for stochastic rounding: random words, and where the tokens stand."""
-    if key is None:
-        return {}
-    batch, length = tokens.shape
-    return {"words": nvfp4.key_words(key), "first_token": first_row(batch) * length}
+def number_documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Documents of each row, counted from 0: every change of segment id starts one."""
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def _valid_lengths(segment_ids: Array | None, lengths: Array | None) -> Array | None:
-    return lengths if segment_ids is None else jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
+def _rows(
+    tokens: Array, cache: Cache | None, segment_ids: Array | None, lengths: Array | None
+) -> Rows:
+    """What the layers are told of tokens: documents are numbered here, once for all of them.
+
+    Padding between documents is a document of its own, so nothing reaches across it.
+    """
+    offset, places = None if cache is None else cache.length, jnp.arange(1, tokens.shape[1] + 1)
+    if segment_ids is not None:
+        valid = segment_ids != 0
+        lengths = jnp.max(jnp.where(valid, places, 0), axis=1).astype(jnp.int32)
+        return Rows(number_documents(segment_ids), valid, lengths, offset)
+    valid = None if lengths is None else places <= lengths[:, None]
+    return Rows(None, valid, lengths, offset)
+
+
+def _sequences(tokens: Array, rows: Rows, execution: Execution) -> Float[Array, ""]:
+    """Sequences over which the balance loss is a mean; at least 1."""
+    valid = jnp.ones(tokens.shape, bool) if rows.valid is None else rows.valid
+    documents = None if execution.aux_loss == "rows" else rows.documents
+    return jnp.maximum(count_sequences(documents, valid), 1)
+
+
+def _embed(model: Nemotron, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
+    """The tokens' rows of the embedding table, looked up by each device for its own tokens."""
+    table = Weight(model.embedding[...], model.embedding.axes)
+    cut = cut_axis(table)
+    look_up = lambda part, tokens: gathered(part, cut, context.dtype)[tokens].astype(context.dtype)
+    x = local(look_up, (table, ("batch",)), ("batch",))(table.value, tokens)
+    return shard(x, "batch", "tokens", "width")
 
 
 def _check_call(
@@ -292,4 +325,17 @@ def _check_call(
         raise ValueError(
             f"Nemotron: T={num_tokens} tokens after {filled} exceed the cache's capacity of "
             f"{cache.capacity}; give init_cache a larger max_length"
+        )
+
+
+def _check_tokens(tokens: Array, vocabulary: int) -> None:
+    """Raise ValueError for a token outside the vocabulary; traced tokens cannot be looked at."""
+    if isinstance(tokens, jax.core.Tracer) or not np.size(tokens):
+        return
+    found = np.asarray(tokens)
+    wrong = found[(found < 0) | (found >= vocabulary)]
+    if wrong.size:
+        raise ValueError(
+            f"Nemotron: token {int(wrong[0])} lies outside the model's vocabulary of {vocabulary}; "
+            "was the text encoded with this model's tokenizer?"
         )

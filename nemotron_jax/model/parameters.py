@@ -4,9 +4,11 @@ from collections.abc import Mapping
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.sharding import parameter_sharding
 
 
 def abstract_model(config: ModelConfig, dtype: str = "float32") -> Nemotron:
@@ -32,6 +34,22 @@ def unflatten(like: Nemotron, parameters: Mapping[str, jax.Array]) -> Nemotron:
             f"unknown {sorted(extra)[:5]}; the configs differ"
         )
     return jax.tree_util.tree_unflatten(structure, [parameters[name] for name in names])
+
+
+def model_axes(model: Nemotron) -> dict[str, tuple[str, ...]]:
+    """The logical axes of every parameter by dotted name; stacked layers have one more in front."""
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]
+    return {_dotted(path): variable.axes for path, variable in leaves}
+
+
+def model_shardings(model: Nemotron, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where every parameter lies on a mesh, by dotted name."""
+    shapes = {name: leaf.shape for name, leaf in flatten(model).items()}
+    return {
+        name: parameter_sharding(mesh, axes, shapes[name])
+        for name, axes in model_axes(model).items()
+    }
 
 
 def _dotted(path: tuple) -> str:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.latent_moe import RouterMetrics
 from nemotron_jax.model.block import Block
-from nemotron_jax.types import Context
+from nemotron_jax.types import Context, Rows
 from pallas_kernels import nvfp4
 
 Stacks = dict[str, Block | nnx.List | None]  # by pattern letter
@@ -57,7 +57,7 @@ def run_stack(
     x: Float[Array, "B T D"],
     config: ModelConfig,
     stacks: Stacks,
-    segments: Int[Array, "B T"] | None,
+    rows: Rows,
     states: tuple | None,
     context: Context,
 ) -> tuple[Float[Array, "B T D"], tuple | None, RouterMetrics]:
@@ -68,9 +68,9 @@ def run_stack(
     """
     split = any(isinstance(stack, nnx.List) for stack in stacks.values())
     if states is None and not split and context.execution.layers == "scan":
-        y, metrics = _scan_units(x, config, stacks, segments, context)
+        y, metrics = _scan_units(x, config, stacks, rows, context)
         return y, None, metrics
-    return _run_layers(x, config, stacks, segments, states, context)
+    return _run_layers(x, config, stacks, rows, states, context)
 
 
 def split_layers(stacks: Stacks) -> Stacks:
@@ -88,7 +88,7 @@ def _run_layers(
     x: Array,
     config: ModelConfig,
     stacks: Stacks,
-    segments: Array | None,
+    rows: Rows,
     states: tuple | None,
     context: Context,
 ) -> tuple[Array, tuple | None, RouterMetrics]:
@@ -98,9 +98,9 @@ def _run_layers(
         stack, number = stacks[letter], count[letter]
         block = stack[number] if isinstance(stack, nnx.List) else _take(stack, number)
         count[letter] += 1
-        inner = _of_layer(context, config, layer, layer)
+        told = _of_layer(rows, context, config, layer, layer)
         run = _rematerialised(
-            lambda x, state, block=block, inner=inner: block(x, segments, state, inner), context
+            lambda x, state, block=block, told=told: block(x, told[0], state, told[1]), context
         )
         x, state, report = run(x, None if states is None else states[layer])
         new_states.append(state)
@@ -111,7 +111,7 @@ def _run_layers(
 
 
 def _scan_units(
-    x: Array, config: ModelConfig, stacks: Stacks, segments: Array | None, context: Context
+    x: Array, config: ModelConfig, stacks: Stacks, rows: Rows, context: Context
 ) -> tuple[Array, RouterMetrics]:
     """One scan for each run of units with the same formats, over indices into the whole stacks."""
     table = UnitTable.parse(config.pattern)
@@ -119,7 +119,7 @@ def _scan_units(
     metrics = []
     for run in table.runs(boundary if context.execution.precision.emulated else config.num_layers):
         units = UnitTable(*({k: v[run] for k, v in t.items()} for t in (table.index, table.layer)))
-        run_unit = _unit(units, config, stacks, segments, context)
+        run_unit = _unit(units, config, stacks, rows, context)
         xs = jax.tree.map(jnp.asarray, (units.index, units.layer))
         x, found = jax.lax.scan(run_unit, x, xs)
         moe_units = np.flatnonzero(units.index["E"] >= 0)
@@ -128,7 +128,7 @@ def _scan_units(
 
 
 def _unit(
-    units: UnitTable, config: ModelConfig, stacks: Stacks, segments: Array | None, context: Context
+    units: UnitTable, config: ModelConfig, stacks: Stacks, rows: Rows, context: Context
 ) -> Callable[[Array, tuple], tuple[Array, RouterMetrics]]:
     """The body of one run's scan."""
     whole_unit = context.execution.remat == "full"
@@ -138,8 +138,8 @@ def _unit(
 
         def run(x: Array, place: tuple) -> tuple[Array, RouterMetrics | None]:
             number, layer = place
-            inner = _of_layer(context, config, first, layer)
-            y, _, report = _take(stacks[letter], number)(x, segments, None, inner)
+            own, inner = _of_layer(rows, context, config, first, layer)
+            y, _, report = _take(stacks[letter], number)(x, own, None, inner)
             return y, report
 
         return run(x, place) if whole_unit else _rematerialised(run, context)(x, place)
@@ -164,17 +164,19 @@ def _unit(
     return jax.checkpoint(run_unit, prevent_cse=False) if whole_unit else run_unit
 
 
-def _of_layer(context: Context, config: ModelConfig, like: int, layer: int | Array) -> Context:
-    """The context of one layer: its number formats, which are those of layer `like`, and its own
-    random words."""
+def _of_layer(
+    rows: Rows, context: Context, config: ModelConfig, place: int, layer: int | Array
+) -> tuple[Rows, Context]:
+    """What one layer is told: random words of its own, and the number formats of layer `place`,
+    which are its own too."""
     precision = context.execution.precision
     if not precision.emulated:
-        return context
-    formats = {
-        role: precision.format_of(role, like, config.num_layers) for role in precision.formats
-    }
-    words = None if context.words is None else nvfp4.fold(context.words, layer)
-    return dataclasses.replace(context, formats=formats, words=words)
+        return rows, context
+    formats = tuple(
+        (role, precision.format_of(role, place, config.num_layers)) for role in precision.formats
+    )
+    words = None if rows.words is None else nvfp4.fold(rows.words, layer)
+    return dataclasses.replace(rows, words=words), dataclasses.replace(context, formats=formats)
 
 
 def _run_if_present(

@@ -26,7 +26,8 @@ from nemotron_jax.quant.operands import (
     stream,
     treatments,
 )
-from pallas_kernels import grouped_matmul, grouped_outer
+from nemotron_jax.sharding import gather_parameter, shard_parameter
+from pallas_kernels import grouped_matmul, grouped_outer, nvfp4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Spec:
     role: str
     format: str
     options: NVFP4Config
-    out_dtype: jnp.dtype
+    out_dtypes: tuple[jnp.dtype, ...]  # one for each weight
+    axes: tuple[tuple[str, ...], ...] = ()  # the weights' logical axes; () where they are whole
     implementation: str | None = None
 
     @property
@@ -49,34 +51,52 @@ class Spec:
 def dot(
     spec: Spec,
     x: Float[Array, "rows In"],
-    weight: Float[Array, "In Out"],
-    words: Array,
+    weights: tuple[Float[Array, "In _"], ...],
+    words: Array | None,
     rows: Int[Array, "rows"],
-) -> Float[Array, "rows Out"]:
-    """`x @ weight`; `words` and `rows` place its random bits."""
-    dtype = x.dtype
+) -> tuple[Float[Array, "rows _"], ...]:
+    """`x` times each of the weights, which share one largest magnitude as one matrix would.
+
+    `words` and `rows` place the random bits; `words` may be None where nothing is drawn.
+    """
     draw = _draw(spec, words, rows, FPROP, INPUT)
     left, scale = _operand(spec, x, FPROP, INPUT, draw)
-    right, weight_scale = _operand(spec, weight, FPROP, WEIGHT)
-    y = _contract(left, right, (1, 0), dtype) * (scale * weight_scale)
-    return y[: x.shape[0], : weight.shape[1]].astype(spec.out_dtype)
+    results = []
+    amax = operands.largest(weights)
+    for number, weight in enumerate(weights):
+        right, weight_scale = _weight_operand(spec, number, weight, FPROP, amax)
+        y = _contract(left, right, (1, 0), x.dtype) * (scale * weight_scale)
+        results.append(y[: x.shape[0], : weight.shape[1]].astype(spec.out_dtypes[number]))
+    return tuple(results)
 
 
-def _dot_forward(spec, x, weight, words, rows):
-    return dot(spec, x, weight, words, rows), (x, weight, words, rows)
+def _dot_forward(spec, x, weights, words, rows):
+    return dot(spec, x, weights, words, rows), (x, weights, words, rows)
 
 
-def _dot_backward(spec, residuals, dy):
-    x, weight, words, rows = residuals
-    left, scale = _operand(spec, dy, DGRAD, GRADIENT, _draw(spec, words, rows, DGRAD, GRADIENT))
-    right, weight_scale = _operand(spec, weight, DGRAD, WEIGHT)
-    dx = _contract(left, right, (1, 1), x.dtype) * (scale * weight_scale)
+def _dot_backward(spec, residuals, gradients):
+    x, weights, words, rows = residuals
     left, scale = _operand(spec, x, WGRAD, INPUT, _draw(spec, words, rows, WGRAD, INPUT))
-    draw = _draw(spec, words, rows, WGRAD, GRADIENT)
-    right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw)
-    dweight = _contract(left, right, (0, 0), x.dtype) * (scale * gradient_scale)
-    cut = lambda a, like: a[: like.shape[0], : like.shape[1]].astype(like.dtype)
-    return cut(dx, x), cut(dweight, weight), None, None
+    amax = operands.largest(weights)
+    dx, dweights = jnp.zeros((), jnp.float32), []
+    hadamard = treatments(spec.format, spec.options)[WGRAD, GRADIENT].hadamard
+    largest = {
+        product: operands.largest(gradients, spec.step, hadamard=hadamard and product == WGRAD)
+        for product in (DGRAD, WGRAD)
+    }
+    for number, (weight, dy) in enumerate(zip(weights, gradients, strict=True)):
+        draw = _draw(spec, words, rows, DGRAD, GRADIENT, number)
+        dy_rows, dy_scale = _operand(spec, dy, DGRAD, GRADIENT, draw, amax=largest[DGRAD])
+        turned, weight_scale = _weight_operand(spec, number, weight, DGRAD, amax)
+        dx += _contract(dy_rows, turned, (1, 1), x.dtype) * (dy_scale * weight_scale)
+        draw = _draw(spec, words, rows, WGRAD, GRADIENT, number)
+        right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw, amax=largest[WGRAD])
+        dweight = _contract(left, right, (0, 0), x.dtype) * (scale * gradient_scale)
+        dweight = dweight[: weight.shape[0], : weight.shape[1]]
+        if spec.axes:
+            dweight = shard_parameter(dweight, spec.axes[number])
+        dweights.append(dweight.astype(weight.dtype))
+    return dx[: x.shape[0], : x.shape[1]].astype(x.dtype), tuple(dweights), None, None
 
 
 dot.defvjp(_dot_forward, _dot_backward)
@@ -87,7 +107,7 @@ def grouped_dot(
     x: Float[Array, "rows In"],
     weight: Float[Array, "E In Out"],
     group_sizes: Int[Array, "E"],
-    words: Array,
+    words: Array | None,
     rows: Int[Array, "rows"],
 ) -> Float[Array, "rows Out"]:
     """Each row times its expert's matrix; every expert's rows and matrix are tensors of their own.
@@ -116,7 +136,7 @@ def _grouped_dot(spec, x, weight, group_sizes, words, rows) -> Array:
     y = grouped_matmul(
         left.astype(x.dtype), right.astype(x.dtype), group_sizes, implementation=spec.implementation
     )
-    return (y * _of_rows(scale * weight_scale, groups, x)).astype(spec.out_dtype)
+    return (y * _of_rows(scale * weight_scale, groups, x)).astype(spec.out_dtypes[0])
 
 
 def _grouped_forward(spec, *arrays):
@@ -153,11 +173,23 @@ def _operand(
     side: str,
     draw: Draw | None = None,
     groups: Groups | None = None,
+    *,
+    amax: Array | None = None,
 ) -> tuple[Array, Array]:
     treatment = treatments(spec.format, spec.options)[product, side]
     padding = [(0, -size % spec.step) for size in x.shape]
     x = jnp.pad(x, padding) if any(after for _, after in padding) else x
-    return operands.quantized(x, treatment, amax=spec.options.amax, draw=draw, groups=groups)
+    return operands.quantized(x, treatment, draw=draw, groups=groups, amax=amax)
+
+
+def _weight_operand(
+    spec: Spec, number: int, weight: Array, product: str, amax: Array
+) -> tuple[Array, Array]:
+    """A weight quantised where its parts lie, then gathered: bfloat16 holds it exactly."""
+    operand, scale = _operand(spec, weight, product, WEIGHT, amax=amax)
+    if spec.axes and operand.shape == weight.shape:
+        operand = gather_parameter(operand.astype(jnp.bfloat16), spec.axes[number])
+    return operand, scale
 
 
 def _expert_operand(
@@ -183,12 +215,23 @@ def _of_rows(values: Float[Array, "E"], groups: Groups, x: Array) -> Float[Array
     return jnp.repeat(values[groups.of_rows], height)[:, None]
 
 
-def _draw(spec: Spec, words: Array, rows: Array, product: str, side: str) -> Draw | None:
-    """The random bits of an operand that is rounded stochastically; None for another."""
+def _draw(
+    spec: Spec, words: Array | None, rows: Array, product: str, side: str, number: int = 0
+) -> Draw | None:
+    """The random bits of an operand that is rounded stochastically; None for another.
+
+    `number` tells the weights of one product apart.
+    """
     if treatments(spec.format, spec.options)[product, side].rounding != "stochastic":
         return None
+    if words is None:
+        raise ValueError(
+            f"{spec.role} in {spec.format}: the {side} of its {product} product is rounded "
+            "stochastically; pass key= to the model, another one at every step"
+        )
+    words = stream(words, product, side)
     filling = ~jnp.arange(-rows.shape[0] % spec.step)  # numbers that no row has
-    return Draw(stream(words, product, side), jnp.concatenate([rows, filling]))
+    return Draw(nvfp4.fold(words, number) if number else words, jnp.concatenate([rows, filling]))
 
 
 def _contract(left: Array, right: Array, axes: tuple[int, int], dtype: jnp.dtype) -> Array:

@@ -2,7 +2,6 @@
 place."""
 
 import functools
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +11,8 @@ from jaxtyping import Array, Float
 from nemotron_jax.config.precision import HIGH, ROLES
 from nemotron_jax.quant import emulated
 from nemotron_jax.quant.operands import alignment
-from nemotron_jax.types import Context
+from nemotron_jax.sharding import gather_parameter, shard_parameter
+from nemotron_jax.types import Context, Rows, Weight
 from pallas_kernels import ExpertOrder, grouped_matmul, grouped_mlp, nvfp4
 
 EXPERT_ROLES = ("expert_up", "expert_down")
@@ -20,50 +20,50 @@ EXPERT_ROLES = ("expert_up", "expert_down")
 
 def dot(
     x: Float[Array, "... In"],
-    weight: Float[Array, "In Out"],
+    weight: Weight,
     *,
     role: str,
     context: Context,
+    rows: Rows = Rows(),
     out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "... Out"]:
     """`x @ weight` in the compute dtype, accumulated in float32.
 
-    `weight` is the master; its cast to the compute dtype happens here, and its gradient comes back
-    in the master's dtype from a float32 accumulation. `role` names the matmul for the precision
-    recipe: where that wants a lower format, operands are quantised and dequantised.
+    `weight` is the master; its cast to the compute dtype happens here, before its parts are
+    gathered, and its gradient comes back in the master's dtype from a float32 accumulation. `role`
+    names the matmul for the precision recipe: where that wants a lower format, operands are
+    quantised and dequantised, with random bits by the tokens' numbers in `rows`.
     """
-    out_dtype = jnp.dtype(context.dtype if out_dtype is None else out_dtype)
-    x = x.astype(context.dtype)
-    if context.format(role) == HIGH:
-        return _dot(x, weight, out_dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    tokens = context.first_token + jnp.arange(flat.shape[0])
-    spec = _spec(role, context, out_dtype)
-    y = emulated.dot(spec, flat, weight, _words(role, context), tokens)
-    return y.reshape(*x.shape[:-1], -1)
+    options = {"role": role, "context": context, "rows": rows}
+    return dot_together(x, [weight], out_dtypes=[out_dtype], **options)[0]
 
 
 def dot_together(
     x: Float[Array, "... In"],
-    weights: Sequence[Float[Array, "In _"]],
+    weights: Sequence[Weight],
     *,
     role: str,
     context: Context,
     out_dtypes: Sequence[jnp.dtype | None],
+    rows: Rows = Rows(),
 ) -> list[Float[Array, "... _"]]:
     """`x` times each weight, each result in its own dtype (None: the compute dtype).
 
     In a lower format the weights are one matrix, with one largest magnitude, as the published
-    checkpoints' fused projections are.
+    checkpoints' fused projections are; they stay apart, so that devices may cut each.
     """
-    options = {"role": role, "context": context}
+    dtypes = [jnp.dtype(dtype or context.dtype) for dtype in out_dtypes]
+    x = x.astype(context.dtype)
     if context.format(role) == HIGH:
-        pairs = zip(weights, out_dtypes, strict=True)
-        return [dot(x, weight, out_dtype=dtype, **options) for weight, dtype in pairs]
-    y = dot(x, jnp.concatenate(weights, axis=1), out_dtype=jnp.float32, **options)
-    ends = list(itertools.accumulate(weight.shape[1] for weight in weights))
-    parts = zip(jnp.split(y, ends[:-1], axis=-1), out_dtypes, strict=True)
-    return [part.astype(dtype or context.dtype) for part, dtype in parts]
+        pairs = zip(weights, dtypes, strict=True)
+        return [_dot(x, weight.value, weight.axes, dtype) for weight, dtype in pairs]
+    flat = x.reshape(-1, x.shape[-1])
+    numbers = jnp.arange(flat.shape[0]) if rows.numbers is None else rows.numbers.reshape(-1)
+    masters = tuple(weight.value for weight in weights)
+    axes = tuple(weight.axes for weight in weights)
+    spec = _spec(role, context, tuple(dtypes), axes)
+    products = emulated.dot(spec, flat, masters, _words(role, rows), numbers)
+    return [y.reshape(*x.shape[:-1], -1) for y in products]
 
 
 def row_alignment(context: Context) -> int:
@@ -72,61 +72,79 @@ def row_alignment(context: Context) -> int:
 
 
 def expert_mlp(
-    rows: Float[Array, "rows L"],
+    x: Float[Array, "rows L"],
     up: Float[Array, "E L F"],
     down: Float[Array, "E F L"],
     order: ExpertOrder,
     *,
     context: Context,
+    rows: Rows = Rows(),
 ) -> Float[Array, "rows L"]:
     """Squared-ReLU experts over rows sorted by expert; rows past the groups' sum give zeros."""
-    rows, sizes = rows.astype(context.dtype), order.group_sizes
+    x, sizes = x.astype(context.dtype), order.group_sizes
     if all(context.format(role) == HIGH for role in EXPERT_ROLES):
-        return grouped_mlp(rows, up, down, sizes, implementation=context.implementation)
-    entries = context.first_token * order.entry_row.shape[1] + order.row_entry
+        return grouped_mlp(x, up, down, sizes, implementation=context.implementation)
+    choices = order.entry_row.shape[1]
+    tokens = order.entry_row.shape[0]
+    numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
+    entries = numbers[order.row_token] * choices + order.row_entry % choices
     entries = jnp.where(order.holds, entries, ~jnp.arange(entries.shape[0]))
     for role, weight in zip(EXPERT_ROLES, (up, down), strict=True):
         if role == EXPERT_ROLES[1]:
-            rows = jnp.square(jax.nn.relu(rows))
+            x = jnp.square(jax.nn.relu(x))
         if context.format(role) == HIGH:
-            rows = grouped_matmul(rows, weight, sizes, implementation=context.implementation)
+            x = grouped_matmul(x, weight, sizes, implementation=context.implementation)
         else:
-            spec = _spec(role, context, jnp.dtype(context.dtype))
-            rows = emulated.grouped_dot(spec, rows, weight, sizes, _words(role, context), entries)
-    return rows
+            spec = _spec(role, context, (jnp.dtype(context.dtype),))
+            x = emulated.grouped_dot(spec, x, weight, sizes, _words(role, rows), entries)
+    return x
 
 
-def _spec(role: str, context: Context, out_dtype: jnp.dtype) -> emulated.Spec:
+def _spec(
+    role: str,
+    context: Context,
+    out_dtypes: tuple[jnp.dtype, ...],
+    axes: tuple[tuple[str, ...], ...] = (),
+) -> emulated.Spec:
     options = context.execution.precision.nvfp4
-    return emulated.Spec(role, context.format(role), options, out_dtype, context.implementation)
+    return emulated.Spec(
+        role, context.format(role), options, out_dtypes, axes, context.implementation
+    )
 
 
-def _words(role: str, context: Context) -> Array:
-    """Random words of this role's matmul; any two where nothing is drawn."""
-    if context.words is None:
-        return jnp.zeros(2, jnp.uint32)
-    return nvfp4.fold(context.words, ROLES.index(role))
+def _words(role: str, rows: Rows) -> Array | None:
+    """Random words of this role's matmul; None where no key was given."""
+    return None if rows.words is None else nvfp4.fold(rows.words, ROLES.index(role))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x: Array, weight: Array, out_dtype: jnp.dtype) -> Array:
-    return _contract(x, weight.astype(x.dtype), x.ndim - 1, 0).astype(out_dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot(x: Array, weight: Array, axes: tuple[str, ...], out_dtype: jnp.dtype) -> Array:
+    return _contract(x, _whole(weight, axes, x), x.ndim - 1, 0).astype(out_dtype)
 
 
-def _dot_forward(x: Array, weight: Array, out_dtype: jnp.dtype) -> tuple[Array, tuple]:
-    return _dot(x, weight, out_dtype), (x, weight)
+def _dot_forward(
+    x: Array, weight: Array, axes: tuple[str, ...], out_dtype: jnp.dtype
+) -> tuple[Array, tuple]:
+    return _dot(x, weight, axes, out_dtype), (x, weight)
 
 
-def _dot_backward(out_dtype: jnp.dtype, residuals: tuple, dy: Array) -> tuple[Array, Array]:
+def _dot_backward(
+    axes: tuple[str, ...], out_dtype: jnp.dtype, residuals: tuple, dy: Array
+) -> tuple[Array, Array]:
     x, weight = residuals
     dy = dy.astype(x.dtype)
-    dx = _contract(dy, weight.astype(x.dtype), dy.ndim - 1, 1).astype(x.dtype)
+    dx = _contract(dy, _whole(weight, axes, x), dy.ndim - 1, 1).astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     dweight = _contract(rows, dy.reshape(-1, dy.shape[-1]), 0, 0)
-    return dx, dweight.astype(weight.dtype)
+    return dx, shard_parameter(dweight, axes).astype(weight.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+def _whole(weight: Array, axes: tuple[str, ...], x: Array) -> Array:
+    """The weight in the dtype of `x`; cast first, so that it is gathered in that."""
+    return gather_parameter(weight.astype(x.dtype), axes)
 
 
 def _contract(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

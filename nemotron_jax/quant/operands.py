@@ -1,6 +1,8 @@
 """What each operand of the three products of a weight goes through in a low-precision format."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -79,41 +81,54 @@ def alignment(format: str) -> int:
     return {NVFP4: 16, MXFP8: 32}.get(format, 1)
 
 
+def largest(
+    parts: Sequence[Float[Array, "R _"]], step: int = 1, *, hadamard: bool = False
+) -> Float[Array, ""]:
+    """The largest magnitude in any of several matrices, as of one; float32.
+
+    With `hadamard` after the transform of their rows, filled up to multiples of `step`.
+    """
+    if hadamard:
+        fill = [(0, -parts[0].shape[0] % step), (0, 0)]
+        parts = [nvfp4.hadamard_rows(jnp.pad(part, fill)) for part in parts]
+    each = [jnp.max(jnp.abs(part)).astype(jnp.float32) for part in parts]
+    return functools.reduce(jnp.maximum, each)
+
+
 def quantized(
     x: Float[Array, "R C"],
     treatment: Treatment,
     *,
-    amax: str,
     draw: Draw | None = None,
     groups: Groups | None = None,
+    amax: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "R C"], Float[Array, "..."]]:
     """The operand, exact in bfloat16, and the factor that belongs to the product: a number, or one
     for each group.
 
-    Sizes are multiples of `alignment`. `amax` is global or local, as in NVFP4Config.
+    Sizes are multiples of `alignment`. `amax` is the largest magnitude to scale by: that of `x`, or
+    of each group, unless given. It is all devices' together, inside `local` too.
     """
     if treatment.hadamard:
         x = nvfp4.hadamard_rows(x)
     if treatment.format == MXFP8:
         ones = jnp.ones(() if groups is None else groups.count, jnp.float32)
         return nvfp4.round_trip_mxfp8(x, block=treatment.block), ones
-    across = max_over_devices if amax == "global" else lambda value: value
     if groups is None:
-        largest = across(jnp.max(jnp.abs(x)).astype(jnp.float32))
-        of_blocks = largest
+        found = of_blocks = max_over_devices(largest([x])) if amax is None else amax
     else:
         rows = jnp.max(jnp.abs(x).reshape(groups.of_rows.shape[0], -1), axis=1)
-        largest = jax.ops.segment_max(
+        found = jax.ops.segment_max(
             rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
         )
-        largest = across(jnp.maximum(largest, 0))  # an empty group's maximum is -inf
+        found = max_over_devices(jnp.maximum(found, 0))  # an empty group's maximum is -inf
         height = x.shape[0] // groups.of_rows.shape[0] // treatment.block[0]
-        of_blocks = jnp.repeat(largest[groups.of_rows], height)[:, None]
+        of_blocks = jnp.repeat(found[groups.of_rows], height)[:, None]
     draws = {} if draw is None else {"words": draw.words, "rows": draw.rows}
     operand = nvfp4.round_trip(
         x, block=treatment.block, rounding=treatment.rounding, amax=of_blocks, **draws
     )
-    return operand, largest / 2688
+    return operand, found / 2688
 
 
 def stream(words: Array, product: str, side: str) -> Array:

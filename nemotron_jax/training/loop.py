@@ -16,7 +16,7 @@ from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import unflatten
-from nemotron_jax.sharding import on_one_device
+from nemotron_jax.sharding import place_batch
 from nemotron_jax.training import metrics as metrics_files
 from nemotron_jax.training.checkpoint import (
     CONFIG,
@@ -70,13 +70,15 @@ def run(
     data: Loader,
     evaluators: Sequence[Evaluator] = (),
     sampler: Sampler | None = None,
+    begin: Callable[[RunConfig], TrainState] = place_state,
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
     `evaluators` give values of the model, run as the step runs it, for the record of every
-    evaluation, `sampler` a text. A
-    SIGTERM or SIGINT ends the run after the step, saved. A run stopped in any way and begun again
-    takes the same steps and leaves the same records as one that was never stopped. Raises
+    evaluation, `sampler` a text; `begin` makes the first state, where there is no checkpoint.
+    Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
+    SIGINT ends the run after the step, saved. A run stopped in any way and begun again takes the
+    same steps and leaves the same records as one that was never stopped. Raises
     ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
     checkpoint cannot be saved.
     """
@@ -86,7 +88,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_owner(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir, config.logging.keep_checkpoints))
-        state, step = _begin(config, checkpoints, data)
+        state, step = _begin(config, checkpoints, data, begin)
         with atomic_writer(workdir / CONFIG) as out:
             out.write(to_json(config).encode())
         reporter = stack.enter_context(_Reporter(config, workdir, step, evaluators, sampler))
@@ -108,11 +110,16 @@ def check_run(config: RunConfig, workdir: str | Path) -> None:
         check_resumable(saved, config, str(workdir))
 
 
-def _begin(config: RunConfig, checkpoints: Checkpoints, data: Loader) -> tuple[TrainState, int]:
+def _begin(
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    data: Loader,
+    begin: Callable[[RunConfig], TrainState],
+) -> tuple[TrainState, int]:
     """The state to go on from and the steps it has behind it; `data` is brought to its place."""
     restored = checkpoints.restore(abstract_state(config))
     if restored is None:
-        return place_state(config), 0
+        return begin(config), 0
     data.restore(restored.data_position)
     return restored.state, restored.step
 
@@ -134,7 +141,7 @@ def _train(
     current = train_step = None
     files = _files(config, workdir)
     while step < steps and not parts.stop.requested:
-        batch = next(parts.data)
+        batch = place_batch(next(parts.data))
         compiles = current != (wanted := config.at_step(step))
         if compiles:
             current = wanted
@@ -257,13 +264,13 @@ class _Reporter:
         )
 
     def _evaluate(self, model: Nemotron, step: int) -> dict[str, float]:
-        model, execution = on_one_device(model), self._config.at_step(step - 1).execution
+        execution = self._config.at_step(step - 1).execution
         values = (evaluate(model, execution) for evaluate in self._evaluators)
         return {name: value for found in values for name, value in found.items()}
 
     def _illustrate(self, step: int, model: Nemotron) -> None:
         draw_loss(self.log.records, self._workdir)
         if self._sampler is not None:
-            text = self._sampler(on_one_device(model))
+            text = self._sampler(model)
             self._samples.append(step, text)
             self._board.add_text("sample", text, step)

@@ -2,28 +2,57 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.config.run import TrainingConfig
-from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.types import Batch
+from nemotron_jax.config.run import RunConfig, TrainingConfig
+from nemotron_jax.layers.router import count_sequences
+from nemotron_jax.model.nemotron import Nemotron, number_documents
+from nemotron_jax.sharding import cut_axis, gathered, local
+from nemotron_jax.types import Batch, Weight
+
+Sums = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a train step minimises.
+
+    `totals` are of the whole batch, so that the losses of its parts, each divided by them, add up
+    to the whole's. `loss(model, part, totals, key)` gives the scalar and named sums to report:
+    `loss` always, and where a model routes `router_load` and `mtp_router_load`, tokens of every
+    expert by layer.
+    """
+
+    totals: Callable[[Batch], Any]
+    loss: Callable[[Nemotron, Batch, Any, Array], tuple[Float[Array, ""], Sums]]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LossReport:
-    """Sums over the tokens of one micro-batch, each already divided by the whole batch's valid
-    tokens."""
+class PretrainTotals:
+    """What a whole batch is divided by."""
 
-    loss: Float[Array, ""]  # nats per token of the next-token loss
-    mtp_loss: Float[Array, ""]  # mean over depths, unscaled
-    aux_loss: Float[Array, ""]  # sum over MoE layers, unscaled
-    router_load: Float[Array, "layers E"]
-    mtp_router_load: Float[Array, "mtp_layers E"]  # summed over depths
+    valid_tokens: Float[Array, "Z"]  # weights by prediction distance
+    sequences: Float[Array, ""]  # of the balance loss
+
+
+def pretrain_objective(config: RunConfig) -> Objective:
+    """The pre-training loss of a run."""
+    training, execution = config.training, config.execution
+
+    def totals(batch: Batch) -> PretrainTotals:
+        return PretrainTotals(jnp.sum(batch.weights, axis=(0, 1)), _sequences(batch, execution))
+
+    def loss(model: Nemotron, part: Batch, totals: PretrainTotals, key: Array) -> tuple:
+        return pretrain_loss(model, part, training, execution, totals=totals, key=key)
+
+    return Objective(totals, loss)
 
 
 def pretrain_loss(
@@ -32,20 +61,24 @@ def pretrain_loss(
     config: TrainingConfig,
     execution: Execution,
     *,
-    valid_tokens: Float[Array, "Z"],
-    share: float = 1.0,
+    totals: PretrainTotals,
     key: Array | None = None,
-) -> tuple[Float[Array, ""], LossReport]:
+) -> tuple[Float[Array, ""], Sums]:
     """Next-token loss + MTP losses + sequence balance loss, as Nemotron 3 Super was pre-trained.
 
-    `valid_tokens` are the weights of the whole batch by prediction distance; a micro-batch's losses
-    then add up to the batch's. `share` is the micro-batch's part of the batch's rows; `key` is for
-    stochastic rounding. Source: nemotron3_super report; Megatron-LM process_mtp_loss for the MTP
-    weights.
+    `batch` is the whole batch of `totals` or a part of it; `key` is for stochastic rounding. The
+    sums: `loss` in nats per token, `mtp_loss` the mean over depths and `aux_loss` the sum over MoE
+    layers, both unscaled, and the routers' loads. Source: nemotron3_super report; Megatron-LM
+    process_mtp_loss for the MTP weights.
     """
-    output = model(batch.tokens, segment_ids=batch.segment_ids, key=key, execution=execution)
-    nll = functools.partial(_mean_nll, model, config=config, execution=execution)
-    loss = nll(output.hidden, batch, 0, valid_tokens)
+    output = model(
+        batch.tokens,
+        segment_ids=batch.segment_ids,
+        key=key,
+        numbers=batch.numbers,
+        execution=execution,
+    )
+    loss = _mean_nll(model, output.hidden, batch, 0, totals, config.loss_chunk)
     aux_loss, hidden, mtp_loss = output.aux_loss, output.hidden, jnp.zeros(())
     mtp_load = jnp.zeros((0, 0))
     for depth in range(1, config.mtp_depths + 1):
@@ -53,12 +86,22 @@ def pretrain_loss(
             hidden, batch.mtp_tokens[..., depth - 1], batch.segment_ids, execution=execution
         )
         hidden = step.hidden
-        mtp_loss += nll(hidden, batch, depth, valid_tokens) / config.mtp_depths
+        nll = _mean_nll(model, hidden, batch, depth, totals, config.loss_chunk)
+        mtp_loss += nll / config.mtp_depths
         aux_loss += step.aux_loss
         mtp_load = step.router_load if depth == 1 else mtp_load + step.router_load
-    total = loss + config.mtp_loss_scale * mtp_loss + config.aux_loss_scale * aux_loss * share
-    report = LossReport(loss, mtp_loss, aux_loss * share, output.router_load, mtp_load)
-    return total, jax.lax.stop_gradient(report)
+    aux_loss *= _sequences(batch, execution) / jnp.maximum(totals.sequences, 1)
+    total = loss + config.mtp_loss_scale * mtp_loss + config.aux_loss_scale * aux_loss
+    sums = {"loss": loss, "mtp_loss": mtp_loss, "aux_loss": aux_loss}
+    sums |= {"router_load": output.router_load, "mtp_router_load": mtp_load}
+    return total, jax.lax.stop_gradient(sums)
+
+
+def _sequences(batch: Batch, execution: Execution) -> Float[Array, ""]:
+    documents = None
+    if execution.aux_loss == "documents":
+        documents = number_documents(batch.segment_ids)
+    return count_sequences(documents, batch.segment_ids != 0)
 
 
 def _mean_nll(
@@ -66,19 +109,48 @@ def _mean_nll(
     hidden: Array,
     batch: Batch,
     distance: int,
-    valid_tokens: Array,
-    *,
-    config: TrainingConfig,
-    execution: Execution,
+    totals: PretrainTotals,
+    chunk: int,
 ) -> Float[Array, ""]:
-    weights = batch.weights[..., distance] / jnp.maximum(valid_tokens[distance], 1.0)
-    return weighted_nll(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.head.weight[...],
-        batch.targets[..., distance].reshape(-1),
-        weights.reshape(-1),
-        config.loss_chunk,
-    )
+    """Cross entropy of the tokens `distance` + 1 further on, each device's rows by itself."""
+    weights = batch.weights[..., distance] / jnp.maximum(totals.valid_tokens[distance], 1.0)
+    head = model.head.matrix()
+    cut = cut_axis(head)
+
+    def own(hidden: Array, part: Array, targets: Array, weights: Array) -> Float[Array, "devices"]:
+        matrix = gathered(part, cut, hidden.dtype)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return weighted_nll(flat, matrix, targets.reshape(-1), weights.reshape(-1), chunk)[None]
+
+    by_row = ("batch",)
+    run = local(own, (by_row, head, by_row, by_row), by_row)
+    return jnp.sum(run(hidden, head.value, batch.targets[..., distance], weights))
+
+
+def token_nll(
+    hidden: Float[Array, "B T D"],
+    head: Weight,
+    targets: Int[Array, "B T"],
+    chunk: int = 512,
+) -> Float[Array, "B T"]:
+    """Cross entropy of each token's target in nats, float32, of each device's rows by itself.
+
+    Never holds more than [chunk, V] logits: the backward pass makes them anew. Differentiable in
+    `hidden` and the head's value.
+    """
+    cut = cut_axis(head)
+
+    def own(hidden: Array, part: Array, targets: Array) -> Float[Array, "B T"]:
+        matrix = gathered(part, cut, hidden.dtype)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        count = flat.shape[0]
+        rows, labels, _ = _chunks(flat, targets.reshape(-1), jnp.zeros(count), chunk)
+        each = jax.checkpoint(lambda rows, labels: _chunk_nll(rows, labels, matrix)[0])
+        nll = jax.lax.scan(lambda _, part: (None, each(*part)), None, (rows, labels))[1]
+        return nll.reshape(-1)[:count].reshape(targets.shape)
+
+    by_row = ("batch",)
+    return local(own, (by_row, head, by_row), by_row)(hidden, head.value, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -96,7 +168,8 @@ def weighted_nll(
     """
 
     def add(total: Array, part: tuple) -> tuple[Array, None]:
-        return total + _chunk_nll(part, head)[0], None
+        rows, labels, weight = part
+        return total + jnp.sum(_chunk_nll(rows, labels, head)[0] * weight), None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights, chunk))[0]
 
@@ -108,12 +181,12 @@ def _nll_forward(
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
         total, dhead = carry
-        value, probabilities = _chunk_nll(part, head)
         rows, labels, weight = part
+        nll, probabilities = _chunk_nll(rows, labels, head)
         hit = jnp.arange(head.shape[1]) == labels[:, None]
         dlogits = ((probabilities - hit) * weight[:, None]).astype(hidden.dtype)
         dhead += jnp.einsum("nd,nv->dv", rows, dlogits, preferred_element_type=jnp.float32)
-        return (total + value, dhead), jnp.einsum("nv,dv->nd", dlogits, matrix)
+        return (total + jnp.sum(nll * weight), dhead), jnp.einsum("nv,dv->nd", dlogits, matrix)
 
     start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
     parts = _chunks(hidden, targets, weights, chunk)
@@ -130,17 +203,15 @@ def _nll_backward(chunk: int, residuals: tuple, cotangent: Array) -> tuple:
 weighted_nll.defvjp(_nll_forward, _nll_backward)
 
 
-def _chunk_nll(part: tuple, head: Array) -> tuple[Array, Array]:
-    """Weighted sum of one chunk's cross entropies, and its softmax."""
-    rows, labels, weight = part
+def _chunk_nll(rows: Array, labels: Array, head: Array) -> tuple[Array, Array]:
+    """The cross entropy of each of one chunk's tokens, and their softmax."""
     matrix = head.astype(rows.dtype)
     logits = jnp.einsum("nd,dv->nv", rows, matrix, preferred_element_type=jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - top)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    nll = (jnp.log(total) + top - chosen)[:, 0]
-    return jnp.sum(nll * weight), exponentials / total
+    return (jnp.log(total) + top - chosen)[:, 0], exponentials / total
 
 
 def _chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple:

@@ -4,16 +4,31 @@ import jax
 import optax
 from flax import nnx
 
-from nemotron_jax.config.run import OptimizerConfig
+from nemotron_jax.config.run import OptimizerConfig, TrainingConfig
 from nemotron_jax.layers.router import SelectionBias
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 
 
-def trained_parameters(model: Nemotron) -> dict[str, jax.Array]:
-    """The parameters that a gradient moves: all but the routers' selection biases."""
+def trained_parameters(
+    model: Nemotron, config: TrainingConfig | None = None
+) -> dict[str, jax.Array]:
+    """The parameters that a gradient moves: never the routers' selection biases.
+
+    With a config those alone that its `trains` names, and the MTP block only where it has a loss:
+    a parameter without a gradient does not decay either.
+    """
     frozen = _names(model, lambda variable: isinstance(variable, SelectionBias))
-    return {name: leaf for name, leaf in flatten(model).items() if name not in frozen}
+    wanted = lambda name: name not in frozen and (config is None or is_trained(name, config))
+    return {name: leaf for name, leaf in flatten(model).items() if wanted(name)}
+
+
+def is_trained(name: str, config: TrainingConfig) -> bool:
+    """Whether a run moves the parameter, or the selection bias, of this dotted name."""
+    is_mtp = name.startswith("mtp_block.")
+    if config.trains == "mtp":
+        return is_mtp
+    return config.mtp_depths > 0 or not is_mtp
 
 
 def make_optimizer(config: OptimizerConfig, model: Nemotron) -> optax.GradientTransformation:

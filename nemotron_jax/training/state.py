@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import make_mesh, replicated
+from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
+from nemotron_jax.sharding import current_mesh, replicated
 from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
 
 
@@ -28,20 +30,46 @@ class TrainState:
 
 def init_state(config: RunConfig) -> TrainState:
     """A new run's state; every random draw comes from the config's seed."""
-    model = Nemotron(config.model, rngs=nnx.Rngs(config.seed))
+    return first_state(config, Nemotron(config.model, rngs=nnx.Rngs(config.seed)))
+
+
+def first_state(config: RunConfig, model: Nemotron) -> TrainState:
+    """The state of a run that begins from a model's parameters."""
     optimizer = make_optimizer(config.training.optimizer, model)
     zero = lambda: jnp.zeros((), jnp.int32)
-    return TrainState(model, optimizer.init(trained_parameters(model)), zero(), zero(), zero())
+    moments = optimizer.init(trained_parameters(model, config.training))
+    return TrainState(model, moments, zero(), zero(), zero())
 
 
 def place_state(config: RunConfig) -> TrainState:
-    """A new run's state, born on the devices of the run's mesh."""
-    sharding = replicated(make_mesh(config.mesh))
-    return jax.jit(lambda: init_state(config), out_shardings=sharding)()
+    """A new run's state, born on the mesh as the table says; no device holds more than its part."""
+    placed = abstract_state(config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
+    return jax.jit(lambda: init_state(config), out_shardings=shardings)()
 
 
-def abstract_state(config: RunConfig) -> TrainState:
-    """Shapes and shardings of a run's state; costs no memory."""
-    sharding = replicated(make_mesh(config.mesh))
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.tree.map(place, jax.eval_shape(lambda: init_state(config)))
+def abstract_state(config: RunConfig, mesh: Mesh | None = None) -> TrainState:
+    """Shapes and shardings of a run's state on the mesh, the one entered by default; costs no
+    memory."""
+    mesh = current_mesh() if mesh is None else mesh
+    state = jax.eval_shape(lambda: init_state(config))
+    if mesh is None:
+        return state
+    shardings = model_shardings(state.model, mesh)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment is kept under its parameter's dotted name.
+        names = [str(getattr(key, "key", "")) for key in path]
+        name = next((name for name in names if name in shardings), None)
+        sharding = replicated(mesh) if name is None else shardings[name]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    model = unflatten(
+        state.model,
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in flatten(state.model).items()
+        },
+    )
+    rest = dataclasses.replace(state, model=None)
+    return dataclasses.replace(jax.tree_util.tree_map_with_path(place, rest), model=model)

@@ -78,7 +78,6 @@ def _train(
     model: Any, tokens: Any, way: tuple[Any, int], result: dict[str, Any]
 ) -> Callable[[], measure.Duration]:
     import jax
-    import jax.numpy as jnp
 
     from nemotron_jax.config.run import (
         DataConfig,
@@ -87,9 +86,8 @@ def _train(
         ScheduleConfig,
         TrainingConfig,
     )
-    from nemotron_jax.sharding import make_mesh, replicated
-    from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
-    from nemotron_jax.training.state import TrainState
+    from nemotron_jax.sharding import make_mesh, place_batch
+    from nemotron_jax.training.state import abstract_state, first_state
     from nemotron_jax.training.step import compile_train_step
 
     batch, length = tokens.shape
@@ -102,19 +100,17 @@ def _train(
         execution=execution,
         mesh=MeshConfig(data=devices),
     )
-    zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
-    optimizer = make_optimizer(config.training.optimizer, model)
-    moments = optimizer.init(trained_parameters(model))
-    state = TrainState(model, moments, zero(), zero(), zero())
-    state = jax.device_put(state, replicated(make_mesh(config.mesh)))
-    rows = _whole_rows(tokens)
+    jax.set_mesh(make_mesh(config.mesh, jax.devices()))
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config))
+    state = jax.jit(lambda model: first_state(config, model), out_shardings=placed)(model)
+    rows = place_batch(_whole_rows(tokens))
     start = time.perf_counter()
     step = compile_train_step(config, state, rows)
     result["compile_s"] = time.perf_counter() - start
     result["compile_peak_mb"] = measure.peak_mb()
     result["temporary_mb"] = step.memory_analysis().temp_size_in_bytes / 2**20
     box = [state]
-    del state, model, moments  # the step takes the state's memory over
+    del state, model  # the step takes the state's memory over
 
     def run() -> None:
         box[0], metrics = step(box[0], rows)

@@ -6,12 +6,20 @@ import pytest
 from flax import nnx
 
 from nemotron_jax.config.model import MoEConfig
-from nemotron_jax.layers.router import Router, balance_loss
+from nemotron_jax.layers.router import Router, balance_loss, count_sequences
 from tests.tiny_models import quick_jit
 
 EXPERTS, CHOSEN, WIDTH = 12, 3, 8
 route = quick_jit(lambda router, x: router(x))
-loss_of = quick_jit(balance_loss, static_argnums=1)
+
+
+def mean_loss(scores, chosen, documents, valid):
+    every = jnp.ones(scores.shape[:2], bool) if valid is None else valid
+    total = balance_loss(scores, chosen, documents, valid)
+    return total / count_sequences(documents, every)
+
+
+loss_of = quick_jit(mean_loss, static_argnums=1)
 
 
 def make_router(bias, **options) -> Router:

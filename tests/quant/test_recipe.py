@@ -86,9 +86,20 @@ def test_a_spy_sees_each_operand_of_each_matmul_in_its_format(monkeypatch):
     assert seen.pop("mamba_out") == MICROSCALED
     assert not seen  # attention, latent projections, MTP and head never come here
     quantised = PATTERN[:-LAST]
-    for role, letter in (("mamba_in", "M"), ("mamba_out", "M"), ("expert_up", "E")):
-        assert calls[role, WGRAD, GRADIENT] == calls[role, DGRAD, WEIGHT] == quantised.count(letter)
+    # z, x, B, C and dt are five matrices of one role, with the same input.
+    for role, letter, count in (("mamba_in", "M", 5), ("mamba_out", "M", 1), ("expert_up", "E", 1)):
+        layers = quantised.count(letter)
+        assert calls[role, WGRAD, GRADIENT] == calls[role, DGRAD, WEIGHT] == count * layers
+        assert calls[role, WGRAD, INPUT] == calls[role, FPROP, INPUT] == layers
     assert calls["mlp_up", DGRAD, GRADIENT] == 1
+
+
+def test_a_stochastic_gradient_without_a_key_is_an_error():
+    model = tiny_model("M-", seed=1)
+    run = lambda m: jnp.sum(m(random_tokens(0, 1, 4), execution=execution()).hidden)
+    assert jax.eval_shape(run, model).shape == ()  # the forward pass draws nothing
+    with pytest.raises(ValueError, match="rounded stochastically; pass key="):
+        jax.eval_shape(jax.grad(run), model)
 
 
 def test_supers_map_has_the_published_counts():
@@ -171,6 +182,7 @@ def test_every_layer_draws_its_own_numbers(monkeypatch):
         nemotron._forward.__wrapped__(
             model,
             random_tokens(0, 1, 4),
+            None,
             None,
             None,
             None,

@@ -1,14 +1,12 @@
 """A step on several devices is the step on one."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
-from nemotron_jax.config.precision import NVFP4Config, nemotron3_nvfp4
+from nemotron_jax.config.precision import nemotron3_nvfp4
 from nemotron_jax.config.run import MeshConfig
-from nemotron_jax.sharding import make_mesh
+from nemotron_jax.sharding import make_mesh, place_batch
 from nemotron_jax.training.state import place_state
 from nemotron_jax.training.step import make_train_step
 from tests.training.runs import changed, random_batch, small_run
@@ -18,33 +16,43 @@ def test_a_step_on_several_devices_equals_one_device():
     (one, expected), (several, metrics) = stepped(1), stepped(2)
     for name in ("loss", "mtp_loss", "aux_loss", "grad_norm", "expert_load_max"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=3e-5, err_msg=name)
-    # The first moment is linear in the gradients; Adam's updates magnify rounding near zero.
-    for name, moment in one.optimizer[1].mu.items():
-        scale = np.linalg.norm(moment) + 1e-8
-        other = np.asarray(several.optimizer[1].mu[name])
-        assert np.linalg.norm(other - np.asarray(moment)) / scale < 1e-4, name
-    assert all(len(leaf.sharding.device_set) == 2 for leaf in jax.tree.leaves(several))
+    assert all(gap < 1e-4 for gap in gaps_of(one, several).values())
 
 
-@pytest.mark.parametrize("amax", ["global", "local"])
-def test_codes_are_the_same_on_every_mesh_where_amax_is_global(amax):
+def test_quantised_codes_are_the_same_on_every_mesh():
     recipe = nemotron3_nvfp4(num_last_layers_high=0)
-    recipe = dataclasses.replace(recipe, nvfp4=NVFP4Config(amax=amax))
-    (one, _), (several, _) = (stepped(devices, precision=recipe) for devices in (1, 2))
-    gaps = [
-        np.linalg.norm(np.asarray(several.optimizer[1].mu[name]) - np.asarray(moment))
-        / (np.linalg.norm(moment) + 1e-8)
-        for name, moment in one.optimizer[1].mu.items()
-    ]
-    # With float32 sums in another order few codes flip; other scales round everything else.
-    assert (np.median(gaps) < 0.02) == (amax == "global"), np.median(gaps)
+    for micro_batches in (1, 2):
+        (one, _), (several, _) = (
+            stepped(devices, micro_batches, precision=recipe) for devices in (1, 2)
+        )
+        gaps = gaps_of(one, several)
+        experts = {name for name in gaps if ".experts." in name}
+        # Blocks of an expert's weight gradient hold whichever tokens share a device.
+        assert all(gap < 2e-3 for name, gap in gaps.items() if name not in experts), gaps
+        assert np.median(list(gaps.values())) < 1e-4
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match=r"MeshConfig.data=64: there are \d+ devices"):
-        make_mesh(MeshConfig(data=64))
+    with pytest.raises(ValueError, match=r"data=64 times fsdp=1 is 64 devices, but there are \d"):
+        make_mesh(MeshConfig(data=64), jax.devices())
 
 
-def stepped(devices: int, **execution: object):
-    config = changed(small_run("somewhere"), mesh={"data": devices}, execution=execution)
-    return make_train_step(config)(place_state(config), random_batch(config, 0))
+def stepped(devices: int, micro_batches: int = 1, **execution: object):
+    config = changed(
+        small_run("somewhere"),
+        mesh={"data": devices},
+        execution=execution,
+        training={"micro_batches": micro_batches},
+    )
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
+        batch = place_batch(random_batch(config, 0))
+        return jax.device_get(make_train_step(config)(place_state(config), batch))
+
+
+def gaps_of(one, several) -> dict[str, float]:
+    """Relative distance of the first moments, which are linear in the gradients, by name."""
+    return {
+        name: float(np.linalg.norm(several.optimizer[1].mu[name] - moment))
+        / (float(np.linalg.norm(moment)) + 1e-8)
+        for name, moment in one.optimizer[1].mu.items()
+    }
