@@ -201,3 +201,17 @@ def test_segments_exclude_a_cache_and_lengths(model, tokens):
 def test_a_cache_too_small_for_a_call_is_an_error(model, tokens):
     with pytest.raises(ValueError, match="T=75 .* capacity of 74"):
         jax.eval_shape(lambda: model(tokens, cache=model.init_cache(3, TOKENS - 1)))
+
+
+@pytest.mark.parametrize(
+    "ids", [[1] * 5 + [2] * 4 + [1] * 6, [0] * 9 + [1] * 6, [3] * 7 + [0, 0] + [3] * 6]
+)
+def test_a_change_of_segment_id_starts_a_document_for_every_mixer(ids):
+    """A repeated id, padding before a document, and padding between two of one id."""
+    model, row = tiny_model("M*E", "*E"), random_tokens(5, 1, 15)
+    alone = model(row[:, 9:])
+    packed = model(row, segment_ids=jnp.array([ids]))
+    np.testing.assert_allclose(packed.hidden[:, 9:], alone.hidden, atol=2e-5)
+    drafts = lambda output, tokens, segments: model.mtp_step(output.hidden, tokens, segments).hidden
+    got = drafts(packed, row, jnp.array([ids]))[:, 9:]
+    np.testing.assert_allclose(got, drafts(alone, row[:, 9:], None), atol=2e-5)
