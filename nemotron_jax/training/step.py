@@ -111,7 +111,9 @@ def _gradients(
     if count == 1:
         return _laid_out(state.model, *gradient(trained, batch))
     # Every count-th row is a micro-batch's, so that each lies on all devices as the batch does.
-    split = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, count, *a.shape[1:]), 1, 0), batch)
+    split = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0), batch
+    )
     shapes = jax.eval_shape(gradient, trained, jax.tree.map(lambda a: a[0], split))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
