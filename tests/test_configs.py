@@ -19,7 +19,7 @@ from nemotron_jax.model.nemotron import Nemotron
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RUN_FILES = sorted(file for file in CONFIGS.glob("*.py") if file.stem != "models")
-MODELS = (models.super_120b, models.nano_30b, models.ultra_550b, models.tiny)
+MODELS = (models.super_120b, models.nano_30b, models.ultra_550b, models.tiny, models.speculative)
 
 
 def built(file: pathlib.Path) -> ConfigDict:

@@ -10,6 +10,7 @@ if typing.TYPE_CHECKING:  # names are checked before anything imports jax
 
 # Each module has `make(subject) -> Evaluator`.
 SUITES = {
+    "acceptance": "nemotron_jax.evaluation.acceptance",
     "perplexity": "nemotron_jax.evaluation.perplexity",
     "speed": "nemotron_jax.evaluation.speed",
 }

@@ -80,9 +80,8 @@ class Cache:
                 "call the model with every_state=True"
             )
         index = jnp.maximum(count - 1, 0)
-        pick = jax.vmap(lambda states, n: states[n])
         layers = tuple(
-            jax.tree.map(lambda a: pick(a, index), layer)
+            jax.tree.map(lambda a: _of_rows(a, index), layer)
             if isinstance(layer, MambaState)
             else layer
             for layer in self.layers
@@ -153,3 +152,9 @@ class Cache:
             return written
         mark = jnp.where(other.overflowed()[other_row], self.capacity + 1, other.length[other_row])
         return dataclasses.replace(written, length=written.length.at[row].set(mark))
+
+
+def _of_rows(states: Float[Array, "B T ..."], index: Int[Array, "B"]) -> Float[Array, "B ..."]:
+    """Each row's state at its index, copied whole: a gather would compute where each number is."""
+    take = lambda row: jax.lax.dynamic_index_in_dim(states[row], index[row], keepdims=False)
+    return jnp.stack([take(row) for row in range(states.shape[0])])

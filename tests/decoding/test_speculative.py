@@ -195,11 +195,15 @@ def test_generated_samples_follow_the_plain_samplers(forks):
         assert chi_square <= freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_rows_that_finish_early_leave_the_others_room(model):
-    """Buffers hold 64 new tokens exactly; a finished row is run along until the last one is."""
-    rows = [random_tokens(seed, 32).tolist() for seed in range(8)]  # 32 fill their bucket too
-    plain, drafted = (nj.generate(model, rows, 64, speculative=k) for k in (0, 7))
+def test_rows_that_finish_early_grow_no_more(model, monkeypatch):
+    """They are run along until the last one is done, and must not pass their cache's end."""
+    ends, result_of = [], generate_module._result
+    keep = lambda end, *rest: ends.append(end) or result_of(end, *rest)
+    monkeypatch.setattr(generate_module, "_result", keep)
+    plain, drafted = (nj.generate(model, ROWS, NEW, speculative=k) for k in (0, 5))
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    # The newest token of a row is not in its cache.
+    assert (np.asarray(ends[1].cache.length) < np.array(LENGTHS) + NEW).all()
 
 
 def test_acceptance_counts_what_stood():
