@@ -6,6 +6,7 @@ import pytest
 
 from nemotron_jax.config.precision import nemotron3_nvfp4
 from nemotron_jax.config.run import MeshConfig
+from nemotron_jax.model.parameters import flatten
 from nemotron_jax.sharding import make_mesh, place_batch
 from nemotron_jax.training.state import place_state
 from nemotron_jax.training.step import make_train_step
@@ -13,7 +14,7 @@ from tests.training.runs import changed, random_batch, small_run
 
 
 def test_a_step_on_several_devices_equals_one_device():
-    (one, expected), (several, metrics) = stepped(1), stepped(2)
+    (one, expected), (several, metrics) = stepped(1), stepped(2, fsdp=2)
     for name in ("loss", "mtp_loss", "aux_loss", "grad_norm", "expert_load_max"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=3e-5, err_msg=name)
     assert all(gap < 1e-4 for gap in gaps_of(one, several).values())
@@ -37,16 +38,20 @@ def test_more_devices_than_there_are_is_an_error():
         make_mesh(MeshConfig(data=64), jax.devices())
 
 
-def stepped(devices: int, micro_batches: int = 1, **execution: object):
+def stepped(data: int, micro_batches: int = 1, fsdp: int = 1, **execution: object):
     config = changed(
         small_run("somewhere"),
-        mesh={"data": devices},
+        mesh={"data": data, "fsdp": fsdp},
         execution=execution,
         training={"micro_batches": micro_batches},
     )
     with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
-        batch = place_batch(random_batch(config, 0))
-        return jax.device_get(make_train_step(config)(place_state(config), batch))
+        batch, state = place_batch(random_batch(config, 0)), place_state(config)
+        if fsdp > 1:  # every matrix with a width has its part on each device, and so its moments
+            for table in (flatten(state.model), state.optimizer[1].mu):
+                part = table["mamba.mixer.x.weight"].addressable_shards[0].data
+                assert part.size * fsdp == table["mamba.mixer.x.weight"].size
+        return jax.device_get(make_train_step(config)(state, batch))
 
 
 def gaps_of(one, several) -> dict[str, float]:
