@@ -30,6 +30,7 @@ def load_hub(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron
     """
     directory = Path(path)
     config = ModelConfig.from_hf(directory)
+    _refuse_quantised(directory)
     stored = _stored_dtype(directory)
     model = abstract_model(config, stored if dtype is None else dtype)
     shapes = {name: leaf.shape for name, leaf in flatten(model).items()}
@@ -61,12 +62,19 @@ def default_dtype(name: str, stored: str) -> np.dtype:
 
 
 def read_stop_tokens(directory: Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of generation_config.json; empty without one."""
+    """The end-of-sequence ids of generation_config.json, or else of config.json; empty without
+    any."""
     file = directory / "generation_config.json"
     if not file.is_file():
-        return ()
-    eos = json.loads(file.read_text()).get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+        file = directory / "config.json"
+    try:
+        eos = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); download it again") from error
+    tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in tokens):
+        raise ValueError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
+    return tuple(tokens)
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -82,23 +90,47 @@ def _stored_dtype(directory: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
+def _refuse_quantised(directory: Path) -> None:
+    """Raise ValueError for a quantised checkpoint: its codes mean nothing without their scales."""
+    recipe = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    file = directory / "config.json"
+    if recipe is None:
+        file = directory / "hf_quant_config.json"
+        if not file.is_file():
+            return
+        recipe = json.loads(file.read_text())
+    recipe = recipe.get("quantization", recipe) if isinstance(recipe, dict) else {}
+    name = recipe.get("quant_algo") or recipe.get("quant_method") or "an unknown format"
+    raise ValueError(
+        f"{directory} is quantised ({name}, {file.name}): its matrices are codes with scales, "
+        "which are not read yet; load the model's bfloat16 checkpoint"
+    )
+
+
 def _open_files(directory: Path) -> list[SafetensorsFile]:
     index = directory / INDEX_FILE
-    if index.is_file():
-        names = _shards(index)
-    else:
-        names = [SINGLE_FILE]
+    owner = _shards(index) if index.is_file() else {}
+    names = sorted(set(owner.values())) or [SINGLE_FILE]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ValueError(
             f"{directory}: files are missing: {', '.join(missing)}; download them again"
         )
-    return [SafetensorsFile(directory / name) for name in names]
+    files = [SafetensorsFile(directory / name) for name in names]
+    for file in files:  # a copy of a tensor in a shard that the index does not name is stale
+        for tensor in [
+            name for name in file.entries if owner.get(name, file.path.name) != file.path.name
+        ]:
+            del file.entries[tensor]
+    return files
 
 
-def _shards(index: Path) -> list[str]:
+def _shards(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return {
+            name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{index}: not an index of safetensors files ({error!r}); download it again"

@@ -63,9 +63,17 @@ def _read_entries(path: Path) -> dict[str, Entry]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = {name: _entry(value, 8 + length) for name, value in header.items()}
+            unknown = {name: value["dtype"] for name, value in header.items()}
+            unknown = {name: dtype for name, dtype in unknown.items() if dtype not in DTYPES}
+            known = {name: value for name, value in header.items() if name not in unknown}
+            entries = {name: _entry(value, 8 + length) for name, value in known.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _broken(path, f"its header cannot be read ({error})") from error
+    for name, dtype in unknown.items():
+        raise ValueError(
+            f"{path}: tensor {name} has dtype {dtype}, which no model here is stored in (known: "
+            f"{', '.join(DTYPES)}); the safetensors library reads it"
+        )
     for name, entry in entries.items():
         end = entry.offset + math.prod(entry.shape) * entry.dtype.itemsize
         if end > size:
