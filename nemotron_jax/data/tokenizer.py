@@ -100,7 +100,9 @@ class Tokenizer:
             parsed = json.loads(definition)
             whole = tokenizers.Tokenizer.from_str(definition)
             self._vocabulary: dict[str, int] = whole.get_vocab(with_added_tokens=True)
-            self.special_tokens = {t["content"]: t["id"] for t in parsed["added_tokens"]}
+            added = parsed["added_tokens"]
+            self.special_tokens = {t["content"]: t["id"] for t in added if _is_special(t)}
+            self._texts = {t["id"]: t["content"] for t in added if not _is_special(t)}
             _check_byte_level(parsed)
             ordinary = json.dumps(_without_special_tokens(parsed))
             self._encoder = tokenizers.Tokenizer.from_str(ordinary)
@@ -191,7 +193,8 @@ class Tokenizer:
         table: list[bytes | None] = [None] * self.vocab_size
         for piece, number in self._vocabulary.items():
             if number not in special:
-                table[number] = _bytes_of(piece)
+                text = self._texts.get(number)  # an added token stands for its very characters
+                table[number] = _bytes_of(piece) if text is None else text.encode()
         return tuple(table)
 
     @functools.cached_property
@@ -244,13 +247,20 @@ def _check_byte_level(parsed: dict[str, Any]) -> None:
         raise ValueError(f"its model is {kind} and not a BPE on bytes")
 
 
+def _is_special(token: dict[str, Any]) -> bool:
+    """Whether an added token is no text: said to be special, or one that the family reserves."""
+    return token.get("special", False) or token["content"] in RESERVED_TOKENS
+
+
 def _without_special_tokens(parsed: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without added tokens, which `tokenizers` would find in any text.
+    """The same tokenizer without special tokens, which `tokenizers` would find in any text.
 
     They leave the vocabulary too, with the merges that touch them: models with ignore_merges look
-    whole words up there. Padding and truncation would add or lose tokens.
+    whole words up there. Added tokens that are text stay, and are named in the vocabulary for their
+    ids to hold. Padding and truncation would add or lose tokens.
     """
-    special = {token["id"] for token in parsed["added_tokens"]}
+    special = {token["id"] for token in parsed["added_tokens"] if _is_special(token)}
+    texts = [token for token in parsed["added_tokens"] if not _is_special(token)]
     vocabulary = parsed["model"]["vocab"]
     gone = {piece for piece, number in vocabulary.items() if number in special}
 
@@ -259,12 +269,13 @@ def _without_special_tokens(parsed: dict[str, Any]) -> dict[str, Any]:
         return not gone.intersection((left, right, left + right))
 
     model = parsed["model"] | {
-        "vocab": {piece: number for piece, number in vocabulary.items() if piece not in gone},
+        "vocab": {piece: number for piece, number in vocabulary.items() if piece not in gone}
+        | {token["content"]: token["id"] for token in texts},
         "merges": [merge for merge in parsed["model"]["merges"] if stays(merge)],
     }
     return parsed | {
         "model": model,
-        "added_tokens": [],
+        "added_tokens": texts,
         "padding": None,
         "truncation": None,
     }

@@ -199,3 +199,22 @@ def test_a_killed_save_leaves_the_old_file(trained, hub, tmp_path, monkeypatch):
         hub.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     assert Tokenizer.load(tmp_path).fingerprint() == trained.fingerprint()
+
+
+def test_added_tokens_that_are_not_special_are_text(tmp_path):
+    """Runs of blanks and tags of other families: the library's ids, and their own characters."""
+    train_tokenizer(["def f(x):\n        return x\n"] * 9, 300).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    size = max(definition["model"]["vocab"].values()) + 1
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    for number, text in enumerate(("        ", "<tool_response>", "état")):
+        definition["added_tokens"].append({"id": size + number, "content": text, **flags})
+    file.write_text(json.dumps(definition))
+    ours, library = Tokenizer.load(file), tokenizers.Tokenizer.from_file(str(file))
+    text = "def f(x):\n        return <tool_response>état<|im_end|>"
+    ids = ours.encode(text)
+    assert ours.decode(ids) == text and not set(ids) & set(ours.special_tokens.values())
+    plain = text.removesuffix("<|im_end|>")
+    assert ours.encode(plain) == library.encode(plain, add_special_tokens=False).ids
+    assert ours.byte_lengths[size:].tolist() == [8, 15, 5]
