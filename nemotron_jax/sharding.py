@@ -38,6 +38,7 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "router_experts": (),
     "expert_hidden": ("tensor", "fsdp"),
     "mlp_hidden": ("tensor",),
+    "rank": (),
 }
 # Logical axes of batches, activations, caches and losses.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {

@@ -1,11 +1,14 @@
 """Routed experts: tokens sorted by expert, a grouped matmul, and the weighted sum back."""
 
+from collections.abc import Sequence
+
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax import quant
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.linear import normal
+from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.types import Context, Rows, Weight
 from pallas_kernels import combine_rows, gather_rows, sort_by_expert
 
@@ -32,17 +35,22 @@ class Experts(nnx.Module):
             normal(rngs, (count, hidden, width), out_std, dtype),
             axes=("experts", "expert_hidden", "latent"),
         )
+        self.up_adapter: LowRank | None = nnx.data(None)
+        self.down_adapter: LowRank | None = nnx.data(None)
 
-    def matrices(self) -> tuple[Weight, Weight]:
-        """Up and down projections of all experts, as their products take them."""
-        return tuple(Weight(matrix[...], matrix.axes) for matrix in (self.up, self.down))
+    def matrices(self) -> tuple[Weight, ...]:
+        """Up and down projections of all experts, as their products take them; with adapters,
+        then their factors A and B, up's before down's."""
+        own = tuple(Weight(matrix[...], matrix.axes) for matrix in (self.up, self.down))
+        adapters = (self.up_adapter, self.down_adapter)
+        return own + tuple(f for one in adapters if one is not None for f in one.matrices())
 
 
 def mix(
     x: Float[Array, "N L"],
     index: Int[Array, "N R"],
     weights: Float[Array, "N R"],
-    matrices: tuple[Float[Array, "E L F"], Float[Array, "E F L"]],
+    matrices: Sequence[Float[Array, "E _ _"]],
     rows: Rows,
     context: Context,
 ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
@@ -54,6 +62,6 @@ def mix(
     align = quant.row_alignment(context)
     order = sort_by_expert(index, matrices[0].shape[0], valid, align=align)
     sorted_rows = quant.expert_mlp(
-        gather_rows(x, order), *matrices, order, rows=rows, context=context
+        gather_rows(x, order), *matrices[:2], order, matrices[2:], rows=rows, context=context
     )
     return combine_rows(sorted_rows, weights, order).astype(x.dtype), order.load

@@ -87,15 +87,15 @@ class LatentMoE(nnx.Module):
         context: Context,
     ) -> tuple[Float[Array, "B T L"], Float[Array, "devices E"], Float[Array, "devices"]]:
         """Experts' outputs of each device's own tokens; load and balance loss of each device."""
-        up, down = self.experts.matrices()
-        cuts = cut_axis(up), cut_axis(down)
+        weights = self.experts.matrices()
+        cuts = [cut_axis(weight) for weight in weights]
 
         def route(latent: Array, logits: Array, bias: Array, *others: Array | None) -> tuple:
-            up, down, documents, valid, numbers, words = others
+            documents, valid, numbers, words, *parts = others
             own = Rows(documents=documents, valid=valid, numbers=numbers, words=words)
             flat = lambda array: array.reshape(-1, array.shape[-1])
             index, weights, scores = choose(flat(logits), bias, self.config)
-            matrices = tuple(gathered(*one, context.dtype) for one in zip((up, down), cuts))
+            matrices = tuple(gathered(*one, context.dtype) for one in zip(parts, cuts, strict=True))
             mixed, load = mix(flat(latent), index, weights, matrices, own, context)
             loss = balance_loss(
                 scores.reshape(logits.shape), self.config.experts_per_token, documents, valid
@@ -103,8 +103,8 @@ class LatentMoE(nnx.Module):
             return mixed.reshape(latent.shape), load.astype(jnp.float32)[None], loss[None]
 
         by_row, bias = ("batch",), self.router.selection_bias[...]
-        in_axes = (by_row, by_row, None, up, down, by_row, by_row, by_row, None)
+        in_axes = (by_row, by_row, None, by_row, by_row, by_row, None, *weights)
         run = local(route, in_axes, (by_row, by_row, by_row))
         documents = None if context.execution.aux_loss == "rows" else rows.documents
         tokens = (documents, rows.valid, rows.numbers, rows.words)
-        return run(latent, logits, bias, up.value, down.value, *tokens)
+        return run(latent, logits, bias, *tokens, *(weight.value for weight in weights))

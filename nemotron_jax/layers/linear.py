@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax import quant
+from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.types import Context, Rows, Weight
 
 
@@ -28,6 +29,7 @@ class Linear(nnx.Module):
         self.role = role
         self.weight = nnx.Param(normal(rngs, shape, std, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
+        self.adapter: LowRank | None = nnx.data(None)
 
     def __call__(
         self,
@@ -37,7 +39,8 @@ class Linear(nnx.Module):
         out_dtype: jnp.dtype | None = None,
     ) -> Float[Array, "... Out"]:
         options = {"role": self.role, "context": context, "rows": rows}
-        return self._biased(quant.dot(x, self.matrix(), out_dtype=out_dtype, **options))
+        y = quant.dot(x, self.matrix(), out_dtype=out_dtype, **options)
+        return self._biased(_adapted(y, x, self.adapter, self.adapter, context))
 
     def matrix(self) -> Weight:
         """The weight as its product takes it."""
@@ -58,7 +61,25 @@ def project_together(
     weights = [linear.matrix() for linear in linears]
     options = {"role": linears[0].role, "context": context, "rows": rows}
     products = quant.dot_together(x, weights, out_dtypes=out_dtypes, **options)
-    return [linear._biased(y) for linear, y in zip(linears, products, strict=True)]
+    first = linears[0].adapter
+    return [
+        linear._biased(_adapted(y, x, linear.adapter, first, context))
+        for linear, y in zip(linears, products, strict=True)
+    ]
+
+
+def _adapted(
+    y: Float[Array, "... Out"],
+    x: Float[Array, "... In"],
+    adapter: LowRank | None,
+    first: LowRank | None,
+    context: Context,
+) -> Float[Array, "... Out"]:
+    """The product with what an adapter adds; linears projected together share the first one's A."""
+    if adapter is None:
+        return y
+    a = first.a if adapter.a is None else adapter.a
+    return y + adapter.apply(x, context.dtype, a).astype(y.dtype)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> Array:

@@ -76,27 +76,37 @@ def expert_mlp(
     up: Float[Array, "E L F"],
     down: Float[Array, "E F L"],
     order: ExpertOrder,
+    adapters: Sequence[Float[Array, "E _ _"]] = (),
     *,
     context: Context,
     rows: Rows = Rows(),
 ) -> Float[Array, "rows L"]:
-    """Squared-ReLU experts over rows sorted by expert; rows past the groups' sum give zeros."""
+    """Squared-ReLU experts over rows sorted by expert; rows past the groups' sum give zeros.
+
+    `adapters` are A and B of up, then of down: each product gets `x A B` of its input added, in
+    high precision.
+    """
     x, sizes = x.astype(context.dtype), order.group_sizes
-    if all(context.format(role) == HIGH for role in EXPERT_ROLES):
+    if not adapters and all(context.format(role) == HIGH for role in EXPERT_ROLES):
         return grouped_mlp(x, up, down, sizes, implementation=context.implementation)
     choices = order.entry_row.shape[1]
     tokens = order.entry_row.shape[0]
     numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
     entries = numbers[order.row_token] * choices + order.row_entry % choices
     entries = jnp.where(order.holds, entries, ~jnp.arange(entries.shape[0]))
-    for role, weight in zip(EXPERT_ROLES, (up, down), strict=True):
+    grouped = functools.partial(grouped_matmul, implementation=context.implementation)
+    for number, (role, weight) in enumerate(zip(EXPERT_ROLES, (up, down), strict=True)):
         if role == EXPERT_ROLES[1]:
             x = jnp.square(jax.nn.relu(x))
+        added = jnp.zeros((), x.dtype)
+        if adapters:
+            a, b = adapters[2 * number : 2 * number + 2]
+            added = grouped(grouped(x, a, sizes), b, sizes)
         if context.format(role) == HIGH:
-            x = grouped_matmul(x, weight, sizes, implementation=context.implementation)
+            x = grouped(x, weight, sizes) + added
         else:
             spec = _spec(role, context, (jnp.dtype(context.dtype),))
-            x = emulated.grouped_dot(spec, x, weight, sizes, _words(role, rows), entries)
+            x = emulated.grouped_dot(spec, x, weight, sizes, _words(role, rows), entries) + added
     return x
 
 

@@ -1,0 +1,39 @@
+"""Low-rank adapters: which matrices get one, and how large."""
+
+import dataclasses
+
+from nemotron_jax.config.model import require, require_positive
+
+TARGETS = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent", "experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """W + alpha / rank · A B beside each matrix of the targets; only A and B are trained.
+
+    `mamba_in` are z, x, B, C and dt, one matrix with one A on the hub; `latent` the projections
+    into and out of the experts' width; `experts` get an A and a B each. Attention alone reaches few
+    of the family's layers. Source of the defaults: Megatron-Bridge's recipes for this family, which
+    adapt every linear.
+    """
+
+    rank: int = 32
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent")
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank")
+        require(self.alpha > 0, "LoRAConfig", "alpha", self.alpha, "must be positive")
+        wrong = [target for target in self.targets if target not in TARGETS]
+        require(
+            not wrong and len(self.targets) > 0,
+            "LoRAConfig",
+            "targets",
+            self.targets,
+            f"must name some of {', '.join(TARGETS)}",
+        )

@@ -1,0 +1,125 @@
+"""Adapters put on a model's matrices, and merged into them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from nemotron_jax.config.lora import LoRAConfig
+from nemotron_jax.config.model import BLOCK_KINDS
+from nemotron_jax.layers.low_rank import LowRank
+from nemotron_jax.model.nemotron import Nemotron
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One matrix that may have an adapter: the module that holds it, and under which names."""
+
+    name: str  # dotted, of the matrix
+    target: str
+    module: Any
+    matrix: str
+    adapter: str
+    shares: Any = None  # the module whose adapter's A this one's goes with
+
+
+def add_adapters(model: Nemotron, lora: LoRAConfig, key: Array) -> Nemotron:
+    """The model with new adapters on the targets, which change nothing yet: B is zero.
+
+    A is uniform within ±1/√inputs, float32, as PEFT draws it. The trunk alone gets adapters: the
+    MTP block drafts with its own matrices, and hub libraries have none to adapt. Raises ValueError
+    when the model has none of the targets.
+    """
+    model = _copied(model)
+    chosen = [site for site in adapter_sites(model) if site.target in lora.targets]
+    if not chosen:
+        raise ValueError(
+            f"LoRAConfig.targets={lora.targets}: the model of pattern {model.config.pattern!r} has "
+            "none of these"
+        )
+    for number, site in enumerate(chosen):
+        matrix = getattr(site.module, site.matrix)
+        *leading, rows, columns = matrix.shape
+        a = None
+        if site.shares is None:
+            bound = rows**-0.5
+            shape = (*leading, rows, lora.rank)
+            a = jax.random.uniform(
+                jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound
+            )
+        b = jnp.zeros((*leading, lora.rank, columns), jnp.float32)
+        setattr(site.module, site.adapter, nnx.data(LowRank(a, b, matrix.axes, lora.scale)))
+    return model
+
+
+def merge_adapters(model: Nemotron) -> Nemotron:
+    """The model with every adapter's change in its matrix, in the matrix's dtype, and none left."""
+    model = _copied(model)
+    sites = [site for site in adapter_sites(model) if getattr(site.module, site.adapter)]
+    changes = [site_change(site) for site in sites]
+    for site, change in zip(sites, changes, strict=True):
+        old = getattr(site.module, site.matrix)
+        merged = (old[...].astype(jnp.float32) + change).astype(old[...].dtype)
+        setattr(site.module, site.matrix, nnx.Param(merged, axes=old.axes))
+        setattr(site.module, site.adapter, nnx.data(None))
+    return model
+
+
+def site_change(site: Site) -> Array:
+    """What a site's adapter adds to its matrix, float32."""
+    shared = None if site.shares is None else getattr(site.shares, site.adapter).a
+    return getattr(site.module, site.adapter).product(shared)
+
+
+def has_adapters(model: Nemotron) -> bool:
+    """Whether some matrix has one."""
+    return any(getattr(site.module, site.adapter) for site in adapter_sites(model))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of a dotted name is a factor of an adapter."""
+    return name.endswith(("adapter.a", "adapter.b"))
+
+
+def adapter_sites(model: Nemotron) -> Iterator[Site]:
+    """Every matrix of the trunk that an adapter can go on, those of a stack as one."""
+    for letter, kind in BLOCK_KINDS.items():
+        stack = getattr(model, kind)
+        if stack is not None:
+            yield from _sites(letter, f"{kind}.mixer", stack.mixer)
+
+
+def _sites(letter: str, path: str, mixer: nnx.Module) -> Iterator[Site]:
+    if letter == "M":
+        yield from _linears("mamba_in", path, mixer, ("z", "x", "b", "c", "dt"), shared=True)
+        yield from _linears("mamba_out", path, mixer, ("out",))
+    elif letter == "*":
+        yield from _linears("attention", path, mixer, ("q", "k", "v", "out"))
+    elif letter == "-":
+        yield from _linears("mlp", path, mixer, ("up", "down"))
+    else:
+        if mixer.latent_down is not None:
+            yield from _linears("latent", path, mixer, ("latent_down", "latent_up"))
+        yield from _linears("shared", f"{path}.shared", mixer.shared, ("up", "down"))
+        for name in ("up", "down"):
+            site = Site(f"{path}.experts.{name}", "experts", mixer.experts, name, f"{name}_adapter")
+            yield site
+
+
+def _linears(
+    target: str, path: str, owner: nnx.Module, names: Sequence[str], *, shared: bool = False
+) -> Iterator[Site]:
+    first = getattr(owner, names[0])
+    for name in names:
+        linear = getattr(owner, name)
+        shares = first if shared and linear is not first else None
+        yield Site(f"{path}.{name}.weight", target, linear, "weight", "adapter", shares)
+
+
+def _copied(model: Nemotron) -> Nemotron:
+    """New modules around the same arrays: what is built on them leaves the given model alone."""
+    return jax.tree.map(lambda leaf: leaf, model)
