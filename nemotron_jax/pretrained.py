@@ -12,14 +12,17 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.interop.hf_export import save_hub
 from nemotron_jax.interop.hf_import import load_hub
+from nemotron_jax.model.adapters import abstract_adapted, has_adapters
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
-from nemotron_jax.training.checkpoint import load_parameters
+from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.training.checkpoint import load_parameters, saved_config
 from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
 
 
 def load_pretrained(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
     """The model of a hub directory, or of a run's directory as of its newest whole checkpoint.
+
+    A run that trains adapters gives the model with them.
 
     `dtype` is that of the matrices (None: as stored); what the family computes in float32 stays
     float32. Raises ValueError when the directory holds neither, or a file of it is damaged.
@@ -57,7 +60,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None = None) -> None:
-    """Write `model` as a hub directory; `dtype=None` keeps each tensor's original dtype."""
+    """Write `model` as a hub directory; `dtype=None` keeps each tensor's original dtype.
+
+    Raises ValueError when it has adapters, for which the hub's layout has no place.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            "save_pretrained: the model has adapters; write merge_adapters(model), or the adapters "
+            "alone with save_adapter"
+        )
     save_hub(model, path, dtype)
 
 
@@ -78,7 +89,8 @@ def _is_run(directory: Path) -> bool:
 
 def _load_run(directory: Path, dtype: str | None) -> Nemotron:
     config, parameters = load_parameters(directory)
-    model = abstract_model(config, dtype or "float32")  # runs store float32
+    run = saved_config(directory)
+    model = abstract_adapted(config, run and run.lora, dtype or "float32")  # runs store float32
     dtypes = {name: leaf.dtype for name, leaf in flatten(model).items()}
     return unflatten(
         model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}

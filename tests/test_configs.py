@@ -10,12 +10,14 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import models, pretrain_super_phase1
+from configs import models, pretrain_super_phase1, sft_nano, sft_super
 from nemotron_jax.config.convert import from_config_dict, from_json, to_json
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model import accounting
+from nemotron_jax.model.adapters import abstract_adapted, is_adapter
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import flatten
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RUN_FILES = sorted(file for file in CONFIGS.glob("*.py") if file.stem != "models")
@@ -72,3 +74,29 @@ def test_super_runs_with_its_published_batch_and_optimizer() -> None:
     assert (training.mtp_depths, training.mtp_loss_scale) == (2, 0.3)
     assert (training.router_bias_rate, training.aux_loss_scale) == (1e-3, 1e-4)
     assert config.model.init_std == 0.014
+
+
+def test_super_is_fine_tuned_with_its_published_batch_and_rate() -> None:
+    config = from_config_dict(RunConfig, sft_super.get_config())
+    schedule, training = config.training.schedule, config.training
+    assert (config.stage, config.data.batch_size, config.data.sequence_length) == (
+        "sft",
+        64,
+        262_144,
+    )
+    assert (schedule.peak_learning_rate, schedule.final_learning_rate) == (1e-5, 1e-5)
+    assert schedule.total_tokens == 80_000_000_000
+    assert abs(schedule.warmup_tokens / schedule.total_tokens - 30_000 / 7_000_000) < 1e-9
+    assert (training.mtp_depths, training.mtp_loss_scale, training.trains) == (2, 0.3, "all")
+    assert (config.sft.loss, config.sft.reasoning_off) == ("tokens", 0.03)
+
+
+def test_nano_is_adapted_as_its_recipes_do() -> None:
+    config = from_config_dict(RunConfig, sft_nano.get_config())
+    assert (config.lora.rank, config.lora.alpha, config.lora.scale) == (32, 32.0, 1.0)
+    assert config.training.schedule.peak_learning_rate == 1e-4
+    assert {"attention", "mamba_in", "mamba_out", "shared"} <= set(config.lora.targets)
+    # Moments and gradients are those of the adapters: less than a hundredth of the model.
+    table = flatten(abstract_adapted(config.model, config.lora))
+    adapters = sum(math.prod(leaf.shape) for name, leaf in table.items() if is_adapter(name))
+    assert 0 < adapters < sum(math.prod(leaf.shape) for leaf in table.values()) / 100

@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.model import ModelConfig, require, require_positive
 from nemotron_jax.config.sft import SFTConfig
 
 STAGES = ("pretrain", "sft")
 
-TRAINS = ("all", "mtp")
+TRAINS = ("all", "mtp", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ class TrainingConfig:
     aux_loss_scale: float = 1e-4
     router_bias_rate: float = 1e-3
     max_skipped_steps: int = 10  # consecutive non-finite steps before the run stops
-    trains: str = "all"  # which parameters move: all, or mtp (the block of the drafts alone)
+    trains: str = "all"  # which parameters move: all, mtp (the block of the drafts) or lora
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "micro_batches", "loss_chunk", "max_skipped_steps")
@@ -248,6 +249,7 @@ class RunConfig:
     logging: LoggingConfig = LoggingConfig()
     stage: str = "pretrain"
     sft: SFTConfig = SFTConfig()  # of stage sft alone
+    lora: LoRAConfig | None = None  # adapters on the model, of training.trains='lora'
     seed: int = 0
     init_from: str = ""  # a hub's or a run's directory whose parameters the run begins with
 
@@ -260,6 +262,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         rule = f"must be one of {', '.join(STAGES)}"
         require(self.stage in STAGES, "RunConfig", "stage", self.stage, rule)
+        require(
+            (self.training.trains == "lora") == (self.lora is not None),
+            "RunConfig",
+            "lora",
+            self.lora,
+            f"and training.trains={self.training.trains!r} belong together: adapters are there to "
+            "be trained alone; set both or neither",
+        )
         parts, rows = self.training.micro_batches * self.mesh.size, self.data.batch_size
         require(
             rows % parts == 0,

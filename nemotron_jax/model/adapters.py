@@ -10,9 +10,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from nemotron_jax.config.lora import LoRAConfig
-from nemotron_jax.config.model import BLOCK_KINDS
+from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import abstract_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,16 @@ def add_adapters(model: Nemotron, lora: LoRAConfig, key: Array) -> Nemotron:
         b = jnp.zeros((*leading, lora.rank, columns), jnp.float32)
         setattr(site.module, site.adapter, nnx.data(LowRank(a, b, matrix.axes, lora.scale)))
     return model
+
+
+def abstract_adapted(
+    config: ModelConfig, lora: LoRAConfig | None, dtype: str = "float32"
+) -> Nemotron:
+    """Shapes of a model with its adapters, of float32; without where there is no config of any."""
+    model = abstract_model(config, dtype)
+    if lora is None:
+        return model
+    return jax.eval_shape(lambda model: add_adapters(model, lora, jax.random.key(0)), model)
 
 
 def merge_adapters(model: Nemotron) -> Nemotron:

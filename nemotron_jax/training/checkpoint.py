@@ -27,7 +27,8 @@ import orbax.checkpoint as ocp
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
+from nemotron_jax.model.adapters import abstract_adapted
+from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.training.manifest import find_fault, sync_directory, write_manifest
 from nemotron_jax.training.state import TrainState
 
@@ -274,8 +275,9 @@ def load_parameters(
         raise ValueError(
             f"load_parameters: {folder} holds no checkpoint; train for some steps first"
         )
-    config = from_json((path / CONFIG).read_text("utf-8")).model
-    return config, _read_arrays(path, {MODEL: flatten(abstract_model(config))})[MODEL]
+    run = from_json((path / CONFIG).read_text("utf-8"))
+    like = flatten(abstract_adapted(run.model, run.lora))
+    return run.model, _read_arrays(path, {MODEL: like})[MODEL]
 
 
 def _name(step: int) -> str:

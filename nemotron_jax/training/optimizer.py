@@ -6,6 +6,7 @@ from flax import nnx
 
 from nemotron_jax.config.run import OptimizerConfig, TrainingConfig
 from nemotron_jax.layers.router import SelectionBias
+from nemotron_jax.model.adapters import is_adapter
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 
@@ -25,6 +26,8 @@ def trained_parameters(
 
 def is_trained(name: str, config: TrainingConfig) -> bool:
     """Whether a run moves the parameter, or the selection bias, of this dotted name."""
+    if config.trains == "lora":
+        return is_adapter(name)
     is_mtp = name.startswith("mtp_block.")
     if config.trains == "mtp":
         return is_mtp

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.model.adapters import add_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
 from nemotron_jax.sharding import current_mesh, replicated
@@ -34,7 +35,10 @@ def init_state(config: RunConfig) -> TrainState:
 
 
 def first_state(config: RunConfig, model: Nemotron) -> TrainState:
-    """The state of a run that begins from a model's parameters."""
+    """The state of a run that begins from a model's parameters, with new adapters where the run
+    trains some."""
+    if config.lora is not None:
+        model = add_adapters(model, config.lora, jax.random.key(config.seed))
     optimizer = make_optimizer(config.training.optimizer, model)
     zero = lambda: jnp.zeros((), jnp.int32)
     moments = optimizer.init(trained_parameters(model, config.training))
