@@ -1,4 +1,4 @@
-"""A terminal chat: python -m nemotron_jax.chat --checkpoint=DIR.
+"""A terminal chat: python -m nemotron_jax.chat --checkpoint=DIR [--adapter=DIR].
 
 The checkpoint is a run's directory or a model's in the hub's layout. `/reset` forgets the
 conversation, `/quit` or the end of input ends the chat.
@@ -16,6 +16,7 @@ from nemotron_jax.data.chat.tokens import encode_prompt
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.sampling import Sampling
 from nemotron_jax.decoding.stream import stream_tokens
+from nemotron_jax.interop.peft import load_adapter
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.pretrained import load_pretrained, load_tokenizer
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sampling = Sampling.create(flags.temperature, top_p=flags.top_p)
         tokenizer = load_tokenizer(flags.checkpoint)
         model = load_pretrained(flags.checkpoint, flags.dtype)
+        if flags.adapter:
+            model = load_adapter(model, flags.adapter)
         warn_of_other_template(flags.checkpoint)
         writer = _writer(model, tokenizer, sampling, flags)
     except ValueError as error:
@@ -140,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nemotron_jax.chat", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's or a hub model's directory")
+    add("--adapter", default="", help="a folder of adapters in PEFT's layout")
     add("--dtype", default="float32", help="of the model's matrices")
     add("--system", default="", help="the system message")
     add("--no_thinking", action="store_true", help="answer without reasoning")
