@@ -15,9 +15,16 @@ from nemotron_jax.config.run import RunConfig
 
 Config = TypeVar("Config")
 
-FORMAT_VERSION = 1
+
+def _without_amax(values: dict) -> dict:
+    """Version 2 takes largest magnitudes over all devices always, which was the default."""
+    values.get("execution", {}).get("precision", {}).get("nvfp4", {}).pop("amax", None)
+    return values
+
+
+FORMAT_VERSION = 2
 # Version n -> a function from a version-n dictionary to one of version n + 1.
-MIGRATIONS: dict[int, Callable[[dict], dict]] = {}
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _without_amax}
 
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 

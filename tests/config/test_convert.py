@@ -70,7 +70,7 @@ def test_json_is_strict_and_keeps_an_infinity() -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     values = json.loads(to_json(run_config()), parse_constant=refuse)
-    assert values["format_version"] == 1
+    assert values["format_version"] == convert.FORMAT_VERSION
     assert values["model"]["mamba"]["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     assert from_json(to_json(run_config())).model.mamba.time_step_limit == (0.0, math.inf)
 
@@ -170,7 +170,7 @@ def test_flags_refuse_unknown_keys_and_ill_typed_values(parsed) -> None:
         parsed("--config.model.moe.num_experts=2")
 
 
-@pytest.mark.parametrize("version", [None, "1", True, 0, 2])
+@pytest.mark.parametrize("version", [None, "1", True, 0, convert.FORMAT_VERSION + 1])
 def test_an_unknown_format_version_is_refused(version: object) -> None:
     values = json.loads(to_json(run_config()))
     values["format_version"] = version
@@ -194,3 +194,9 @@ def test_an_older_file_passes_every_migration_in_order(monkeypatch: pytest.Monke
 
 def test_every_format_version_has_its_migration() -> None:
     assert sorted(convert.MIGRATIONS) == list(range(1, convert.FORMAT_VERSION))
+
+
+def test_the_first_version_named_where_largest_magnitudes_are_taken() -> None:
+    values = {"execution": {"precision": {"nvfp4": {"amax": "global", "hadamard": True}}}}
+    kept = convert.MIGRATIONS[1](values)
+    assert kept == {"execution": {"precision": {"nvfp4": {"hadamard": True}}}}
