@@ -2,7 +2,8 @@
 
 Command:  python train.py --config=configs/sft_tiny.py --workdir=runs/sft
 Hardware: a CPU, two cores.
-Expected: not yet run to its end; after 50 of its steps the loss of learned tokens was 0.59 nats.
+Expected: held-out loss falls from 0.618 to 0.189 nats; held-out success stays at 0.00: calls are well
+formed, but their digits are copied wrongly. Run once, with 350 steps.
 """
 
 import dataclasses
