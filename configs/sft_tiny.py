@@ -2,8 +2,8 @@
 
 Command:  python train.py --config=configs/sft_tiny.py --workdir=runs/sft
 Hardware: a CPU, two cores.
-Expected: held-out loss falls from 0.618 to 0.189 nats; held-out success stays at 0.00: calls are well
-formed, but their digits are copied wrongly. Run once, with 350 steps.
+Expected: held-out loss falls from 0.618 to 0.189 nats; held-out success stays at 0.00: calls are
+well formed, but their digits are copied wrongly. Run once, with 350 steps.
 """
 
 import dataclasses
