@@ -19,7 +19,9 @@ class DataConfig:
 
     A source is `python_stdlib`, or `hf:PATH` naming a .jsonl, .parquet or text file, or a folder of
     them; stage `sft` has its own sources, see SFTConfig. `tokenizer` is `train` (a BPE of the
-    model's vocabulary size, trained on the training split) or the path of a tokenizer.json.
+    model's vocabulary size, trained on the training split), for stage `sft` also `train_phrases`
+    (tokens may span words, so that a small model meets short conversations), or the path of a
+    tokenizer.json.
     """
 
     sources: tuple[str, ...] = ("python_stdlib",)

@@ -27,13 +27,22 @@ from nemotron_jax.data.messages import (
     without_reasoning,
 )
 from nemotron_jax.data.packing import Row, empty_row, lookahead_of, make_batch
-from nemotron_jax.data.tokenizer import FILE_NAME, Tokenizer, check_vocabulary, train_tokenizer
+from nemotron_jax.data.tokenizer import (
+    FILE_NAME,
+    PHRASE_PATTERN,
+    WORD_PATTERN,
+    Tokenizer,
+    check_vocabulary,
+    train_tokenizer,
+)
 from nemotron_jax.types import Batch
 
 Progress = Callable[[str], None]
 
 # Rows that are open for a conversation at one time: more fill rows better and mix lengths less.
 OPEN_ROWS = 32
+# Values of DataConfig.tokenizer that ask for a new one: what its tokens may not reach over.
+PATTERNS = {TRAIN_TOKENIZER: WORD_PATTERN, "train_phrases": PHRASE_PATTERN}
 HELD_OUT_TASKS = 64  # of each oracle source
 
 
@@ -244,11 +253,11 @@ def _tokenizer(
 ) -> Tokenizer:
     if (directory / FILE_NAME).exists():
         tokenizer = Tokenizer.load(directory)
-    elif data.tokenizer != TRAIN_TOKENIZER:
+    elif data.tokenizer not in PATTERNS:
         tokenizer = Tokenizer.load(data.tokenizer)
     else:
         texts = [_ordinary_text(c) for part in found for c in part.train]
-        tokenizer = train_tokenizer(texts, vocab_size)
+        tokenizer = train_tokenizer(texts, vocab_size, pattern=PATTERNS[data.tokenizer])
     check_vocabulary(tokenizer, vocab_size)
     for name in RESERVED:
         tokenizer.token_id(name)  # a tokenizer without the family's names is told here

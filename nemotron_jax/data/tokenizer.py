@@ -34,6 +34,8 @@ RESERVED_TOKENS = tuple(NAMED_IDS.get(i, f"<SPECIAL_{i}>") for i in range(RESERV
 # A word takes one leading blank or sign with it; digits stand alone, so that numbers are spelled
 # alike wherever they occur; a line end takes the blanks before it, indentation stays apart.
 WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Tokens may span words and lines: a chat template's fixed text takes a third of the tokens.
+PHRASE_PATTERN = r"\p{N}|[^\p{N}]+"
 
 # What a document ends with, starts with and is padded with, by the names that hubs give them.
 END_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>")
@@ -41,11 +43,14 @@ START_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>")
 PAD_NAMES = ("<pad>", "<unk>", "<|endoftext|>", "<|end_of_text|>")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, pattern: str = WORD_PATTERN
+) -> "Tokenizer":
     """A byte-level BPE of at most `vocab_size` ids learned from the texts.
 
     Ids 0..15 are RESERVED_TOKENS, the next 256 the bytes; fewer than `vocab_size` ids come out
-    when the texts hold too few pairs. The same texts give the same tokenizer.
+    when the texts hold too few pairs. The same texts give the same tokenizer. No token reaches
+    over the pieces that `pattern`, a regular expression, cuts a text into.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < RESERVED_IDS + len(alphabet):
@@ -56,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
     learned = tokenizers.Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -132,6 +132,17 @@ def test_rows_that_are_too_long_are_an_error_or_counted(prepared) -> None:
         pack_whole([0], [5], 4)
 
 
+def test_a_tokenizer_of_phrases_shortens_conversations(prepared, tmp_path) -> None:
+    data, sft, _, _, corpus, _, _ = prepared
+    phrases = dataclasses.replace(data, tokenizer="train_phrases")
+    quiet = lambda line: None
+    _, short = prepare_conversations(phrases, sft, 1200, tmp_path, progress=quiet)
+    task = lambda found: np.mean([len(part) for part in found.train[1].parts])
+    assert task(short) < 0.5 * task(corpus)
+    learned = [weights[weights > 0].sum() for weights in short.train[1].weights]
+    assert min(learned) > 0
+
+
 def test_a_run_finds_its_conversations_again(prepared) -> None:
     data, sft, folder, tokenizer, corpus, told, run = prepared
     again = run()

@@ -9,7 +9,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from nemotron_jax.data.tokenizer import (
+    PHRASE_PATTERN,
     RESERVED_TOKENS,
+    WORD_PATTERN,
     Tokenizer,
     check_vocabulary,
     train_tokenizer,
@@ -111,6 +113,18 @@ def test_a_stream_never_splits_a_character(trained):
     assert trained.decode([*smile[:3], 13, *smile]) == "\ufffd🙂"  # a special token ends it
     assert trained.decode([*smile[:3], 5000, smile[3]]) == "\ufffd" * 3
     assert trained.decode([*smile, 5000, -1]) == "🙂\ufffd\ufffd"  # ids of a padded vocabulary
+
+
+def test_phrases_span_words_but_no_digit():
+    text = "You may call a function. Value 1 or 22 is a number.\n"
+    words, phrases = (
+        train_tokenizer([text] * 9, 400, pattern=pattern)
+        for pattern in (WORD_PATTERN, PHRASE_PATTERN)
+    )
+    found = phrases.encode(text)
+    assert phrases.decode(found) == text
+    assert len(found) < 0.6 * len(words.encode(text))
+    assert [phrases.decode([i]) for i in found if phrases.decode([i]).isdigit()] == ["1", "2", "2"]
 
 
 def test_training_is_deterministic_and_learns_pairs(trained):
