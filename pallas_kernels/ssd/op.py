@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.ssd import reference, xla
+from pallas_kernels.ssd import cpu, reference, xla
 
 
 def _recurrence(x, dt, A, B, C, D, state, documents, *, chunk):
@@ -21,8 +21,8 @@ def _recurrence_gradients(operands, cotangents, *, chunk):
     return *jax.vjp(scan, *variables)[1](cotangents), None
 
 
-def _xla_gradients(operands, cotangents, *, chunk):
-    return *xla.backward(*operands, *cotangents, chunk=chunk), None
+def _cpu_gradients(operands, cotangents, *, chunk):
+    return *cpu.backward(*operands, *cotangents, chunk=chunk), None
 
 
 # Operands: (x, dt, A, B, C, D, state, documents), where documents is None or counts the document
@@ -33,7 +33,10 @@ SCAN = dispatch.Op(
         "reference": dispatch.Implementation(
             dispatch.keeping_operands(_recurrence), _recurrence_gradients
         ),
-        "xla": dispatch.Implementation(dispatch.keeping_operands(xla.forward), _xla_gradients),
+        "xla": dispatch.Implementation(dispatch.keeping_operands(xla.forward), xla.backward),
+        "cpu": dispatch.Implementation(
+            dispatch.keeping_operands(cpu.forward), _cpu_gradients, platforms=("cpu",)
+        ),
     },
 )
 

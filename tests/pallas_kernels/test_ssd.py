@@ -34,9 +34,12 @@ def cut(arrays: dict[str, jax.Array], start: int, stop: int) -> dict[str, jax.Ar
     return {k: v[:, start:stop] if k in by_token else v for k, v in arrays.items()}
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
 @pytest.mark.parametrize("case", specs.EDGE_CASES, ids=str)
-def test_chunked_scan_equals_the_recurrence(case: specs.Case) -> None:
-    check(*scan_and_reference(case), case.arrays(), outputs=OUTPUTS, tolerance=ROUNDING)
+def test_chunked_scan_equals_the_recurrence(case: specs.Case, implementation: str) -> None:
+    pair = scan_and_reference(case)
+    scan = functools.partial(pair[0], implementation=implementation)
+    check(scan, pair[1], case.arrays(), outputs=OUTPUTS, tolerance=ROUNDING)
 
 
 def test_the_reference_has_the_gradients_of_its_own_definition() -> None:
