@@ -1,0 +1,153 @@
+"""What a compiled program says of itself: its collectives, with the trips of their loops."""
+
+import collections
+import dataclasses
+import re
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_BITS = {"pred": 8, "bf16": 16, "token": 0}  # the others tell theirs in their name
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TWO = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
+_NAMES = re.compile(r"%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction of a program, and how often one run of the program reaches it.
+
+    `bytes` are those of the whole array that the devices share, the larger of operand and result,
+    each time it is reached. In a loop whose trips the compiler does not know it counts once.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    count: int
+    source: str  # of the program that was traced, as far as the compiler kept it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective of a compiled program, from its text, by how often it runs.
+
+    Of the branches of a conditional the one that moves more bytes is counted, each time.
+    """
+    computations, entry = _computations(text)
+    known: dict[str, list[Collective]] = {}
+
+    def inside(name: str) -> list[Collective]:
+        if name not in known:
+            known[name] = [one for i in computations.get(name, ()) for one in found(name, i)]
+        return known[name]
+
+    def found(place: str, instruction: _Instruction) -> list[Collective]:
+        opcode, rest = instruction.opcode, instruction.rest
+        if opcode == "while":
+            trips = _TRIPS.search(rest)
+            times = int(trips[1]) if trips else 1
+            body = inside(_BODY.search(rest)[1])
+            return [dataclasses.replace(one, count=one.count * times) for one in body]
+        if opcode == "conditional":
+            branches = _BRANCHES.search(rest)
+            names = _NAMES.findall(branches[1]) if branches else _TWO.findall(rest)
+            return max(map(inside, names), key=lambda all_of: _moved(all_of))
+        kind = opcode.removesuffix("-start")
+        if kind in KINDS:
+            return [_collective(kind, place, instruction, computations[place])]
+        called = _CALLED.search(rest)
+        return inside(called[1]) if called else []
+
+    return inside(entry)
+
+
+def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """Count and bytes of a run by kind of collective."""
+    table: dict[str, dict[str, int]] = {}
+    for one in found:
+        row = table.setdefault(one.kind, {"count": 0, "bytes": 0})
+        row["count"] += one.count
+        row["bytes"] += one.count * one.bytes
+    return dict(sorted(table.items()))
+
+
+def _moved(found: list[Collective]) -> int:
+    return sum(one.count * one.bytes for one in found)
+
+
+def _collective(
+    kind: str, place: str, instruction: _Instruction, siblings: list[_Instruction]
+) -> Collective:
+    types = {one.name: one.type for one in siblings}
+    operands = [types.get(name, "") for name in _NAMES.findall(_arguments(instruction.rest))]
+    given, result = sum(map(_size, operands)), _size(instruction.type)
+    if instruction.opcode.endswith("-start") and result > given:
+        result -= given  # its type holds operands and results
+    if kind == "all-reduce" and "all-reduce-scatter" in place:
+        kind = "reduce-scatter"  # how the TPU's compiler writes one: a fusion that keeps a slice
+    dtypes = collections.Counter(dtype for dtype, _ in _SHAPE.findall(instruction.type))
+    source = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return Collective(
+        kind, dtypes.most_common(1)[0][0], max(given, result), 1, source[1] if source else ""
+    )
+
+
+def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif instruction := _INSTRUCTION.match(line):
+            kind, rest = _type_and_rest(line[instruction.end() :])
+            opcode, _, rest = rest.partition("(")
+            computations[name].append(_Instruction(instruction[1], kind, opcode.strip(), rest))
+    return computations, entry
+
+
+def _type_and_rest(text: str) -> tuple[str, str]:
+    """A type, which may be a tuple and has spaces inside of parentheses alone, and what follows."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "({") - (letter in ")}")
+        if letter == " " and depth == 0:
+            return text[:place], text[place + 1 :]
+    return text, ""
+
+
+def _arguments(rest: str) -> str:
+    """What stands before the parenthesis that closes an instruction's operands."""
+    depth = 1
+    for place, letter in enumerate(rest):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return rest[:place]
+    return rest
+
+
+def _size(kind: str) -> int:
+    """Bytes of all arrays of a type."""
+    total = 0
+    for dtype, sides in _SHAPE.findall(kind):
+        digits = re.search(r"\d+", dtype)
+        bits = _BITS[dtype] if dtype in _BITS else int(digits[0]) if digits else 0
+        elements = 1
+        for side in sides.split(",") if sides else ():
+            elements *= int(side)
+        total += elements * bits // 8
+    return total

@@ -1,0 +1,228 @@
+"""Compile a run's train step for devices that are not here, and say what it takes.
+
+python -m nemotron_jax.plan --config=configs/NAME.py --target=v5p:8x8x4 [--json=FILE]
+[--config.a.b=value]. The step is the one that train.py runs, lowered from shapes: no parameter is
+made and no data is read. Targets are TPUs by the sides of their topology, or `cpu:8`.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from nemotron_jax import command_line, host
+from nemotron_jax.config.convert import from_config_dict
+from nemotron_jax.config.run import RunConfig
+
+GB = 1e9
+
+
+def main() -> int:
+    """Plan as the flags say; exit status 0 where the step fits, 1 where it does not."""
+    values = flags.FLAGS
+    config = from_config_dict(RunConfig, values["config"].value)
+    target = values["target"].value
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # its time is what is asked for
+    name, _, count = target.partition(":")
+    if name == "cpu" and count.isdigit():
+        host.show_cpu_devices(int(count))
+    report = plan(config, target)
+    if path := values["json"].value:
+        Path(path).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    print(table(report))
+    return 0 if report["fits"] else 1
+
+
+def plan(config: RunConfig, target: str) -> dict:
+    """What the run's step takes on a target, compiled by the target's own compiler.
+
+    Bytes are one device's. Where the compiler itself finds that the step does not fit, `why` is its
+    sentence and `temporaries` what it says is used beside the state. Raises ValueError for a target
+    that does not exist or has another number of devices than the mesh.
+    """
+    import jax
+
+    from nemotron_jax import compiled
+    from nemotron_jax.sharding import make_mesh
+
+    devices, memory = _devices(target)
+    _check_count(config, target, len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    begin = time.monotonic()
+    program, why, state = _compile(config, mesh)
+    seconds = time.monotonic() - begin
+    parameters, optimizer = _part_bytes(state.model), _part_bytes(state.optimizer)
+    if program is None:
+        used = _bytes_used(why)
+        total, temporaries = used, max(0, used - parameters - optimizer)
+    else:
+        analysis = program.memory_analysis()
+        temporaries = analysis.temp_size_in_bytes
+        total = (
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + temporaries
+            + analysis.generated_code_size_in_bytes
+        )
+    return {
+        "target": target,
+        "fits": program is not None and total <= memory,
+        "bytes_per_device": {
+            "parameters": parameters,
+            "optimizer": optimizer,
+            "temporaries": temporaries,
+            "total": total,
+            "available": int(memory),
+        },
+        "collectives": compiled.summary(compiled.collectives(program.as_text())) if program else {},
+        "compile_seconds": round(seconds, 1),
+        "mesh": dataclasses.asdict(config.mesh),
+        "rows": config.data.batch_size,
+        "sequence_length": config.data.sequence_length,
+        "micro_batches": config.training.micro_batches,
+        "remat": config.execution.remat,
+        "precision": _precision(config),
+        "trains": config.training.trains,
+        "jax": jax.__version__,
+        "why": why,
+    }
+
+
+def table(report: dict) -> str:
+    """A report as lines for a terminal."""
+    size = {name: value / GB for name, value in report["bytes_per_device"].items()}
+    mesh = " × ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
+    parts = ", ".join(f"{n} {size[n]:.2f}" for n in ("parameters", "optimizer", "temporaries"))
+    verdict = "fits" if report["fits"] else "does not fit"
+    rows = {
+        "target": f"{report['target']}, {mesh or 'one device'}",
+        "step": f"{report['rows']} rows of {report['sequence_length']} tokens in "
+        f"{report['micro_batches']} micro-batches, remat {report['remat']}",
+        "precision": report["precision"],
+        "trains": report["trains"],
+        "a device": f"{size['total']:.2f} of {size['available']:.1f} GB: {verdict}",
+        "of which": f"{parts} GB",
+        **{
+            kind: f"{row['count']:,} a step, {row['bytes'] / GB:,.2f} GB"
+            for kind, row in report["collectives"].items()
+        },
+        "compiled in": f"{report['compile_seconds']} s, jax {report['jax']}",
+    }
+    if report["why"]:
+        rows["why"] = report["why"]
+    return "\n".join(f"{name:20}{value}" for name, value in rows.items())
+
+
+def _devices(target: str) -> tuple:
+    """Devices of a target, and the bytes that each may use."""
+    import jax
+
+    from pallas_kernels import absent
+
+    name, _, count = target.partition(":")
+    if name != "cpu":
+        return absent.tpu_devices(target), absent.memory_of(target)
+    if not count.isdigit() or int(count) < 1:
+        raise ValueError(f"target={target!r}: of a CPU, say how many devices, as in cpu:8")
+    devices = jax.devices("cpu")
+    if len(devices) < int(count):
+        raise ValueError(
+            f"target={target!r}: this process shows {len(devices)} CPU devices; start it with "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return devices[: int(count)], memory / int(count)
+
+
+def _check_count(config: RunConfig, target: str, count: int) -> None:
+    if config.mesh.size == count:
+        return
+    data = config.mesh.data
+    fsdp = count // data if count % data == 0 else count
+    data = count // fsdp
+    raise ValueError(
+        f"target={target!r} has {count} devices, but mesh.data={config.mesh.data} times "
+        f"mesh.fsdp={config.mesh.fsdp} is {config.mesh.size}; such as --config.mesh.data={data} "
+        f"--config.mesh.fsdp={fsdp} would use them all"
+    )
+
+
+def _compile(config: RunConfig, mesh) -> tuple:
+    """The compiled step, or None and the compiler's sentence why not; and the abstract state."""
+    import jax
+
+    from nemotron_jax.training.state import abstract_state
+    from nemotron_jax.training.step import make_train_step
+
+    state = abstract_state(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = make_train_step(config).lower(state, _abstract_batch(config, mesh))
+    try:
+        return lowered.compile(), "", state
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, " ".join(str(error).splitlines()[0].split()), state
+
+
+def _abstract_batch(config: RunConfig, mesh):
+    """Shapes and placement of the run's batches, as its loader makes them."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+
+    from nemotron_jax.sharding import activation_spec
+    from nemotron_jax.types import Batch
+
+    rows, depths = config.data.batch_size, config.training.mtp_depths
+    sharding = NamedSharding(mesh, activation_spec(("batch",), (rows,), mesh.shape))
+
+    def array(dtype, *last: int) -> jax.ShapeDtypeStruct:
+        shape = (rows, config.data.sequence_length, *last)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    ids = lambda *last: array(jnp.int32, *last)
+    weights = array(jnp.float32, 1 + depths)
+    return Batch(ids(), ids(1 + depths), ids(depths), ids(), weights)
+
+
+def _part_bytes(tree) -> int:
+    """Bytes of one device's part of abstract arrays."""
+    import jax
+
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _bytes_used(why: str) -> int:
+    """What the TPU's compiler says that the program would use of its memory."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", why)
+    return int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))) if found else 0
+
+
+def _precision(config: RunConfig) -> str:
+    execution = config.execution
+    text = execution.compute_dtype
+    formats = set(execution.precision.formats.values())
+    if formats:
+        high = execution.precision.num_last_layers_high
+        text += f", emulated {' and '.join(sorted(formats))} but in the last {high} layers"
+    return text
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The run: a file of configs/.")
+    flags.DEFINE_string("target", None, "The devices: v5p:8x8x4, v6e:8x8, cpu:8.")
+    flags.DEFINE_string("json", "", "A file for the report.")
+    flags.mark_flags_as_required(["config", "target"])
+    command_line.run("plan", main)

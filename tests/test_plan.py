@@ -1,0 +1,165 @@
+"""The planner says what the compiled step takes, and what a target lacks."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import models
+from nemotron_jax.compiled import collectives, summary
+from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.model import accounting
+from nemotron_jax.plan import plan
+from pallas_kernels import absent
+from tests.training.runs import changed, small_run
+
+ROOT = Path(__file__).parents[1]
+SMALL = (
+    "--config.model.pattern=ME",
+    "--config.model.vocab_size=512",
+    "--config.model.width=64",
+    "--config.training.mtp_depths=0",
+    "--config.data.sequence_length=64",
+    "--config.training.loss_chunk=64",
+)
+
+
+def test_a_step_is_planned_for_eight_devices(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "nemotron_jax.plan", "--config=configs/pretrain_tiny.py"),
+            *("--target=cpu:8", "--config.mesh.data=2", "--config.mesh.fsdp=4", f"--json={report}"),
+            *SMALL,
+        ],
+        cwd=ROOT,
+        # Not the four devices of this process; compiling quickly.
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    size = found["bytes_per_device"]
+    assert found["fits"] and size["total"] <= size["available"]
+    # A device has a quarter of every matrix and of its two moments; vectors are whole. The MTP
+    # block has no loss here, and so no moments.
+    count = accounting.parameters(planned_model())
+    assert 1 <= size["parameters"] / count.total < 1.05
+    assert 1 <= size["optimizer"] / (2 * count.main) < 1.05
+    assert size["total"] >= size["parameters"] + size["optimizer"] + size["temporaries"]
+    kinds = found["collectives"]
+    assert kinds["all-gather"]["count"] > 0 and kinds["all-gather"]["bytes"] > size["parameters"]
+    assert (found["mesh"]["data"], found["mesh"]["fsdp"]) == (2, 4)
+    assert (found["rows"], found["sequence_length"], found["micro_batches"]) == (8, 64, 1)
+    assert (found["remat"], found["precision"], found["why"]) == ("none", "auto", "")
+    assert found["compile_seconds"] > 0
+    assert "data 2 × fsdp 4" in done.stdout and "fits" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "mesh", "sentence"),
+    [
+        ("cpu:4", {}, "has 4 devices, but .* is 1; such as --config.mesh.data=1 --config.mesh.fs"),
+        ("cpu:4", {"data": 2}, "--config.mesh.data=2 --config.mesh.fsdp=2"),
+        ("cpu:64", {}, "this process shows 4 CPU devices"),
+        ("cpu:", {}, "how many devices"),
+        ("h100:8", {}, "must be a TPU with the sides of its topology, such as v5p:8x8x4"),
+        ("v5p:2x2", {}, "v5p has 3 sides"),
+        ("v5p:0x2x2", {}, "must be a TPU"),
+    ],
+)
+def test_a_wrong_target_is_one_sentence(target: str, mesh: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan(changed(small_run("nowhere"), mesh=mesh), target)
+
+
+def test_without_libtpu_a_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'nemotron-jax\[tpu\]'"):
+        absent.tpu_devices("v5p:2x2x1")
+
+
+def test_collectives_are_counted_with_the_trips_of_their_loops() -> None:
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+
+    def local(part):
+        def inner(carry, _):
+            whole = jax.lax.all_gather(carry, "x", axis=1, tiled=True)
+            return carry + whole[:, :4], None
+
+        def outer(carry, _):
+            carry = jax.lax.scan(inner, carry, None, length=3)[0]
+            return carry * jax.lax.psum(jnp.sum(carry), "x"), None
+
+        return jax.lax.scan(outer, part, None, length=5)[0]
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=sharding.spec, out_specs=sharding.spec)
+    like = jax.ShapeDtypeStruct((8, 16), np.float32, sharding=sharding)
+    table = summary(collectives(jax.jit(run).lower(like).compile().as_text()))
+    assert table["all-gather"] == {"count": 15, "bytes": 15 * math.prod((8, 16)) * 4}
+    assert table["all-reduce"] == {"count": 5, "bytes": 5 * 4}
+
+
+def planned_model() -> ModelConfig:
+    config = models.tiny()
+    return dataclasses.replace(config, pattern="ME", vocab_size=512, width=64)
+
+
+TPU_TEXT = """
+HloModule jit_step
+
+%all-reduce-scatter.3 (p: f32[64,8]) -> f32[16,8] {
+  %p = f32[64,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.9 = f32[64,8]{1,0:T(8,128)} all-reduce(%p), replica_groups=[1,4]<=[4], to_apply=%add
+  ROOT %slice = f32[16,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={16,8}
+}
+
+%body (c: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %c = (s32[]{:T(128)}, bf16[16,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %w = bf16[16,8]{1,0:T(8,128)(2,1)} get-tuple-element(%c), index=1
+  %ags = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) all-gather-start(%w), dimensions={0}
+  %agd = bf16[64,8]{1,0} all-gather-done(%ags)
+  %g = f32[64,8]{1,0} convert(%agd)
+  %f = f32[16,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %t = (s32[]{:T(128)}, bf16[16,8]{1,0}) tuple(%c, %w)
+}
+
+%some (p: bf16[16,8]) -> bf16[64,8] {
+  %p.1 = bf16[16,8]{1,0} parameter(0)
+  ROOT %ag = bf16[64,8]{1,0} all-gather(%p.1), dimensions={0}
+}
+
+%none (p: bf16[16,8]) -> bf16[64,8] {
+  %p.2 = bf16[16,8]{1,0} parameter(0)
+  ROOT %z = bf16[64,8]{1,0} broadcast(%p.2), dimensions={}
+}
+
+ENTRY %main (a: (s32[], bf16[16,8]), b: s32[]) -> bf16[64,8] {
+  %a = (s32[]{:T(128)}, bf16[16,8]{1,0}) parameter(0)
+  %b = s32[]{:T(128)} parameter(1)
+  %loop = (s32[]{:T(128)}, bf16[16,8]) while(%a), body=%body, x={"known_trip_count":{"n":"40"}}
+  %x = bf16[16,8]{1,0} get-tuple-element(%loop), index=1
+  ROOT %r = bf16[64,8]{1,0} conditional(%b, %x, %x), branch_computations={%none, %some}
+}
+"""
+
+
+def test_a_tpu_program_is_read_too() -> None:
+    found = collectives(TPU_TEXT)
+    assert summary(found) == {
+        "all-gather": {"count": 41, "bytes": 41 * 64 * 8 * 2},
+        "reduce-scatter": {"count": 40, "bytes": 40 * 64 * 8 * 4},
+    }
+    assert {one.dtype for one in found if one.kind == "all-gather"} == {"bf16"}
