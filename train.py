@@ -1,6 +1,7 @@
 """Train a model: python train.py --config=configs/NAME.py --workdir=DIR [--config.a.b=value]."""
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
@@ -29,14 +30,15 @@ def train(config: RunConfig, workdir: Path) -> int:
     import jax
 
     from nemotron_jax.data.loader import TrainLoader
-    from nemotron_jax.pretrained import begin_run
+    from nemotron_jax.pretrained import begin_run, data_of
     from nemotron_jax.sharding import make_mesh
     from nemotron_jax.training import loop
 
     mesh = make_mesh(config.mesh, jax.devices())
     loop.check_run(config, workdir)
     prepare = _conversations if config.stage == "sft" else _text
-    corpus, evaluators, sampler = prepare(config, workdir)
+    prepared = dataclasses.replace(config, data=data_of(config, workdir))
+    corpus, evaluators, sampler = prepare(prepared, workdir)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     parts = {"data": loader, "evaluators": evaluators, "sampler": sampler, "begin": begin_run}
     with contextlib.closing(loader), jax.set_mesh(mesh):

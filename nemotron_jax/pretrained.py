@@ -8,7 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.run import DataConfig, RunConfig
+from nemotron_jax.data.corpus import TRAIN_TOKENIZER
+from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.interop.hf_export import save_hub
 from nemotron_jax.interop.hf_import import load_hub
@@ -52,6 +54,22 @@ def begin_run(config: RunConfig) -> TrainState:
     placed = abstract_state(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
     return jax.jit(lambda model: first_state(config, model), out_shardings=shardings)(model)
+
+
+def data_of(config: RunConfig, workdir: Path) -> DataConfig:
+    """The run's data, with the tokenizer of `init_from` where it would train one of its own.
+
+    Parameters mean nothing under another tokenizer. One that the run already has stays.
+    """
+    train = config.data.tokenizer.startswith(TRAIN_TOKENIZER)
+    if not config.init_from or not train or (workdir / TOKENIZER).exists():
+        return config.data
+    if not (Path(config.init_from) / TOKENIZER).exists():
+        raise ValueError(
+            f"RunConfig.init_from={config.init_from!r} holds no {TOKENIZER}; name the one that its "
+            "model was trained with in data.tokenizer"
+        )
+    return dataclasses.replace(config.data, tokenizer=config.init_from)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

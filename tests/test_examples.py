@@ -17,10 +17,21 @@ SHORT = {
     "NEMOTRON_NEW_TOKENS": "8",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
 }
-EXPECTED = {"generate": ("nats per token in 3 steps", "tokens/s", "fullest expert")}
+EXPECTED = {
+    "generate": ("nats per token in 3 steps", "tokens/s", "fullest expert"),
+    "speculative": ("same tokens: True", "tokens a verification", "times plain"),
+    "finetune": ("180 conversations", "in 3 steps", "31 blue? ->", "adapter/adapter_model"),
+}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# One in every run of the tests, the others with the slow ones: each takes half a minute.
+RUNS = [
+    pytest.param(path, id=path.stem, marks=[] if path.stem == "generate" else pytest.mark.slow)
+    for path in NOTEBOOKS
+]
+
+
+@pytest.mark.parametrize("path", RUNS)
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHORT.items():
         monkeypatch.setenv(name, value)

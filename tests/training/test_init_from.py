@@ -1,0 +1,47 @@
+"""A run that begins with the parameters of another goes on from them, with that one's tokenizer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import nemotron_jax as nj
+from nemotron_jax.model.parameters import flatten
+from nemotron_jax.pretrained import data_of
+from tests.training.runs import changed, small_run, train
+
+
+def begun(finished_run, steps: int = 2):
+    """A run of a few steps that trains the finished run's MTP block alone, on the same texts."""
+    config, directory, _ = finished_run
+    config = changed(config, training={"steps": steps, "trains": "mtp"})
+    return dataclasses.replace(config, init_from=str(directory))
+
+
+def test_healing_moves_the_mtp_block_and_nothing_else(finished_run, tmp_path) -> None:
+    _, directory, outcome = finished_run
+    healed = train(begun(finished_run), tmp_path)
+    before, after = (flatten(nj.load_pretrained(path)) for path in (directory, tmp_path))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved and all(name.startswith("mtp") for name in moved)
+    losses = [record["held_out_loss"] for record in healed.records if "held_out_loss" in record]
+    assert losses[-1] == pytest.approx(outcome.records[-1]["held_out_loss"], rel=1e-6)
+    same = [nj.load_tokenizer(path).fingerprint() for path in (directory, tmp_path)]
+    assert same[0] == same[1]
+
+
+def test_the_tokenizer_comes_with_the_parameters(finished_run, tmp_path) -> None:
+    config = begun(finished_run)
+    assert data_of(config, tmp_path).tokenizer == config.init_from
+    assert data_of(small_run("texts"), tmp_path).tokenizer == "train"
+    (tmp_path / "tokenizer.json").touch()  # the run has one already
+    assert data_of(config, tmp_path).tokenizer == "train"
+    bare = dataclasses.replace(config, init_from=str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="holds no tokenizer.json; name the one"):
+        data_of(bare, tmp_path / "new")
+
+
+def test_another_model_is_refused(finished_run, tmp_path) -> None:
+    config = changed(begun(finished_run), model={"init_std": 0.2})
+    with pytest.raises(ValueError, match="its model differs from the run's in init_std"):
+        train(config, tmp_path)
