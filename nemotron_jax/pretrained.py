@@ -3,36 +3,45 @@
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.run import DataConfig, RunConfig
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.interop.hf_export import save_hub
-from nemotron_jax.interop.hf_import import load_hub
+from nemotron_jax.interop.hf_import import MTP, load_hub
 from nemotron_jax.model.adapters import abstract_adapted, has_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.training.checkpoint import load_parameters, saved_config
 from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
+from nemotron_jax.types import Origin
 
 
-def load_pretrained(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
+def load_pretrained(
+    path: str | os.PathLike, dtype: str | None = "float32", *, mtp: str = "keep"
+) -> Nemotron:
     """The model of a hub directory, or of a run's directory as of its newest whole checkpoint.
 
     A run that trains adapters gives the model with them.
 
     `dtype` is that of the matrices (None: as stored); what the family computes in float32 stays
-    float32. Raises ValueError when the directory holds neither, or a file of it is damaged.
+    float32. `mtp="drop"` leaves the MTP block out, which directories saved by transformers lack.
+    Raises ValueError when the directory holds neither, or a file of it is damaged.
     """
+    check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
+    dtype = None if dtype is None else dtype_name("load_pretrained", dtype)
     directory = Path(path)
     if _is_run(directory):
-        return _load_run(directory, dtype)
-    return load_hub(directory, dtype)
+        return _load_run(directory, dtype, drop_mtp=mtp == "drop")
+    return load_hub(directory, dtype, mtp=mtp)
 
 
 def begin_run(config: RunConfig) -> TrainState:
@@ -87,6 +96,12 @@ def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None 
             "save_pretrained: the model has adapters; write merge_adapters(model), or the adapters "
             "alone with save_adapter"
         )
+    if dtype is None and (model.origin is None or model.origin.is_run):
+        warnings.warn(
+            "save_pretrained: writes bfloat16, as the family is published, rounding the float32 "
+            "matrices; pass dtype='float32' to keep every bit, or dtype='bfloat16'",
+            stacklevel=2,
+        )
     save_hub(model, path, dtype)
 
 
@@ -105,11 +120,16 @@ def _is_run(directory: Path) -> bool:
     return isinstance(config, dict) and "format_version" in config and "model_type" not in config
 
 
-def _load_run(directory: Path, dtype: str | None) -> Nemotron:
+def _load_run(directory: Path, dtype: str | None, *, drop_mtp: bool) -> Nemotron:
     config, parameters = load_parameters(directory)
     run = saved_config(directory)
+    if drop_mtp:
+        config = dataclasses.replace(config, mtp=None)
+        parameters = {n: p for n, p in parameters.items() if not n.startswith("mtp_block.")}
     model = abstract_adapted(config, run and run.lora, dtype or "float32")  # runs store float32
     dtypes = {name: leaf.dtype for name, leaf in flatten(model).items()}
-    return unflatten(
+    loaded = unflatten(
         model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}
     )
+    loaded.origin = Origin(str(directory.resolve()), "bfloat16", is_run=True)
+    return loaded

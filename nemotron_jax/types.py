@@ -106,6 +106,7 @@ class Origin:
     dtype: str  # in which the files store their tensors, but for the exceptions
     dtype_exceptions: tuple[tuple[str, str], ...] = ()
     stop_tokens: tuple[int, ...] = ()  # of generation_config.json
+    is_run: bool = False  # a run's directory, which holds float32 throughout
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemotron_jax.config.model import require
+from nemotron_jax.config.checks import one_of
 from nemotron_jax.config.precision import PrecisionConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -33,14 +33,8 @@ class Execution:
     precision: PrecisionConfig = PrecisionConfig()
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("compute_dtype", DTYPES),
-            ("remat", REMAT),
-            ("layers", LAYERS),
-            ("kernels", KERNELS),
-            ("aux_loss", AUX_LOSS),
-        ):
-            value = getattr(self, field)
-            require(
-                value in allowed, "Execution", field, value, f"must be one of {', '.join(allowed)}"
-            )
+        one_of(self, "compute_dtype", DTYPES)
+        one_of(self, "remat", REMAT)
+        one_of(self, "layers", LAYERS)
+        one_of(self, "kernels", KERNELS)
+        one_of(self, "aux_loss", AUX_LOSS)

@@ -1,11 +1,11 @@
-"""A hub `config.json` of the Nemotron-H family read into a ModelConfig, and written from one.
+"""A hub `config.json` of the Nemotron-H family read as the fields of a ModelConfig.
 
-Keys and defaults are those of transformers 5.23 `NemotronHConfig`. Keys that its model never uses
-are ignored here too: `expand`, `rope_theta`, `partial_rotary_factor`, `sliding_window`,
-`attention_bias`, `mamba_proj_bias`, `residual_in_fp32`, `tie_word_embeddings`, `n_shared_experts`,
-the dtype of the weights (`torch_dtype`, `dtype`), and keys that only steer a loader.
-`time_step_limit` is the exception: transformers ignores it, the family's own code honours it, and
-so does this project.
+Keys and defaults are those of transformers 5.24 `NemotronHConfig`, its other spellings included; a
+value given twice must be the same. Keys that no code of the family uses are ignored: `expand`,
+`rope_theta`, `partial_rotary_factor`, the dtype of the weights (`torch_dtype`, `dtype`), and keys
+that only steer a loader. Keys that would change the computation elsewhere are refused unless they
+say what this project computes (NEUTRAL). `time_step_limit` is the exception: transformers ignores
+it, the family's own code honours it, and so does this project.
 """
 
 import json
@@ -14,16 +14,9 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from nemotron_jax.config.model import (
-    AttentionConfig,
-    MambaConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-    MTPConfig,
-    require,
-)
+from nemotron_jax.config.checks import check_value
 
 MODEL_TYPE = "nemotron_h"
 BLOCK_LETTERS = {
@@ -34,49 +27,51 @@ BLOCK_LETTERS = {
     "moe": "E",
     "mlp": "-",
 }
-# Written for readers other than transformers; each value says what the model does.
-_CONSTANT_KEYS = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": MODEL_TYPE,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "mamba_hidden_act": "silu",
-    "mamba_proj_bias": False,
-    "mamba_ssm_cache_dtype": "float32",
-    "mlp_hidden_act": "relu2",
-    "n_shared_experts": 1,
-    "num_logits_to_keep": 1,
-    "rescale_prenorm_residual": True,
-    "residual_in_fp32": False,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "use_cache": True,
+# What this project computes, where a key could ask for something else.
+NEUTRAL = {
+    "model_type": (MODEL_TYPE,),
+    "mlp_hidden_act": ("relu2",),
+    "mamba_hidden_act": ("silu",),
+    "sliding_window": (None,),
+    "residual_in_fp32": (False,),
+    "attention_bias": (False,),
+    "tie_word_embeddings": (False,),
 }
+# Other names of a key, which transformers or the family's own code accept.
+_SPELLINGS = {
+    "layers_block_type": ("layer_types",),
+    "layer_norm_epsilon": ("norm_eps", "rms_norm_eps"),
+    "head_dim": ("attention_head_dim",),
+    "n_routed_experts": ("num_local_experts",),
+    "n_groups": ("mamba_n_groups",),
+    "conv_kernel": ("mamba_d_conv",),
+    "chunk_size": ("mamba_chunk_size",),
+    "use_conv_bias": ("mamba_conv_bias",),
+    "time_step_min": ("mamba_dt_min",),
+    "time_step_max": ("mamba_dt_max",),
+    "time_step_floor": ("mamba_dt_init_floor",),
+    "time_step_limit": ("mamba_dt_limit",),
+}
+# Bounds beyond the largest float32 bound nothing; published configs write 1e308 for infinity.
+_LARGEST_FLOAT32 = 3.4028235e38
 
 
-def from_hf(source: Mapping | str | os.PathLike) -> ModelConfig:
-    """The model that a hub configuration describes.
+def read(source: Mapping | str | os.PathLike) -> dict[str, Any]:
+    """The fields of the ModelConfig that a hub configuration describes, a dictionary for each part.
 
     `source` is the parsed dictionary, a JSON file, or a directory that holds `config.json`. The
     blocks may be spelled as `hybrid_override_pattern` or as `layers_block_type` (with the hub's or
     transformers' names), an infinity as bare `Infinity` or as `{"__float__": "Infinity"}`. Parts
     whose letter no pattern uses are left None. Any positive `num_nextn_predict_layers` means one
-    physical MTP block. Raises ValueError for a missing, ill-typed or unsupported value, and warns
-    when `num_hidden_layers` disagrees with the blocks, which decide.
+    physical MTP block. Raises ValueError for a missing, ill-typed, contradictory or unsupported
+    value, and warns when `num_hidden_layers` disagrees with the blocks, which decide, and of
+    dropout.
     """
     keys = _Keys(source if isinstance(source, Mapping) else _read_json(pathlib.Path(source)))
-    keys.only("model_type", MODEL_TYPE)
-    keys.only("mlp_hidden_act", "relu2")
-    keys.only("mamba_hidden_act", "silu")
+    _refuse_other_models(keys)
     pattern = keys.pattern("hybrid_override_pattern", "layers_block_type")
-    require(
-        pattern is not None,
-        "HubConfig",
-        "hybrid_override_pattern",
-        None,
-        "give the blocks as this pattern, or as the list layers_block_type",
-    )
+    rule = "give the blocks as this pattern, or as the list layers_block_type"
+    keys.check(pattern is not None, "hybrid_override_pattern", None, rule)
     layers = keys.integer("num_hidden_layers", len(pattern))
     if layers != len(pattern):
         warnings.warn(
@@ -84,8 +79,8 @@ def from_hf(source: Mapping | str | os.PathLike) -> ModelConfig:
             stacklevel=2,
         )
     mtp = _mtp(keys)
-    used = set(pattern) | set(mtp.pattern if mtp else "")
-    return ModelConfig(
+    used = set(pattern) | set(mtp["pattern"] if mtp else "")
+    return dict(
         vocab_size=keys.integer("vocab_size", 131_072),
         width=keys.integer("hidden_size", 4096),
         pattern=pattern,
@@ -94,65 +89,15 @@ def from_hf(source: Mapping | str | os.PathLike) -> ModelConfig:
         moe=_moe(keys) if "E" in used else None,
         mlp=_mlp(keys) if "-" in used else None,
         mtp=mtp,
-        norm_epsilon=keys.positive(keys.first("layer_norm_epsilon", "norm_eps"), 1e-5),
+        norm_epsilon=keys.positive("layer_norm_epsilon", 1e-5),
         init_std=keys.positive("initializer_range", 0.02),
         # There are no positions, so an absent key is no limit of the model: unlike transformers'
         # default of 4096, this one leaves room.
-        max_length=keys.integer("max_position_embeddings", ModelConfig.max_length),
+        max_length=keys.integer("max_position_embeddings", 1_048_576),
         bos_token=keys.token("bos_token_id", 1),
         eos_token=keys.token("eos_token_id", 2),
         pad_token=keys.token("pad_token_id", 0),
     )
-
-
-def to_hf(config: ModelConfig, *, dtype: str | None = None) -> dict:
-    """The hub `config.json` of a model, as a dictionary that is strict JSON.
-
-    Blocks are written as `hybrid_override_pattern`. `time_step_limit` is left out when there is no
-    limit, since its absence means so and JSON has no infinity. `dtype` (as "bfloat16") is written
-    as `torch_dtype` when given. `from_hf` returns the same config, provided that every part is used
-    by some block. Raises ValueError when MLP and MoE disagree on biases: the hub has one key.
-    """
-    keys = {
-        **_CONSTANT_KEYS,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "hybrid_override_pattern": config.pattern,
-        "num_nextn_predict_layers": 1 if config.mtp else 0,
-        "layer_norm_epsilon": config.norm_epsilon,
-        "norm_eps": config.norm_epsilon,
-        "initializer_range": config.init_std,
-        "max_position_embeddings": config.max_length,
-        "bos_token_id": config.bos_token,
-        "eos_token_id": config.eos_token,
-        "pad_token_id": config.pad_token,
-    }
-    if dtype is not None:
-        keys["torch_dtype"] = dtype
-    if config.mtp:
-        keys["mtp_hybrid_override_pattern"] = config.mtp.pattern
-    if config.mamba:
-        keys |= _mamba_keys(config.mamba)
-    if config.attention:
-        keys["num_attention_heads"] = config.attention.num_heads
-        keys["num_key_value_heads"] = config.attention.num_kv_heads
-        keys["head_dim"] = config.attention.head_dim
-    if config.mlp:
-        keys["intermediate_size"] = config.mlp.width
-    if config.moe:
-        keys |= _moe_keys(config.moe)
-        keys.setdefault("intermediate_size", config.moe.expert_width)
-    biases = {part.projection_bias for part in (config.moe, config.mlp) if part}
-    require(
-        len(biases) <= 1,
-        "ModelConfig",
-        "mlp.projection_bias",
-        config.mlp and config.mlp.projection_bias,
-        "must equal moe.projection_bias: the hub has one key, mlp_bias, for both",
-    )
-    keys["mlp_bias"] = biases == {True}
-    return keys
 
 
 class _Keys:
@@ -162,18 +107,27 @@ class _Keys:
         self.values = values
 
     def value(self, key: str, default: object) -> object:
-        return self.values.get(key, default)
+        """What the file says under any spelling of the key, null for a key that is null."""
+        names = [name for name in (key, *_SPELLINGS.get(key, ())) if name in self.values]
+        if not names:
+            return default
+        told = [name for name in names if self.values[name] is not None]
+        for other in told[1:]:
+            rule = f"contradicts {other}={self.values[other]!r}, another spelling; give one of them"
+            value = self.values[told[0]]
+            self.check(_plain(value) == _plain(self.values[other]), told[0], value, rule)
+        return self.values[told[0]] if told else None
 
     def check(self, condition: bool, key: str, value: object, rule: str) -> None:
-        require(condition, "HubConfig", key, value, rule)
+        check_value("HubConfig", key, value, condition, rule)
 
-    def first(self, *names: str) -> str:
-        """The first of several spellings that is present, else the first."""
-        return next((name for name in names if name in self.values), names[0])
-
-    def only(self, key: str, supported: str) -> None:
-        value = self.value(key, supported)
-        self.check(value == supported, key, value, f"must be {supported!r}, the only one supported")
+    def only(self, key: str, *supported: object) -> None:
+        value = self.value(key, supported[0])
+        names = " or ".join(map(repr, supported))
+        known = any(
+            value is one or (value == one and type(value) is type(one)) for one in supported
+        )
+        self.check(known, key, value, f"must be {names}: nothing else is computed here")
 
     def integer(self, key: str, default: int) -> int:
         value = self.value(key, default)
@@ -233,11 +187,28 @@ class _Keys:
         pair = tuple(_decoded_float(bound) for bound in value) if valid else ()
         valid = valid and all(_is_number(bound) for bound in pair)
         self.check(valid, key, value, "must be a pair of numbers [low, high]")
-        return (float(pair[0]), float(pair[1]))
+        low, high = map(float, pair)
+        return (low, math.inf if high > _LARGEST_FLOAT32 else high)
 
 
-def _mamba(keys: _Keys) -> MambaConfig:
-    return MambaConfig(
+def _refuse_other_models(keys: _Keys) -> None:
+    """Raise for a key that asks for another computation than this project's."""
+    for key, supported in NEUTRAL.items():
+        keys.only(key, *supported)
+    # transformers builds `use_bias` and ignores this key; the family's own code wrote them alike.
+    keys.only("mamba_proj_bias", False, keys.boolean("use_bias", False))
+    pattern = keys.pattern("hybrid_override_pattern", "layers_block_type") or ""
+    if "E" in pattern:
+        keys.only("n_shared_experts", 1)
+    for key in ("attention_dropout", "hidden_dropout"):
+        if value := keys.value(key, 0.0):
+            warnings.warn(
+                f"HubConfig.{key}={value!r} is ignored: nothing is dropped here", stacklevel=4
+            )
+
+
+def _mamba(keys: _Keys) -> dict[str, Any]:
+    return dict(
         num_heads=keys.integer("mamba_num_heads", 128),
         head_dim=keys.integer("mamba_head_dim", 64),
         state_size=keys.integer("ssm_state_size", 128),
@@ -253,37 +224,19 @@ def _mamba(keys: _Keys) -> MambaConfig:
     )
 
 
-def _mamba_keys(mamba: MambaConfig) -> dict:
-    keys = {
-        "mamba_num_heads": mamba.num_heads,
-        "mamba_head_dim": mamba.head_dim,
-        "ssm_state_size": mamba.state_size,
-        "n_groups": mamba.num_groups,
-        "conv_kernel": mamba.conv_width,
-        "chunk_size": mamba.chunk,
-        "use_conv_bias": mamba.conv_bias,
-        "use_bias": mamba.projection_bias,
-        "time_step_min": mamba.time_step_min,
-        "time_step_max": mamba.time_step_max,
-        "time_step_floor": mamba.time_step_floor,
-    }
-    low, high = mamba.time_step_limit
-    if (low, high) != (0.0, math.inf):
-        keys["time_step_limit"] = [low, {"__float__": "Infinity"} if high == math.inf else high]
-    return keys
-
-
-def _attention(keys: _Keys) -> AttentionConfig:
-    return AttentionConfig(
-        num_heads=keys.integer("num_attention_heads", 32),
-        num_kv_heads=keys.integer("num_key_value_heads", 8),
+def _attention(keys: _Keys) -> dict[str, Any]:
+    heads = keys.integer("num_attention_heads", 32)
+    alike = keys.value("num_key_value_heads", 8) is None  # null: as many as query heads
+    return dict(
+        num_heads=heads,
+        num_kv_heads=heads if alike else keys.integer("num_key_value_heads", 8),
         head_dim=keys.integer("head_dim", 128),
     )
 
 
-def _moe(keys: _Keys) -> MoEConfig:
+def _moe(keys: _Keys) -> dict[str, Any]:
     latent = keys.value("moe_latent_size", None)
-    return MoEConfig(
+    return dict(
         num_experts=keys.integer("n_routed_experts", 8),
         experts_per_token=keys.integer("num_experts_per_tok", 2),
         expert_width=keys.integer("moe_intermediate_size", 7688),
@@ -297,40 +250,26 @@ def _moe(keys: _Keys) -> MoEConfig:
     )
 
 
-def _moe_keys(moe: MoEConfig) -> dict:
-    return {
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.experts_per_token,
-        "moe_intermediate_size": moe.expert_width,
-        "moe_shared_expert_intermediate_size": moe.shared_width,
-        "moe_latent_size": moe.latent_width,
-        "n_group": moe.num_expert_groups,
-        "topk_group": moe.groups_per_token,
-        "norm_topk_prob": moe.normalize_weights,
-        "routed_scaling_factor": moe.weight_scale,
-    }
-
-
-def _mlp(keys: _Keys) -> MLPConfig:
-    return MLPConfig(
+def _mlp(keys: _Keys) -> dict[str, Any]:
+    return dict(
         width=keys.integer("intermediate_size", 21_504),
         projection_bias=keys.boolean("mlp_bias", False),
     )
 
 
-def _mtp(keys: _Keys) -> MTPConfig | None:
+def _mtp(keys: _Keys) -> dict[str, Any] | None:
     depths = keys.value("num_nextn_predict_layers", None)
     if depths is None or keys.integer("num_nextn_predict_layers", 0) == 0:
         return None
     pattern = keys.pattern("mtp_hybrid_override_pattern", "mtp_layers_block_type")
-    return MTPConfig(pattern=pattern or "*E")
+    return dict(pattern=pattern or "*E")
 
 
 def _read_json(path: pathlib.Path) -> Mapping:
     file = path / "config.json" if path.is_dir() else path
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"from_hf: {file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"from_hf: {file} holds {type(values).__name__}; a JSON object is needed")
@@ -343,6 +282,13 @@ def _decoded_float(value: object) -> object:
         names = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
         return names.get(value["__float__"], value)
     return value
+
+
+def _plain(value: object) -> object:
+    """A value to compare another spelling's with."""
+    if isinstance(value, list | tuple):
+        return [_decoded_float(entry) for entry in value]
+    return _decoded_float(value)
 
 
 def _is_number(value: object) -> bool:

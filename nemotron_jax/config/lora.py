@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemotron_jax.config.model import require, require_positive
+from nemotron_jax.config.checks import at_least_one, check, positive
 
 TARGETS = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent", "experts")
 
@@ -27,13 +27,7 @@ class LoRAConfig:
         return self.alpha / self.rank
 
     def __post_init__(self) -> None:
-        require_positive(self, "rank")
-        require(self.alpha > 0, "LoRAConfig", "alpha", self.alpha, "must be positive")
-        wrong = [target for target in self.targets if target not in TARGETS]
-        require(
-            not wrong and len(self.targets) > 0,
-            "LoRAConfig",
-            "targets",
-            self.targets,
-            f"must name some of {', '.join(TARGETS)}",
-        )
+        at_least_one(self, "rank")
+        positive(self, "alpha")
+        known = len(self.targets) > 0 and set(self.targets) <= set(TARGETS)
+        check(self, "targets", known, f"must name some of {', '.join(TARGETS)}")

@@ -2,21 +2,13 @@
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
+
+from nemotron_jax.config import hub
+from nemotron_jax.config.checks import at_least_one, check, check_value, counts, is_finite, positive
 
 BLOCK_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
-
-
-def require(condition: bool, owner: str, field: str, value: object, rule: str) -> None:
-    """Raise the ValueError of design section 4.5: who, which value, which rule, what to do."""
-    if not condition:
-        raise ValueError(f"{owner}.{field}={value!r}: {rule}")
-
-
-def require_positive(config: object, *fields: str) -> None:
-    """Every named field is at least one."""
-    for field in fields:
-        value = getattr(config, field)
-        require(value >= 1, type(config).__name__, field, value, "must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,31 +38,19 @@ class MambaConfig:
         return self.inner_width + 2 * self.num_groups * self.state_size
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "num_heads", "head_dim", "state_size", "num_groups", "conv_width", "chunk"
-        )
-        require(
-            self.num_heads % self.num_groups == 0,
-            "MambaConfig",
-            "num_heads",
-            self.num_heads,
-            f"must be a multiple of num_groups={self.num_groups}",
-        )
-        low, high = self.time_step_limit
-        require(
-            0 <= low <= high,
-            "MambaConfig",
-            "time_step_limit",
-            self.time_step_limit,
-            "must be (low, high) with 0 <= low <= high; (0, inf) means no clamp",
-        )
-        require(
-            0 < self.time_step_min <= self.time_step_max,
-            "MambaConfig",
-            "time_step_min",
-            self.time_step_min,
-            f"must be positive and at most time_step_max={self.time_step_max}",
-        )
+        at_least_one(self, "num_heads", "head_dim", "state_size", "num_groups")
+        at_least_one(self, "conv_width", "chunk")
+        positive(self, "time_step_min", "time_step_max", "time_step_floor")
+        rule = f"must be a multiple of num_groups={self.num_groups}"
+        check(self, "num_heads", self.num_heads % self.num_groups == 0, rule)
+        limits = self.time_step_limit
+        rule = "must be (low, high) with 0 <= low <= high; (0, inf) means no clamp"
+        check(self, "time_step_limit", isinstance(limits, tuple) and len(limits) == 2, rule)
+        low, high = limits
+        in_order = is_finite(low) and (is_finite(high) or high == math.inf) and 0 <= low <= high
+        check(self, "time_step_limit", in_order, rule)
+        rule = f"must be at most time_step_max={self.time_step_max}"
+        check(self, "time_step_min", self.time_step_min <= self.time_step_max, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +62,9 @@ class AttentionConfig:
     head_dim: int
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_heads", "num_kv_heads", "head_dim")
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "AttentionConfig",
-            "num_heads",
-            self.num_heads,
-            f"must be a multiple of num_kv_heads={self.num_kv_heads}",
-        )
+        at_least_one(self, "num_heads", "num_kv_heads", "head_dim")
+        rule = f"must be a multiple of num_kv_heads={self.num_kv_heads}"
+        check(self, "num_heads", self.num_heads % self.num_kv_heads == 0, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,33 +83,19 @@ class MoEConfig:
     projection_bias: bool = False  # of the latent projections and the shared expert
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_experts", "experts_per_token", "expert_width", "shared_width")
-        require_positive(self, "num_expert_groups", "groups_per_token")
-        name = "MoEConfig"
+        at_least_one(self, "num_experts", "experts_per_token", "expert_width", "shared_width")
+        at_least_one(self, "num_expert_groups", "groups_per_token")
+        positive(self, "weight_scale")
         if self.latent_width is not None:
-            require_positive(self, "latent_width")
-        require(
-            self.num_experts % self.num_expert_groups == 0,
-            name,
-            "num_experts",
-            self.num_experts,
-            f"must be a multiple of num_expert_groups={self.num_expert_groups}",
-        )
-        require(
-            self.groups_per_token <= self.num_expert_groups,
-            name,
-            "groups_per_token",
-            self.groups_per_token,
-            f"must be at most num_expert_groups={self.num_expert_groups}",
-        )
-        reachable = self.num_experts // self.num_expert_groups * self.groups_per_token
-        require(
-            self.experts_per_token <= reachable,
-            name,
-            "experts_per_token",
-            self.experts_per_token,
-            f"must be at most {reachable}, the experts a token can reach",
-        )
+            at_least_one(self, "latent_width")
+        groups = self.num_expert_groups
+        rule = f"must be a multiple of num_expert_groups={groups}"
+        check(self, "num_experts", self.num_experts % groups == 0, rule)
+        rule = f"must be at most num_expert_groups={groups}"
+        check(self, "groups_per_token", self.groups_per_token <= groups, rule)
+        reachable = self.num_experts // groups * self.groups_per_token
+        rule = f"must be at most {reachable}, the experts a token can reach"
+        check(self, "experts_per_token", self.experts_per_token <= reachable, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +106,7 @@ class MLPConfig:
     projection_bias: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, "width")
+        at_least_one(self, "width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +117,7 @@ class MTPConfig:
 
     def __post_init__(self) -> None:
         check_pattern("MTPConfig", self.pattern)
-        require(
-            "M" not in self.pattern,
-            "MTPConfig",
-            "pattern",
-            self.pattern,
-            "may hold only '*', 'E' and '-'",
-        )
+        check(self, "pattern", "M" not in self.pattern, "may hold only '*', 'E' and '-'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,32 +141,46 @@ class ModelConfig:
     pad_token: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(self, "vocab_size", "width", "max_length")
+        at_least_one(self, "vocab_size", "width", "max_length")
+        positive(self, "norm_epsilon", "init_std")
+        for token in ("bos_token", "eos_token", "pad_token"):
+            counts(self, token)
+            rule = f"must be below vocab_size={self.vocab_size}, since it is one of those tokens"
+            check(self, token, getattr(self, token) < self.vocab_size, rule)
         check_pattern("ModelConfig", self.pattern)
         used = set(self.pattern) | set(self.mtp.pattern if self.mtp else "")
         for letter, field in BLOCK_KINDS.items():
-            require(
-                letter not in used or getattr(self, field) is not None,
-                "ModelConfig",
-                field,
-                None,
-                f"the pattern uses {letter!r}, so {field} must be configured",
-            )
+            rule = f"the pattern uses {letter!r}, so {field} must be configured"
+            check(self, field, letter not in used or getattr(self, field) is not None, rule)
 
     @property
     def num_layers(self) -> int:
         return len(self.pattern)
 
     @classmethod
-    def from_hf(cls, source: object) -> "ModelConfig":
-        """The model of a hub `config.json`, given as a dict, a file or a directory."""
-        from nemotron_jax.config import hub  # hub builds these classes
+    def from_hf(cls, source: Mapping | str | os.PathLike) -> "ModelConfig":
+        """The model of a hub `config.json`, given as a dict, a file or a directory.
 
-        return hub.from_hf(source)
+        Raises ValueError and warns as `hub.read` does.
+        """
+        values = hub.read(source)
+        for field, part in PARTS.items():
+            if values[field] is not None:
+                values[field] = part(**values[field])
+        return cls(**values)
+
+
+PARTS = {
+    "mamba": MambaConfig,
+    "attention": AttentionConfig,
+    "moe": MoEConfig,
+    "mlp": MLPConfig,
+    "mtp": MTPConfig,
+}
 
 
 def check_pattern(owner: str, pattern: str) -> None:
     """A pattern is not empty and holds known letters only."""
-    unknown = sorted(set(pattern) - set(BLOCK_KINDS))
     rule = f"must be a non-empty string of the letters {''.join(BLOCK_KINDS)}"
-    require(bool(pattern) and not unknown, owner, "pattern", pattern, rule)
+    known = isinstance(pattern, str) and set(pattern) <= set(BLOCK_KINDS)
+    check_value(owner, "pattern", pattern, known and len(pattern) > 0, rule)

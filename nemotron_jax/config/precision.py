@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemotron_jax.config.model import require
+from nemotron_jax.config.checks import check, check_value, counts, one_of
 
 ROLES = (
     "mamba_in",
@@ -41,19 +41,9 @@ class NVFP4Config:
     hadamard: bool = True
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("gradient_rounding", ROUNDINGS),
-            ("activation_rounding", ROUNDINGS),
-            ("weight_block", WEIGHT_BLOCKS),
-        ):
-            value = getattr(self, field)
-            require(
-                value in allowed,
-                "NVFP4Config",
-                field,
-                value,
-                f"must be one of {', '.join(allowed)}",
-            )
+        one_of(self, "gradient_rounding", ROUNDINGS)
+        one_of(self, "activation_rounding", ROUNDINGS)
+        one_of(self, "weight_block", WEIGHT_BLOCKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,28 +63,15 @@ class PrecisionConfig:
     switch_roles: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        rule = f"is not a weight matmul; choose one of {', '.join(ROLES)}"
         for field in ("nvfp4_roles", "mxfp8_roles", "switch_roles"):
             for role in getattr(self, field):
-                known = f"is no weight matmul; choose of {', '.join(ROLES)}"
-                require(role in ROLES, "PrecisionConfig", field, role, known)
+                check_value("PrecisionConfig", field, role, role in ROLES, rule)
         twice = set(self.nvfp4_roles) & set(self.mxfp8_roles)
-        require(
-            not twice,
-            "PrecisionConfig",
-            "mxfp8_roles",
-            self.mxfp8_roles,
-            f"{', '.join(sorted(twice))} cannot be in nvfp4_roles too",
-        )
-        for field in ("num_last_layers_high", "switch_step"):
-            value = getattr(self, field)
-            require(value >= 0, "PrecisionConfig", field, value, "must not be negative")
-        require(
-            self.switch_format in (HIGH, MXFP8),
-            "PrecisionConfig",
-            "switch_format",
-            self.switch_format,
-            f"must be {HIGH} or {MXFP8}",
-        )
+        rule = f"{', '.join(sorted(twice))} cannot be in nvfp4_roles too"
+        check(self, "mxfp8_roles", not twice, rule)
+        counts(self, "num_last_layers_high", "switch_step")
+        one_of(self, "switch_format", (HIGH, MXFP8))
 
     @property
     def emulated(self) -> bool:

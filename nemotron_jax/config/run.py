@@ -3,9 +3,19 @@
 import dataclasses
 import math
 
+from nemotron_jax.config.checks import (
+    at_least_one,
+    check,
+    counts,
+    is_finite,
+    is_integer,
+    not_negative,
+    one_of,
+    positive,
+)
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.lora import LoRAConfig
-from nemotron_jax.config.model import ModelConfig, require, require_positive
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.sft import SFTConfig
 
 STAGES = ("pretrain", "sft")
@@ -33,35 +43,15 @@ class DataConfig:
     prefetch: int = 4  # batches made ahead of the step
 
     def __post_init__(self) -> None:
-        require_positive(self, "sequence_length", "batch_size", "prefetch")
-        require(
-            len(self.sources) > 0,
-            "DataConfig",
-            "sources",
-            self.sources,
-            "must name at least one source",
-        )
-        require(
-            len(self.source_weights) == len(self.sources),
-            "DataConfig",
-            "source_weights",
-            self.source_weights,
-            f"must give one weight for each of the {len(self.sources)} sources",
-        )
-        require(
-            all(w > 0 for w in self.source_weights),
-            "DataConfig",
-            "source_weights",
-            self.source_weights,
-            "must all be positive",
-        )
-        require(
-            0 < self.held_out_fraction < 1,
-            "DataConfig",
-            "held_out_fraction",
-            self.held_out_fraction,
-            "must lie between 0 and 1",
-        )
+        at_least_one(self, "sequence_length", "batch_size", "prefetch")
+        check(self, "sources", len(self.sources) > 0, "must name at least one source")
+        matched = len(self.source_weights) == len(self.sources)
+        rule = f"must give one weight for each of the {len(self.sources)} sources"
+        check(self, "source_weights", matched, rule)
+        valid = all(is_finite(weight) and weight > 0 for weight in self.source_weights)
+        check(self, "source_weights", valid, "must all be positive and finite")
+        inside = is_finite(self.held_out_fraction) and 0 < self.held_out_fraction < 1
+        check(self, "held_out_fraction", inside, "must lie between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +65,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for field in ("beta1", "beta2"):
-            value = getattr(self, field)
-            require(0 <= value < 1, "OptimizerConfig", field, value, "must lie in [0, 1)")
-        require(self.epsilon > 0, "OptimizerConfig", "epsilon", self.epsilon, "must be positive")
-        require(
-            self.weight_decay >= 0,
-            "OptimizerConfig",
-            "weight_decay",
-            self.weight_decay,
-            "must not be negative",
-        )
-        require(
-            self.clip_norm > 0, "OptimizerConfig", "clip_norm", self.clip_norm, "must be positive"
-        )
+        not_negative(self, "beta1", "beta2", "weight_decay")
+        check(self, "beta1", self.beta1 < 1, "must lie in [0, 1)")
+        check(self, "beta2", self.beta2 < 1, "must lie in [0, 1)")
+        positive(self, "epsilon", "clip_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,29 +82,17 @@ class ScheduleConfig:
     total_tokens: int
 
     def __post_init__(self) -> None:
-        require(
-            self.peak_learning_rate > 0,
-            "ScheduleConfig",
-            "peak_learning_rate",
-            self.peak_learning_rate,
-            "must be positive",
-        )
-        require(
-            0 <= self.final_learning_rate <= self.peak_learning_rate,
-            "ScheduleConfig",
-            "final_learning_rate",
-            self.final_learning_rate,
-            f"must lie between 0 and peak_learning_rate={self.peak_learning_rate}",
-        )
-        require(
-            min(self.warmup_tokens, self.decay_tokens) >= 0
-            and self.warmup_tokens + self.decay_tokens <= self.total_tokens,
-            "ScheduleConfig",
-            "total_tokens",
-            self.total_tokens,
+        positive(self, "peak_learning_rate")
+        not_negative(self, "final_learning_rate")
+        counts(self, "warmup_tokens", "decay_tokens", "total_tokens")
+        peak, parts = self.peak_learning_rate, self.warmup_tokens + self.decay_tokens
+        rule = f"must lie between 0 and peak_learning_rate={peak}"
+        check(self, "final_learning_rate", self.final_learning_rate <= peak, rule)
+        rule = (
             f"must be at least warmup_tokens={self.warmup_tokens} + "
-            f"decay_tokens={self.decay_tokens}, neither negative",
+            f"decay_tokens={self.decay_tokens}"
         )
+        check(self, "total_tokens", self.total_tokens >= parts, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,31 +112,12 @@ class TrainingConfig:
     trains: str = "all"  # which parameters move: all, mtp (the block of the drafts) or lora
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "micro_batches", "loss_chunk", "max_skipped_steps")
-        require(
-            self.mtp_depths >= 0,
-            "TrainingConfig",
-            "mtp_depths",
-            self.mtp_depths,
-            "must not be negative",
-        )
-        require(
-            self.trains in TRAINS,
-            "TrainingConfig",
-            "trains",
-            self.trains,
-            f"must be one of {', '.join(TRAINS)}",
-        )
-        require(
-            self.trains != "mtp" or self.mtp_depths > 0,
-            "TrainingConfig",
-            "mtp_depths",
-            self.mtp_depths,
-            "must be at least 1 where trains='mtp'",
-        )
-        for field in ("mtp_loss_scale", "aux_loss_scale", "router_bias_rate"):
-            value = getattr(self, field)
-            require(value >= 0, "TrainingConfig", field, value, "must not be negative")
+        at_least_one(self, "steps", "micro_batches", "loss_chunk", "max_skipped_steps")
+        counts(self, "mtp_depths")
+        one_of(self, "trains", TRAINS)
+        drafts = self.trains != "mtp" or self.mtp_depths > 0
+        check(self, "mtp_depths", drafts, "must be at least 1 where trains='mtp'")
+        not_negative(self, "mtp_loss_scale", "aux_loss_scale", "router_bias_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,29 +133,13 @@ class LoggingConfig:
     merge_window: int = 0  # newest checkpoints averaged at the end; 0 leaves merging off
 
     def __post_init__(self) -> None:
-        require_positive(
-            self,
-            "log_every",
-            "evaluate_every",
-            "evaluate_rows",
-            "checkpoint_every",
-            "keep_checkpoints",
+        at_least_one(self, "log_every", "evaluate_every", "evaluate_rows")
+        at_least_one(self, "checkpoint_every", "keep_checkpoints")
+        counts(self, "sample_tokens", "merge_window")
+        rule = (
+            f"must be at most keep_checkpoints={self.keep_checkpoints}, the checkpoints there are"
         )
-        for field in ("sample_tokens", "merge_window"):
-            require(
-                getattr(self, field) >= 0,
-                "LoggingConfig",
-                field,
-                getattr(self, field),
-                "must not be negative",
-            )
-        require(
-            self.merge_window <= self.keep_checkpoints,
-            "LoggingConfig",
-            "merge_window",
-            self.merge_window,
-            f"must be at most keep_checkpoints={self.keep_checkpoints}, the checkpoints there are",
-        )
+        check(self, "merge_window", self.merge_window <= self.keep_checkpoints, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,11 +165,10 @@ class MeshConfig:
         return math.prod(dataclasses.astuple(self))
 
     def __post_init__(self) -> None:
-        require_positive(self, "data", "fsdp", "expert", "tensor", "context")
+        at_least_one(self, "data", "fsdp", "expert", "tensor", "context")
+        rule = "must be 1: no layer is split along it yet; use data and fsdp"
         for field in ("expert", "tensor", "context"):
-            value = getattr(self, field)
-            rule = "must be 1: no layer is split along it yet; use data and fsdp"
-            require(value == 1, "MeshConfig", field, value, rule)
+            check(self, field, getattr(self, field) == 1, rule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,31 +194,22 @@ class RunConfig:
         return dataclasses.replace(self, execution=execution)
 
     def __post_init__(self) -> None:
-        rule = f"must be one of {', '.join(STAGES)}"
-        require(self.stage in STAGES, "RunConfig", "stage", self.stage, rule)
-        require(
-            (self.training.trains == "lora") == (self.lora is not None),
-            "RunConfig",
-            "lora",
-            self.lora,
+        one_of(self, "stage", STAGES)
+        rule = f"must be an integer from 0 to {2**32 - 1}"
+        check(self, "seed", is_integer(self.seed) and 0 <= self.seed < 2**32, rule)
+        rule = (
             f"and training.trains={self.training.trains!r} belong together: adapters are there to "
-            "be trained alone; set both or neither",
+            "be trained alone; set both or neither"
         )
+        check(self, "lora", (self.training.trains == "lora") == (self.lora is not None), rule)
         parts, rows = self.training.micro_batches * self.mesh.size, self.data.batch_size
-        require(
-            rows % parts == 0,
-            "RunConfig",
-            "data.batch_size",
-            rows,
+        fewer = max(parts, rows - rows % parts)
+        rule = (
             f"must be a multiple of training.micro_batches={self.training.micro_batches} times "
             f"the {self.mesh.size} devices of mesh.data={self.mesh.data} and "
-            f"mesh.fsdp={self.mesh.fsdp}, such as {max(parts, rows - rows % parts)} or "
-            f"{max(parts, rows - rows % parts) + parts}",
+            f"mesh.fsdp={self.mesh.fsdp}, such as {fewer} or {fewer + parts}"
         )
-        require(
-            self.training.mtp_depths == 0 or self.model.mtp is not None,
-            "RunConfig",
-            "training.mtp_depths",
-            self.training.mtp_depths,
-            "needs a model with mtp; set it to 0 or configure model.mtp",
-        )
+        check(self, "data.batch_size", rows % parts == 0, rule)
+        has_mtp = self.training.mtp_depths == 0 or self.model.mtp is not None
+        rule = "needs a model with mtp; set it to 0 or configure model.mtp"
+        check(self, "training.mtp_depths", has_mtp, rule)

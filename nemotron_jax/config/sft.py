@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemotron_jax.config.model import require, require_positive
+from nemotron_jax.config.checks import at_least_one, check, counts, not_negative, one_of
 
 LOSSES = ("tokens", "conversations")
 BAD_ROWS = ("error", "drop")
@@ -30,23 +30,10 @@ class SFTConfig:
     success_tokens: int = 64  # new tokens of one turn there
 
     def __post_init__(self) -> None:
-        require_positive(self, "oracle_tasks", "success_tokens")
-        for field, allowed in (("loss", LOSSES), ("bad_rows", BAD_ROWS)):
-            value = getattr(self, field)
-            rule = f"must be one of {', '.join(allowed)}"
-            require(value in allowed, "SFTConfig", field, value, rule)
-        require(
-            min(self.reasoning_off, self.truncated_budget) >= 0
-            and self.reasoning_off + self.truncated_budget <= 1,
-            "SFTConfig",
-            "reasoning_off",
-            self.reasoning_off,
-            f"and truncated_budget={self.truncated_budget} must be shares that add to at most 1",
-        )
-        require(
-            self.success_tasks >= 0,
-            "SFTConfig",
-            "success_tasks",
-            self.success_tasks,
-            "must not be negative",
-        )
+        at_least_one(self, "oracle_tasks", "success_tokens")
+        counts(self, "success_tasks")
+        one_of(self, "loss", LOSSES)
+        one_of(self, "bad_rows", BAD_ROWS)
+        not_negative(self, "reasoning_off", "truncated_budget")
+        rule = f"and truncated_budget={self.truncated_budget} must add to at most 1"
+        check(self, "reasoning_off", self.reasoning_off + self.truncated_budget <= 1, rule)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from nemotron_jax.config.checks import check_value, is_integer
 from nemotron_jax.decoding.sampling import Sampling, sample
 from nemotron_jax.decoding.speculative import (
     DRAW,
@@ -26,6 +27,7 @@ _SMALLEST_CHUNK = 16
 _FEWEST_NEW_TOKENS = 64  # buffers hold this times a power of two, so that few loops are compiled
 _STOPS_STEP = 8  # likewise for the table of stop tokens
 MOST_DRAFTS = 32  # more were never worth their cost, and every count compiles a loop of its own
+_SEEDS = f"must be an integer from 0 to {2**32 - 1}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +74,15 @@ def generate(
     `speculative=k` drafts k tokens at a time with the MTP block and verifies them together: greedy
     tokens stay the same, sampled ones keep their distribution. For many calls pass
     `for_decoding(model)`, which is made here otherwise. Raises ValueError for an empty prompt, a
-    token outside the vocabulary, drafts without an MTP block, or sampling values out of range.
+    token outside the vocabulary, drafts without an MTP block, or values of the wrong kind or out of
+    range.
     """
     rows = _checked_rows(model, prompt_tokens, max_new_tokens)
     _check_speculative(model, speculative)
     sampling = _sampling_of_rows(Sampling.create(temperature, top_k, top_p), len(rows))
-    stops = _stop_table(default_stop_tokens(model) if stop_tokens is None else stop_tokens)
+    stop_tokens = default_stop_tokens(model) if stop_tokens is None else stop_tokens
+    stops = _stop_table(_checked_stops(model, stop_tokens))
+    check_value("generate", "seed", seed, is_integer(seed) and 0 <= seed < 2**32, _SEEDS)
     model = for_decoding(model)
     batch = _power_of_two(len(rows))
     padded = [*rows, *[[0]] * (batch - len(rows))]
@@ -227,12 +232,18 @@ def _result(end: _Loop, rows: int, max_new_tokens: int, speculative: int) -> Gen
 
 
 def _checked_rows(model: Nemotron, prompt_tokens: Sequence, max_new_tokens: int) -> list[list[int]]:
+    if not np.iterable(prompt_tokens):
+        raise ValueError(
+            f"generate: prompt_tokens={prompt_tokens!r} must be rows of tokens, as in [[1, 17]]"
+        )
     rows = [np.asarray(row).tolist() for row in prompt_tokens]
     vocabulary = model.config.vocab_size
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be at least 1")
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(
+            f"generate: max_new_tokens={max_new_tokens!r} must be an integer and at least 1"
+        )
     for number, row in enumerate(rows):
-        if not isinstance(row, list) or not all(isinstance(token, int) for token in row):
+        if not isinstance(row, list) or not all(type(token) is int for token in row):
             raise ValueError(
                 f"generate: prompt {number} is {row!r}; each prompt is a row of integer tokens"
             )
@@ -251,10 +262,10 @@ def _checked_rows(model: Nemotron, prompt_tokens: Sequence, max_new_tokens: int)
 
 
 def _check_speculative(model: Nemotron, speculative: int) -> None:
-    if not 0 <= speculative <= MOST_DRAFTS:
+    if not is_integer(speculative) or not 0 <= speculative <= MOST_DRAFTS:
         raise ValueError(
-            f"generate: speculative={speculative} must lie between 0 and {MOST_DRAFTS}; it is the "
-            "number of tokens drafted at a time"
+            f"generate: speculative={speculative!r} must be an integer between 0 and "
+            f"{MOST_DRAFTS}; it is the number of tokens drafted at a time"
         )
     if speculative and model.mtp_block is None:
         raise ValueError(
@@ -278,9 +289,26 @@ def _sampling_of_rows(sampling: Sampling, rows: int) -> Sampling:
     return dataclasses.replace(sampling, **{n: by_row(n, v) for n, v in fields.items()})
 
 
-def _stop_table(stop_tokens: Sequence[int] | int) -> Int[np.ndarray, "stops"]:
+def _checked_stops(model: Nemotron, stop_tokens: Sequence[int] | int) -> Sequence[int]:
+    """Every stop token is one that the model can emit."""
+    stops = np.atleast_1d(np.asarray(stop_tokens)).tolist()
+    if not all(map(is_integer, stops)):
+        raise ValueError(
+            f"generate: stop_tokens={stop_tokens!r} must be token ids, as in (2, 11); None takes "
+            "the checkpoint's own, () never stops"
+        )
+    vocabulary = model.config.vocab_size
+    for token in stops:
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"generate: stop_tokens={stop_tokens} holds {token}, outside the model's "
+                f"vocabulary of {vocabulary}; no text would ever stop there"
+            )
+    return stops
+
+
+def _stop_table(stop_tokens: Sequence[int]) -> Int[np.ndarray, "stops"]:
     """The stop tokens and at least one -1, which no token equals; its size hardly ever changes."""
-    stop_tokens = np.atleast_1d(np.asarray(stop_tokens, np.int32))
     table = np.full(_round_up(len(stop_tokens) + 1, _STOPS_STEP), -1, np.int32)
     table[: len(stop_tokens)] = stop_tokens
     return table

@@ -37,24 +37,31 @@ class Sampling:
         top_p: float | Sequence[float] = 1.0,
     ) -> "Sampling":
         """Raises ValueError for a value out of range."""
-        t, k, p = np.asarray(temperature), np.asarray(top_k), np.asarray(top_p)
+        t, k, p = _numbers("temperature", temperature), np.asarray(top_k), _numbers("top_p", top_p)
         if not np.all((t >= 0) & (t < np.inf)):
             raise ValueError(
                 f"Sampling: temperature={temperature} must be at least 0, and finite; 0 is greedy"
             )
         if not np.issubdtype(k.dtype, np.integer):
-            raise ValueError(f"Sampling: top_k={top_k} must be an integer; 0 keeps every token")
+            raise ValueError(f"Sampling: top_k={top_k!r} must be an integer; 0 keeps every token")
         if np.any(k < 0):
             raise ValueError(f"Sampling: top_k={top_k} must be at least 0; 0 keeps every token")
         if not np.all((p > 0) & (p <= 1)):
             raise ValueError(f"Sampling: top_p={top_p} must lie in (0, 1]; 1 keeps every token")
         return cls(
-            jnp.asarray(t, jnp.float32),
+            jnp.asarray(np.minimum(t, np.finfo(np.float32).max), jnp.float32),
             jnp.asarray(np.minimum(k, _LARGEST), jnp.int32),
             jnp.asarray(p, jnp.float32),
             greedy=bool(np.all(t < _SMALLEST_TEMPERATURE)),
             filtered=bool(np.any(k > 0) or np.any(p < 1)),
         )
+
+
+def _numbers(name: str, value: object) -> np.ndarray:
+    array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.number):
+        raise ValueError(f"Sampling: {name}={value!r} must be a number, or one for each row")
+    return array
 
 
 def distribution(logits: Float[Array, "B *T V"], sampling: Sampling) -> Float[Array, "B *T V"]:

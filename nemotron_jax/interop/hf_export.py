@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from nemotron_jax.config import hub
+from nemotron_jax.config.dtypes import dtype_name
+from nemotron_jax.config.hub_writer import to_hf
 from nemotron_jax.interop.hf_import import INDEX_FILE, SINGLE_FILE, default_dtype
 from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.model.nemotron import Nemotron
@@ -37,23 +38,45 @@ def save_hub(
 
     `dtype=None` gives each tensor the dtype of the files it was loaded from (for a new model
     bfloat16, selection biases float32). The new directory is written whole beside `path` and then
-    takes its place; files of an older directory that a model does not consist of are kept.
+    takes its place; files of an older directory that a model does not consist of are kept. Raises
+    ValueError for a dtype that no model is stored in and for a path that cannot be written.
     """
+    dtype = None if dtype is None else dtype_name("save_pretrained", dtype)
     target = Path(path).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-writing-", dir=target.parent))
+    staging = _staging(target)
     try:
         origin = model.origin if model.origin is not None else Origin("", "bfloat16")
         stored = origin.dtype if dtype is None else dtype
         exceptions = dict(origin.dtype_exceptions) if dtype is None else {}
         _write_tensors(model, staging, stored, exceptions, shard_bytes)
         _write_companions(model, staging, origin)
-        config = {**hub.to_hf(model.config), "dtype": stored}
+        # Transformers before 4.56 reads `torch_dtype` alone, and would load float32 without it.
+        config = {**to_hf(model.config, dtype=stored), "dtype": stored}
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        staging.chmod(0o755)
+        for file in staging.glob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(staging / "config.json", file)
+        staging.chmod(_with_search((staging / "config.json").stat().st_mode))
         _take_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _staging(target: Path) -> Path:
+    """A new folder beside `target`, where that may become a directory."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"save_pretrained: {target} is a file; name a directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}-writing-", dir=target.parent))
+    except OSError as error:
+        raise ValueError(
+            f"save_pretrained: {target} cannot be written ({error}); name a directory that can"
+        ) from None
+
+
+def _with_search(mode: int) -> int:
+    """A directory's mode for a file's: whoever may read it may look inside."""
+    return (mode | (mode & 0o444) >> 2 | 0o700) & 0o777
 
 
 def _take_place(staging: Path, target: Path) -> None:

@@ -3,12 +3,16 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 
+from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.dtypes import DTYPES, dtype_name
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
@@ -20,22 +24,33 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LISTED = 20  # names shown of a long list of faults
 _ALIGNMENT = 64  # bytes
+_EMBEDDING = "backbone.embeddings.weight"
+MTP = ("keep", "drop")
 
 
-def load_hub(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron:
+def load_hub(
+    path: str | os.PathLike, dtype: str | None = "float32", *, mtp: str = "keep"
+) -> Nemotron:
     """The model of a hub directory, its matrices in `dtype` (None: as stored).
 
-    Tensors are read one at a time, file by file, into the memory that a CPU device keeps. Missing,
-    extra and misshapen tensors are one ValueError that lists them all.
+    `mtp="drop"` leaves the MTP block out. Tensors are read one at a time, file by file, into the
+    memory that a CPU device keeps. Missing, extra and misshapen tensors are one ValueError that
+    lists them all.
     """
+    check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     directory = Path(path)
-    config = ModelConfig.from_hf(directory)
-    _refuse_quantised(directory)
-    stored = _stored_dtype(directory)
-    model = abstract_model(config, stored if dtype is None else dtype)
+    keys = read_json(directory / "config.json")
+    _refuse_quantised(directory, keys)
+    if mtp == "drop" and isinstance(keys, dict):
+        keys = {**keys, "num_nextn_predict_layers": 0}
+    config = ModelConfig.from_hf(keys if isinstance(keys, dict) else directory)
+    files = _open_files(directory, drop_mtp=mtp == "drop")
+    stored = _stored_dtype(directory, keys, files)
+    model = abstract_model(
+        config, stored if dtype is None else dtype_name("load_pretrained", dtype)
+    )
     shapes = {name: leaf.shape for name, leaf in flatten(model).items()}
     tensors = {tensor.name: tensor for tensor in hub_tensors(config, set(shapes))}
-    files = _open_files(directory)
     _check(directory, tensors, shapes, files)
 
     arrays = {name: _allocate(leaf.shape, leaf.dtype) for name, leaf in flatten(model).items()}
@@ -53,6 +68,16 @@ def load_hub(path: str | os.PathLike, dtype: str | None = "float32") -> Nemotron
     return loaded
 
 
+def read_json(file: Path) -> Any:
+    """What a JSON file of a directory holds; raises ValueError, naming it, where it is broken."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; pass the directory of a hub model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); download it again") from None
+
+
 def default_dtype(name: str, stored: str) -> np.dtype:
     """How a hub checkpoint of dtype `stored` keeps a tensor: as that, but selection biases as
     float32."""
@@ -67,10 +92,10 @@ def read_stop_tokens(directory: Path) -> tuple[int, ...]:
     file = directory / "generation_config.json"
     if not file.is_file():
         file = directory / "config.json"
-    try:
-        eos = json.loads(file.read_text()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); download it again") from error
+    values = read_json(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no JSON object; download it again")
+    eos = values.get("eos_token_id")
     tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(token) is int for token in tokens):
         raise ValueError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
@@ -85,20 +110,27 @@ def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _stored_dtype(directory: Path) -> str:
-    config = json.loads((directory / "config.json").read_text())
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> str:
+    """The dtype that config.json names, or that of the embeddings where it leaves it to the files.
+
+    Raises ValueError for one that no model is stored in.
+    """
+    named = keys.get("dtype") or keys.get("torch_dtype") or "auto"
+    if named != "auto":
+        return dtype_name(str(directory / "config.json"), named)
+    found = [file.entries[_EMBEDDING].dtype.name for file in files if _EMBEDDING in file.entries]
+    return found[0] if found and found[0] in DTYPES else "bfloat16"
 
 
-def _refuse_quantised(directory: Path) -> None:
+def _refuse_quantised(directory: Path, keys: Any) -> None:
     """Raise ValueError for a quantised checkpoint: its codes mean nothing without their scales."""
-    recipe = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    recipe = keys.get("quantization_config") if isinstance(keys, dict) else None
     file = directory / "config.json"
     if recipe is None:
         file = directory / "hf_quant_config.json"
         if not file.is_file():
             return
-        recipe = json.loads(file.read_text())
+        recipe = read_json(file)
     recipe = recipe.get("quantization", recipe) if isinstance(recipe, dict) else {}
     name = recipe.get("quant_algo") or recipe.get("quant_method") or "an unknown format"
     raise ValueError(
@@ -107,7 +139,8 @@ def _refuse_quantised(directory: Path) -> None:
     )
 
 
-def _open_files(directory: Path) -> list[SafetensorsFile]:
+def _open_files(directory: Path, *, drop_mtp: bool) -> list[SafetensorsFile]:
+    """The directory's files, their tensors under the names of the hub's own checkpoints."""
     index = directory / INDEX_FILE
     owner = _shards(index) if index.is_file() else {}
     names = sorted(set(owner.values())) or [SINGLE_FILE]
@@ -122,7 +155,31 @@ def _open_files(directory: Path) -> list[SafetensorsFile]:
             name for name in file.entries if owner.get(name, file.path.name) != file.path.name
         ]:
             del file.entries[tensor]
+    rename = _renaming({name for file in files for name in file.entries})
+    for file in files:
+        entries = {rename(name): entry for name, entry in file.entries.items()}
+        kept = {n: e for n, e in entries.items() if not (drop_mtp and n.startswith("mtp."))}
+        file.entries = kept
     return files
+
+
+def _renaming(names: set[str]) -> Callable[[str], str]:
+    """From the names of a checkpoint to the hub's: a language model inside another, or saved by
+    transformers under its own names."""
+    outer = "language_model."
+    outer = outer if not any(n.startswith("backbone.") for n in names) else ""
+    inner = {name.removeprefix(outer) for name in names}
+    is_renamed = any(n.startswith("model.") for n in inner) and not any(
+        n.startswith("backbone.") for n in inner
+    )
+
+    def rename(name: str) -> str:
+        name = name.removeprefix(outer)
+        if is_renamed and name.startswith("model."):
+            return "backbone." + name.removeprefix("model.")
+        return name
+
+    return rename
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -156,8 +213,14 @@ def _check(
         return
     more = f"\n  … and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
     hint = "compare config.json with the files"
+    if not tensors.keys() & found.keys():
+        prefixes = ", ".join(sorted({name.split(".")[0] + "." for name in found})[:5])
+        hint = f"all names begin with backbone., mtp. or lm_head. and not with {prefixes}"
     if all(fault.startswith("missing mtp.") for fault in faults):
-        hint = "set num_nextn_predict_layers to 0 in config.json to load the model without MTP"
+        hint = (
+            "transformers saves no MTP block: to load the model without it pass mtp='drop', or "
+            "set num_nextn_predict_layers to 0 in config.json"
+        )
     lines = "".join(f"\n  {fault}" for fault in sorted(faults)[:_LISTED])
     raise ValueError(
         f"{directory}: {len(faults)} tensors do not fit its config; {hint}:{lines}{more}"

@@ -9,9 +9,8 @@ import numpy as np
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 
 # Hub name within a layer -> our names within a block. Several of ours stand as consecutive rows of
-# one of
-# the hub's. `linear` matrices are stored output-first on the hub and input-first here; `conv` is
-# [channels, 1, taps] there and [taps, channels] here.
+# one of the hub's. `linear` matrices are stored output-first on the hub and input-first here;
+# `conv` is [channels, 1, taps] there and [taps, channels] here.
 _NORM = [("norm.weight", ("norm.weight",), "plain")]
 _IN = ("z", "x", "b", "c", "dt")
 _CONV = ("x_conv", "b_conv", "c_conv")

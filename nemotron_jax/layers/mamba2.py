@@ -145,6 +145,7 @@ class Mamba2(nnx.Module):
     def _step_size(self, raw: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         dt = jax.nn.softplus(raw + self.dt_bias[...])
         low, high = self.config.time_step_limit
+        high = math.inf if high > float(jnp.finfo(jnp.float32).max) else high
         return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
 
     def _scan(

@@ -7,7 +7,8 @@ is what one token touches: of the routed experts only `experts_per_token`.
 import dataclasses
 import math
 
-from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig, MoEConfig, require
+from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig, MoEConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
@@ -137,7 +138,7 @@ def decode_state(
     """Bytes that one sequence of `context` tokens keeps; only keys and values grow with it."""
     for name, dtype in (("kv", kv_dtype), ("ssm", ssm_dtype), ("conv", conv_dtype)):
         rule = f"must be one of {', '.join(BYTES)}"
-        require(dtype in BYTES, "decode_state", f"{name}_dtype", dtype, rule)
+        check_value("decode_state", f"{name}_dtype", dtype, dtype in BYTES, rule)
     kv_layer = ssm_layer = conv_layer = 0
     if config.attention:
         kv_width = 2 * config.attention.num_kv_heads * config.attention.head_dim
@@ -163,7 +164,7 @@ def full_width_twin(config: ModelConfig) -> ModelConfig:
     """
     moe = config.moe
     latent = moe.latent_width if moe else None
-    require(latent is not None, "ModelConfig", "moe.latent_width", latent, "must be configured")
+    check_value("ModelConfig", "moe.latent_width", latent, latent is not None, "must be configured")
     num_experts = moe.num_experts * latent // config.width
     twins = [
         dataclasses.replace(
@@ -317,4 +318,4 @@ def _weight_flops(config: ModelConfig, letter: str) -> int:
 def _check_depths(config: ModelConfig, mtp_depths: int) -> None:
     valid = mtp_depths == 0 or (mtp_depths > 0 and config.mtp is not None)
     rule = "must not be negative, and needs a model with mtp when positive"
-    require(valid, "forward_flops", "mtp_depths", mtp_depths, rule)
+    check_value("forward_flops", "mtp_depths", mtp_depths, valid, rule)

@@ -6,7 +6,8 @@ and imbalance cost more, so a measured step is slower than this one.
 
 import dataclasses
 
-from nemotron_jax.config.model import ModelConfig, require
+from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.model import accounting
 
 
@@ -43,7 +44,9 @@ def draft_seconds(
     config: ModelConfig, device: Device, *, rows: int, context: int, weight_bytes: int = 2
 ) -> float:
     """The same of one step of the MTP block for each of `rows` rows, the output head included."""
-    require(config.mtp is not None, "draft_seconds", "config.mtp", config.mtp, "must be configured")
+    check_value(
+        "draft_seconds", "config.mtp", config.mtp, config.mtp is not None, "must be configured"
+    )
     width = config.width
     weights = 2 * width * width + config.vocab_size * width
     weights += _weights(config, config.mtp.pattern, rows)
@@ -65,7 +68,9 @@ def break_even(
 
 def draft_cost(config: ModelConfig) -> float:
     """Parameters that a draft reads, over those that a step of one token reads: c_d's floor."""
-    require(config.mtp is not None, "draft_cost", "config.mtp", config.mtp, "must be configured")
+    check_value(
+        "draft_cost", "config.mtp", config.mtp, config.mtp is not None, "must be configured"
+    )
     with_draft = accounting.forward_flops(config, 1, mtp_depths=1).weights
     step = accounting.active_parameters(config, embedding=False)
     return (with_draft - accounting.forward_flops(config, 1).weights) / 2 / step

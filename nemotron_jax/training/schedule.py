@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from nemotron_jax.config.model import require
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.run import ScheduleConfig
 from nemotron_jax.types import Array
 
@@ -24,16 +24,12 @@ def learning_rate(
     magnifies at the beginning and the small final rate at the end.
     Raises ValueError when the schedule has more steps than int32 counts.
     """
-    require(
-        tokens_per_step >= 1, "learning_rate", "tokens_per_step", tokens_per_step, "must be >= 1"
+    check_value(
+        "learning_rate", "tokens_per_step", tokens_per_step, tokens_per_step >= 1, "must be >= 1"
     )
-    require(
-        config.total_tokens // tokens_per_step < 2**31,
-        "learning_rate",
-        "tokens_per_step",
-        tokens_per_step,
-        f"makes total_tokens={config.total_tokens} more than 2**31 steps; make steps larger",
-    )
+    few = config.total_tokens // tokens_per_step < 2**31
+    rule = f"makes total_tokens={config.total_tokens} more than 2**31 steps; make steps larger"
+    check_value("learning_rate", "tokens_per_step", tokens_per_step, few, rule)
     step = jnp.asarray(step, jnp.int32)
     peak, final = config.peak_learning_rate, config.final_learning_rate
     rate = jnp.float32(peak)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemotron_jax.config.hub import to_hf
+from nemotron_jax.config.hub_writer import to_hf
 from tests.benchmarks import compare, ours, scaling
 from tests.benchmarks.cases import CASES, SCALING_LENGTHS, Case
 from tests.tiny_models import tiny_config

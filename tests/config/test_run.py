@@ -1,15 +1,24 @@
 """A bad run fails when it is built, with the field, the value and the rule in the message."""
 
 import dataclasses
+import math
 
 import pytest
 
 from configs import models
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.config.model import AttentionConfig, MambaConfig, MLPConfig, MoEConfig, MTPConfig
+from nemotron_jax.config.model import (
+    AttentionConfig,
+    MambaConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+)
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
+    MeshConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -28,6 +37,7 @@ VALID = {
     AttentionConfig: {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
     MoEConfig: {"num_experts": 8, "experts_per_token": 2, "expert_width": 4, "shared_width": 4},
     MLPConfig: {"width": 4},
+    ModelConfig: {"vocab_size": 64, "width": 8, "pattern": "-", "mlp": MLPConfig(width=4)},
 }
 
 
@@ -68,6 +78,22 @@ VALID = {
         (MoEConfig, {"latent_width": 0}, "latent_width=0"),
         (MLPConfig, {"width": 0}, "width=0"),
         (MTPConfig, {"pattern": "M"}, "pattern='M'"),
+        (ScheduleConfig, {"peak_learning_rate": math.inf}, "peak_learning_rate=inf.*finite"),
+        (OptimizerConfig, {"weight_decay": math.nan}, "weight_decay=nan"),
+        (DataConfig, {"source_weights": (math.inf,)}, "source_weights"),
+        (TrainingConfig, {"steps": 2.5}, "steps=2.5.*integer"),
+        (TrainingConfig, {"steps": True}, "steps=True.*integer"),
+        (MeshConfig, {"data": "2"}, "data='2'.*integer"),
+        (RunConfig, {"seed": -1}, "seed=-1.*0 to 4294967295"),
+        (RunConfig, {"seed": 2**32}, "seed=4294967296"),
+        (MambaConfig, {"time_step_limit": (math.nan, 1.0)}, "time_step_limit"),
+        (MambaConfig, {"time_step_limit": 0.5}, "time_step_limit=0.5"),
+        (MoEConfig, {"weight_scale": 0.0}, "weight_scale=0.0"),
+        (ModelConfig, {"init_std": 0.0}, "init_std=0.0.*positive"),
+        (ModelConfig, {"norm_epsilon": -1e-5}, "norm_epsilon=-1e-05.*positive"),
+        (ModelConfig, {"eos_token": 64}, "eos_token=64.*vocab_size=64"),
+        (ModelConfig, {"bos_token": 99}, "bos_token=99.*vocab_size=64"),
+        (ModelConfig, {"pad_token": -1}, "pad_token=-1"),
     ],
 )
 def test_a_bad_value_is_named_when_the_config_is_built(cls, change: dict, message: str) -> None:

@@ -103,9 +103,22 @@ def test_no_top_p_keeps_every_token_of_a_large_vocabulary():
         ({"top_k": 1.5}, "top_k=1.5 must be an integer"),
         ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
         ({"top_p": 1.5}, r"top_p=1.5 must lie in \(0, 1\]"),
+        ({"temperature": float("inf")}, "temperature=inf must be at least 0, and finite"),
+        ({"temperature": "hot"}, "temperature='hot'"),
+        ({"temperature": None}, "temperature=None"),
+        ({"top_k": 1.5}, "top_k=1.5 must be an integer"),
+        ({"top_k": None}, "top_k=None"),
+        ({"top_p": "most"}, "top_p='most'"),
     ],
     ids=str,
 )
 def test_values_out_of_range_are_errors(options, message):
     with pytest.raises(ValueError, match=f"Sampling: {message}"):
         Sampling.create(**options)
+
+
+def test_a_high_temperature_is_uniform_and_a_high_k_keeps_every_token():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    rows = jnp.broadcast_to(jnp.asarray([1.0, 5.0, 3.0]), (4000, 3))
+    tokens = sample(rows, keys, Sampling.create(1e300, top_k=2**40))
+    assert np.bincount(tokens, minlength=3).min() > 1333 - 5 * 30  # five standard deviations

@@ -224,8 +224,8 @@ def test_rounds_give_the_tokens_that_acceptance_says(model):
 @pytest.mark.parametrize(
     "mtp, count, message",
     [
-        ("*E", -1, "speculative=-1 must lie between 0 and 32"),
-        ("*E", 33, "speculative=33 must lie between 0 and 32"),
+        ("*E", -1, "speculative=-1 must be an integer between 0 and 32"),
+        ("*E", 33, "speculative=33 must be an integer between 0 and 32"),
         (None, 2, "speculative=2 needs an MTP block"),
     ],
 )

@@ -1,7 +1,9 @@
 """Directories as users have them: stale shards, several end tokens, strange dtypes, quantised."""
 
 import json
+import os
 import shutil
+import stat
 
 import numpy as np
 import pytest
@@ -64,4 +66,96 @@ def test_a_quantised_checkpoint_is_refused_by_name(hub, where):
     else:
         (hub / where).write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     with pytest.raises(ValueError, match=rf"is quantised \(FP8, {where}\)"):
+        nj.load_pretrained(hub)
+
+
+def rename_tensors(hub, rename):
+    tensors = load_file(hub / "model.safetensors")
+    save_file({rename(n): a for n, a in tensors.items()}, hub / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: "language_model." + name,
+        lambda name: name.replace("backbone.", "model.", 1),
+        lambda name: "language_model." + name.replace("backbone.", "model.", 1),
+    ],
+)
+def test_other_prefixes_are_read_as_the_hub_s(hub, rename):
+    expected = load_file(hub / "model.safetensors")["backbone.embeddings.weight"]
+    rename_tensors(hub, rename)
+    np.testing.assert_array_equal(nj.load_pretrained(hub).embedding[...], expected)
+
+
+def test_an_unknown_prefix_is_named(hub):
+    rename_tensors(hub, lambda name: "transformer." + name)
+    with pytest.raises(ValueError, match="and not with transformer."):
+        nj.load_pretrained(hub)
+
+
+@pytest.mark.parametrize("spelling", ["torch.float32", "fp32", "auto", None])
+def test_every_spelling_of_the_stored_dtype_is_read(hub, spelling):
+    edit(hub / "config.json", dtype=None, torch_dtype=spelling)
+    model = nj.load_pretrained(hub, dtype=None)
+    assert model.origin.dtype == "float32" and model.head.weight[...].dtype == np.float32
+
+
+def test_dtypes_that_no_matrix_is_held_in_are_named(hub, tmp_path):
+    model = nj.load_pretrained(hub, dtype="torch.bfloat16")
+    assert model.head.weight[...].dtype == nj.load_pretrained(hub, "bf16").head.weight[...].dtype
+    for wrong in ("fp8", "int8", "bfloat", 8):
+        with pytest.raises(ValueError, match=r"load_pretrained.dtype=.*must be one of float32"):
+            nj.load_pretrained(hub, dtype=wrong)
+        with pytest.raises(ValueError, match=r"save_pretrained.dtype=.*must be one of float32"):
+            nj.save_pretrained(model, tmp_path / "out", dtype=wrong)
+    assert not (tmp_path / "out").exists()
+    edit(hub / "config.json", dtype="int4")
+    with pytest.raises(ValueError, match=r"config.json.dtype='int4'"):
+        nj.load_pretrained(hub)
+
+
+def test_mtp_can_be_left_out_of_files_that_hold_it_and_that_lack_it(tmp_path):
+    hub = shutil.copytree(GOLDEN / "hybrid_moe_latent" / "checkpoint", tmp_path / "hub")
+    assert nj.load_pretrained(hub).mtp_block is not None
+    dropped = nj.load_pretrained(hub, mtp="drop")
+    assert dropped.mtp_block is None and dropped.config.mtp is None
+    tensors = load_file(hub / "model.safetensors")
+    kept = {name: array for name, array in tensors.items() if not name.startswith("mtp.")}
+    assert len(kept) < len(tensors)
+    save_file(kept, hub / "model.safetensors")
+    with pytest.raises(ValueError, match="mtp='drop'.*num_nextn_predict_layers to 0"):
+        nj.load_pretrained(hub)
+    nj.save_pretrained(nj.load_pretrained(hub, mtp="drop"), tmp_path / "again")
+    assert nj.load_pretrained(tmp_path / "again").config == dropped.config
+    with pytest.raises(ValueError, match="mtp='no' *: must be one of keep, drop"):
+        nj.load_pretrained(hub, mtp="no")
+
+
+def test_an_export_can_be_read_by_all_and_by_older_readers(hub, tmp_path):
+    model = nj.load_pretrained(hub)
+    nj.save_pretrained(model, tmp_path / "out", dtype="bfloat16")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    usual = tmp_path / "usual"
+    usual.touch()
+    for file in (tmp_path / "out").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE(usual.stat().st_mode), file.name
+    assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o755
+
+
+def test_a_path_that_is_a_file_is_refused_before_anything_is_written(hub, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="save_pretrained: .*file.*name a directory"):
+            nj.save_pretrained(nj.load_pretrained(hub), path)
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "hub"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "null"])
+def test_a_broken_json_file_is_named(hub, name, text):
+    (hub / name).write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=name):
         nj.load_pretrained(hub)

@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from configs import models
-from nemotron_jax.config import hub
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.model import accounting
 
 PUBLIC = pathlib.Path(__file__).parents[1] / "golden" / "public"
@@ -47,7 +47,7 @@ def test_active_parameters_of_the_published_models() -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_counts_equal_those_of_a_checkpoint_file(name: str) -> None:
     shapes = checkpoint_shapes(name)
-    config = hub.from_hf(PUBLIC / name / "checkpoint")
+    config = ModelConfig.from_hf(PUBLIC / name / "checkpoint")
     mtp = {key: shape for key, shape in shapes.items() if key.startswith("mtp.")}
     count = accounting.parameters(config)
     assert count.mtp == sum(map(math.prod, mtp.values()))
@@ -59,7 +59,7 @@ def test_counts_equal_those_of_a_checkpoint_file(name: str) -> None:
     ("name", "depths"), [*((name, 0) for name in SETS), ("hybrid_moe_latent", 2)]
 )
 def test_weight_flops_are_twice_the_matrices_that_a_token_meets(name: str, depths: int) -> None:
-    config = hub.from_hf(PUBLIC / name / "checkpoint")
+    config = ModelConfig.from_hf(PUBLIC / name / "checkpoint")
     expected = 0.0
     for key, shape in checkpoint_shapes(name).items():
         if len(shape) == 1 or key == "backbone.embeddings.weight":
@@ -74,7 +74,7 @@ def test_weight_flops_are_twice_the_matrices_that_a_token_meets(name: str, depth
 
 
 def test_attention_and_scan_flops_by_counting_multiplications() -> None:
-    config = hub.from_hf(PUBLIC / "hybrid_moe_latent" / "checkpoint")
+    config = ModelConfig.from_hf(PUBLIC / "hybrid_moe_latent" / "checkpoint")
     queries, state = 4 * 24, 8 * 12 * 16
     context = 11
     flops = accounting.forward_flops(config, context)

@@ -219,10 +219,10 @@ def test_the_recipe_goes_through_run_files():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nvfp4_roles": ("mamba",)}, "'mamba'.*is no weight matmul.*mamba_in"),
+        ({"nvfp4_roles": ("mamba",)}, "'mamba'.*is not a weight matmul.*mamba_in"),
         ({"nvfp4_roles": ROLES[:1], "mxfp8_roles": ROLES[:1]}, "mamba_in cannot be in nvfp4_roles"),
         ({"num_last_layers_high": -1}, "num_last_layers_high=-1: must not be negative"),
-        ({"switch_format": "nvfp4"}, "switch_format='nvfp4': must be high or mxfp8"),
+        ({"switch_format": "nvfp4"}, "switch_format='nvfp4': must be one of high, mxfp8"),
     ],
 )
 def test_a_wrong_recipe_says_what_is_wrong(options, message):
