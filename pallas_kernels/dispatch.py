@@ -28,13 +28,15 @@ class Implementation:
     a sentence when they cannot run, else None. `platforms` are those on which it is preferred when
     the caller names no implementation: of "cpu", "tpu", "cuda", "rocm".
     `forward` and `backward` share one signature with those of every other implementation of the op;
-    an op without a backward of its own leaves it None.
+    an op without a backward of its own leaves it None. `outputs` returns what `forward` does less
+    its residuals, where leaving them out saves work.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     unsupported: Callable[..., str | None] = no_limits
     platforms: tuple[str, ...] = ()
+    outputs: Callable[..., Any] | None = None
 
 
 Implementations = Mapping[str, Implementation]
@@ -125,8 +127,13 @@ class Op:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _differentiable(op: Op, names: tuple[str, ...], options: Any, *operands: Any) -> Any:
+    def alone(entry: Implementation) -> Callable[..., Any]:
+        return entry.outputs or (
+            lambda *operands, **options: entry.forward(*operands, **options)[0]
+        )
+
     outputs = {
-        name: dataclasses.replace(entry, forward=lambda *o, f=entry.forward, **k: f(*o, **k)[0])
+        name: dataclasses.replace(entry, forward=alone(entry))
         for name, entry in op.implementations.items()
         if name in names
     }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.ssd import cpu, reference, xla
+from pallas_kernels.ssd import cpu, pallas_tpu, reference, xla
 
 
 def _recurrence(x, dt, A, B, C, D, state, documents, *, chunk):
@@ -36,6 +36,13 @@ SCAN = dispatch.Op(
         "xla": dispatch.Implementation(dispatch.keeping_operands(xla.forward), xla.backward),
         "cpu": dispatch.Implementation(
             dispatch.keeping_operands(cpu.forward), _cpu_gradients, platforms=("cpu",)
+        ),
+        "pallas_tpu": dispatch.Implementation(
+            pallas_tpu.forward,
+            pallas_tpu.backward,
+            pallas_tpu.unsupported,
+            platforms=("tpu",),
+            outputs=pallas_tpu.outputs,
         ),
     },
 )
