@@ -106,6 +106,29 @@ def tiny() -> ModelConfig:
     )
 
 
+def agent() -> ModelConfig:
+    """Learns to call tools in minutes on a CPU: early attention copies numbers within 200 steps.
+
+    With one attention layer after three others (`tiny`) 350 steps did not teach copying.
+    """
+    return ModelConfig(
+        vocab_size=896,
+        width=128,
+        pattern="M*M*E",
+        mamba=MambaConfig(num_heads=4, head_dim=32, state_size=16, num_groups=1, chunk=64),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32),
+        moe=MoEConfig(
+            num_experts=8,
+            experts_per_token=2,
+            expert_width=64,
+            shared_width=128,
+            latent_width=64,
+            weight_scale=2.0,
+        ),
+        init_std=0.079,
+    )
+
+
 def speculative() -> ModelConfig:
     """Deep and narrow: a draft costs 0.08 of a step, by the parameters that each reads.
 

@@ -21,7 +21,14 @@ from nemotron_jax.model.parameters import flatten
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RUN_FILES = sorted(file for file in CONFIGS.glob("*.py") if file.stem != "models")
-MODELS = (models.super_120b, models.nano_30b, models.ultra_550b, models.tiny, models.speculative)
+MODELS = (
+    models.super_120b,
+    models.nano_30b,
+    models.ultra_550b,
+    models.tiny,
+    models.agent,
+    models.speculative,
+)
 
 
 def built(file: pathlib.Path) -> ConfigDict:
