@@ -11,18 +11,19 @@ from jaxtyping import Float, Int
 from nemotron_jax.config.run import DataConfig
 from nemotron_jax.config.sft import SFTConfig
 from nemotron_jax.data import messages as sources_of
-from nemotron_jax.data.chat.render import ANSWERS, render
-from nemotron_jax.data.chat.tokens import RESERVED, ChatTokens, encode_chat
+from nemotron_jax.data.chat.tokens import RESERVED, ChatTokens, encode_chat, ordinary_texts
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
 from nemotron_jax.data.held_out import mix64
 from nemotron_jax.data.messages import (
     MESSAGES,
+    SLIPS,
     Conversation,
     Conversations,
     oracle_conversations,
     oracle_source,
     read_messages,
     reasons,
+    slip_source,
     split_at_users,
     without_reasoning,
 )
@@ -241,9 +242,13 @@ def _collect(source: str, data: DataConfig, sft: SFTConfig, seed: int) -> Conver
     if source.startswith(MESSAGES):
         path = source.removeprefix(MESSAGES)
         return read_messages(path, data.held_out_fraction, sft.bad_rows)
-    environment, level = oracle_source(source)
+    slip = ""
+    if source.startswith(SLIPS):
+        environment, level, slip = slip_source(source)
+    else:
+        environment, level = oracle_source(source)
     made = lambda split, count: tuple(
-        oracle_conversations(environment, level, count, split=split, seed=seed)
+        oracle_conversations(environment, level, count, split=split, seed=seed, slip=slip)
     )
     return Conversations(made("train", sft.oracle_tasks), made("held_out", HELD_OUT_TASKS))
 
@@ -256,21 +261,14 @@ def _tokenizer(
     elif data.tokenizer not in PATTERNS:
         tokenizer = Tokenizer.load(data.tokenizer)
     else:
-        texts = [_ordinary_text(c) for part in found for c in part.train]
+        every = [c for part in found for c in part.train]
+        texts = [t for c in every for t in ordinary_texts(c.messages, c.tools, c.options)]
         tokenizer = train_tokenizer(texts, vocab_size, pattern=PATTERNS[data.tokenizer])
     check_vocabulary(tokenizer, vocab_size)
     for name in RESERVED:
         tokenizer.token_id(name)  # a tokenizer without the family's names is told here
     tokenizer.save(directory)
     return tokenizer
-
-
-def _ordinary_text(conversation: Conversation) -> str:
-    """What the tokenizer has to spell: reserved names are ids of their own."""
-    text = render(conversation.messages, conversation.tools, conversation.options)
-    for name in (ANSWERS, *RESERVED):
-        text = text.replace(name, "\n")
-    return text
 
 
 def _tokenized(

@@ -19,7 +19,7 @@ from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Environment, Task
 from nemotron_jax.environments.turns import Turn
 
-MESSAGES, ORACLE = "messages:", "oracle:"
+MESSAGES, ORACLE, SLIPS = "messages:", "oracle:", "slips:"
 ROLES = ("system", "user", "assistant", "tool")
 _ROW_FIELDS = ("messages", "tools", "chat_template_kwargs")
 
@@ -96,7 +96,24 @@ def check_row(row: Any, *, origin: str = "") -> Conversation:
 
 def oracle_source(name: str) -> tuple[Environment, int | None]:
     """The environment and level that `oracle:NAME/LEVEL` names."""
-    environment, _, level = name.removeprefix(ORACLE).partition("/")
+    return _task_source(name, name.removeprefix(ORACLE))
+
+
+def slip_source(name: str) -> tuple[Environment, int | None, str]:
+    """The environment, level and slip that `slips:NAME/LEVEL:SLIP` names."""
+    tasks, _, slip = name.removeprefix(SLIPS).partition(":")
+    environment, level = _task_source(name, tasks)
+    known = sorted(environment.slips(environment.split(0, "train", 0, level=level)))
+    if slip not in known:
+        raise ValueError(
+            f"data.sources={name!r}: the slip must be one of {', '.join(known)}; write "
+            f"{SLIPS}NAME/LEVEL:SLIP"
+        )
+    return environment, level, slip
+
+
+def _task_source(name: str, tasks: str) -> tuple[Environment, int | None]:
+    environment, _, level = tasks.partition("/")
     if environment not in registry:
         raise ValueError(
             f"data.sources={name!r}: no environment is called {environment!r}; "
@@ -109,23 +126,41 @@ def oracle_source(name: str) -> tuple[Environment, int | None]:
 
 
 def oracle_conversations(
-    environment: Environment, level: int | None, count: int, *, split: str, seed: int = 0
+    environment: Environment,
+    level: int | None,
+    count: int,
+    *,
+    split: str,
+    seed: int = 0,
+    slip: str = "",
 ) -> list[Conversation]:
-    """The oracle's way through the first `count` tasks of a split."""
+    """The oracle's way through the first `count` tasks of a split, or another that `slip` names."""
     tasks = (environment.split(seed, split, index, level=level) for index in range(count))
+    if slip:
+        return [played_conversation(environment, t, environment.slips(t)[slip])[0] for t in tasks]
     return [oracle_conversation(environment, task) for task in tasks]
 
 
 def oracle_conversation(environment: Environment, task: Task) -> Conversation:
     """One task's messages, the oracle's turns, and what the environment replied to each."""
+    found, reward = played_conversation(environment, task, environment.oracle(task))
+    assert reward == 1, f"the oracle of {task.id} earns {reward}"
+    return found
+
+
+def played_conversation(
+    environment: Environment, task: Task, turns: Sequence[Turn | str]
+) -> tuple[Conversation, float]:
+    """A task played with these turns up to its end, and the reward of it."""
     messages = list(task.messages)
     with environment.start(task) as session:
-        for turn in environment.oracle(task):
+        for turn in turns:
+            if session.over:
+                break
             messages.append(Turn.of(turn).message())
             messages += session.reply(turn)
         reward = session.verify().reward
-    assert reward == 1, f"the oracle of {task.id} earns {reward}"
-    return Conversation(tuple(messages), task.tools, DEFAULT, task.id)
+    return Conversation(tuple(messages), task.tools, DEFAULT, task.id), reward
 
 
 def without_reasoning(conversation: Conversation) -> Conversation:
@@ -224,9 +259,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def source_names(sources: Sequence[str]) -> None:
     """Raise ValueError for a source that is none of conversations."""
     for source in sources:
-        if not source.startswith((MESSAGES, ORACLE)):
+        if not source.startswith((MESSAGES, ORACLE, SLIPS)):
             raise ValueError(
-                f"data.sources={source!r}: fine-tuning reads {MESSAGES}FILE or {ORACLE}NAME/LEVEL"
+                f"data.sources={source!r}: fine-tuning reads {MESSAGES}FILE, {ORACLE}NAME/LEVEL or "
+                f"{SLIPS}NAME/LEVEL:SLIP"
             )
+        if source.startswith(SLIPS):
+            slip_source(source)
         if source.startswith(ORACLE):
             oracle_source(source)

@@ -81,11 +81,26 @@ class Arithmetic(Environment):
 
     def oracle(self, task: Task) -> list[Turn | str]:
         calls = [calling("calc", e=step) for step, _ in task.data["steps"]]
-        return [*calls, _final(task)]
+        return [*calls, _final(task, task.data["answer"])]
 
     def alternatives(self, task: Task) -> list[list[Turn | str]]:
         answer = task.data["answer"]
         return [[f"I worked it out in my head.\nAnswer: {answer}"], [f"\\boxed{{{answer}}}"]]
+
+    def slips(self, task: Task) -> dict[str, list[Turn | str]]:
+        """`left_to_right` heeds no precedence and no bracket, `guess` calls no calculator."""
+        text = task.data["expression"].replace("(", "").replace(")", "")
+        first, *rest = re.findall(r"[-+*]?\d+", text)
+        value, calls = Fraction(first), []
+        for operator, *digits in rest:
+            operand = Fraction("".join(digits))
+            calls.append(calling("calc", e=f"{shown(value)}{operator}{shown(operand)}"))
+            value = apply(value, operator, operand)
+        near = number(task.data["answer"]) + Draws(task.id).between(-9, 9)
+        return super().slips(task) | {
+            "left_to_right": [*calls, _final(task, shown(value))],
+            "guess": [_final(task, shown(near))],
+        }
 
     def cheats(self, task: Task) -> dict[str, list[Turn | str]]:
         answer = number(task.data["answer"])
@@ -100,8 +115,7 @@ class Arithmetic(Environment):
         }
 
 
-def _final(task: Task) -> str:
-    answer = task.data["answer"]
+def _final(task: Task, answer: str) -> str:
     return answer if task.level == 0 else f"Answer: {answer}"
 
 

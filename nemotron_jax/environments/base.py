@@ -245,6 +245,14 @@ class Environment(abc.ABC):
         """Turns that this family invites to and that score 0, by the name of the trick."""
         return {}
 
+    def slips(self, task: Task) -> dict[str, list[Turn | str]]:
+        """What a learner does that has the form and not yet the way, by name; may score by luck.
+
+        `other` plays the way through another task of the same level.
+        """
+        other = self.split(task.seed, task.split, task.index + 1, level=task.level)
+        return {"other": self.oracle(other)}
+
     def unavailable(self) -> str | None:
         """Why no session can start here and what to do about it; None when one can. Cheap."""
         return None

@@ -9,7 +9,9 @@ from nemotron_jax.data.messages import (
     check_row,
     oracle_conversations,
     oracle_source,
+    played_conversation,
     read_messages,
+    slip_source,
     split_at_users,
     without_reasoning,
 )
@@ -140,3 +142,19 @@ def test_a_conversation_that_reasons_is_split_so_that_each_thought_is_shown_once
     assert split_at_users(kept) == [kept]
     plain = check_row({"messages": [USER, ASKS, REPLY, USER, ASKS]})
     assert split_at_users(plain) == [plain]
+
+
+def test_a_slip_is_played_and_named_where_it_is_unknown():
+    environment, level, slip = slip_source("slips:arithmetic/1:left_to_right")
+    tasks = [environment.split(0, "train", index, level=level) for index in range(40)]
+    rewards = [played_conversation(environment, t, environment.slips(t)[slip])[1] for t in tasks]
+    heeded = [eval(t.data["expression"]) for t in tasks]  # noqa: S307
+    plain = [float(c.messages[-1]["content"].split()[-1]) for c in slips(environment, level, slip)]
+    assert rewards == [float(a == b) for a, b in zip(heeded, plain, strict=True)]
+    assert 0 < sum(rewards) < 40
+    with pytest.raises(ValueError, match="must be one of guess, left_to_right, other"):
+        slip_source("slips:arithmetic/1:right_to_left")
+
+
+def slips(environment, level, slip):
+    return oracle_conversations(environment, level, 40, split="train", slip=slip)

@@ -85,15 +85,34 @@ def encode_pieces(tokenizer: Tokenizer, run: Sequence[Piece]) -> list[int]:
 
     Text between two reserved tokens is encoded as one, wherever its pieces meet.
     """
-    parts: list[str | int] = [""]
+    parts = _parts(run)
+    texts = iter(tokenizer.encode_batch([text for text, reserved in parts if not reserved]))
+    ids = ([tokenizer.token_id(t)] if reserved else next(texts) for t, reserved in parts)
+    return [token for part in ids for token in part]
+
+
+def ordinary_texts(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: ChatOptions = DEFAULT,
+) -> list[str]:
+    """The texts of a conversation that are encoded one by one, for a tokenizer to learn from."""
+    every = frozenset(index for index, m in enumerate(messages) if m["role"] == "assistant")
+    runs = _runs(pieces(messages, tools, options), every)
+    parts = [part for _, run in runs for part in _parts(run)]
+    return [text for text, reserved in parts if text and not reserved]
+
+
+def _parts(run: Sequence[Piece]) -> list[tuple[str, bool]]:
+    """Adjoining pieces as texts, each with whether it is a reserved token's name."""
+    parts = [("", False)]
     for piece in run:
         for text in _RESERVED.split(piece.text) if piece.markup else (piece.text,):
             if piece.markup and text in RESERVED:
-                parts += [tokenizer.token_id(text), ""]
+                parts += [(text, True), ("", False)]
             else:
-                parts[-1] += text
-    texts = iter(tokenizer.encode_batch([part for part in parts if isinstance(part, str)]))
-    return [token for part in parts for token in ([part] if isinstance(part, int) else next(texts))]
+                parts[-1] = parts[-1][0] + text, False
+    return parts
 
 
 def _runs(whole: Sequence[Piece], turns: frozenset[int]) -> list[tuple[bool, list[Piece]]]:
