@@ -16,9 +16,10 @@ from nemotron_jax.config.checks import (
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.rl import RLConfig
 from nemotron_jax.config.sft import SFTConfig
 
-STAGES = ("pretrain", "sft")
+STAGES = ("pretrain", "sft", "grpo")
 
 TRAINS = ("all", "mtp", "lora")
 
@@ -172,6 +173,14 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WarmStart:
+    """The fine-tuning that a run of stage `grpo` begins with, in the same directory."""
+
+    training: TrainingConfig
+    data: DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One run of train.py."""
 
@@ -182,7 +191,9 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
     stage: str = "pretrain"
-    sft: SFTConfig = SFTConfig()  # of stage sft alone
+    sft: SFTConfig = SFTConfig()  # of stage sft, and of a warm start
+    rl: RLConfig = RLConfig()  # of stage grpo alone
+    warm_start: WarmStart | None = None  # fine-tuning before stage grpo
     lora: LoRAConfig | None = None  # adapters on the model, of training.trains='lora'
     seed: int = 0
     init_from: str = ""  # a hub's or a run's directory whose parameters the run begins with

@@ -1,0 +1,107 @@
+"""How a model plays tasks, and how what it earned moves it: reinforcement learning."""
+
+import dataclasses
+
+from nemotron_jax.config.checks import (
+    at_least_one,
+    check,
+    counts,
+    is_finite,
+    not_negative,
+    one_of,
+    positive,
+)
+
+RATIOS = ("one", "clipped")
+INVALID_TURNS = ("penalise", "mask")
+OVERLONG = ("keep", "mask")
+REWARDS = ("earned", "permuted")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Group-relative policy optimisation with the corrections of Nemotron 3 Super.
+
+    `ratio`: `one` forces the policy ratio to 1, which is right where each batch of episodes is used
+    for one update; `clipped` is PPO's, within 1 - clip_low … 1 + clip_high. `invalid_turns`: a turn
+    that breaks the chat format gets the advantage -turn_penalty, or no loss at all. `overlong`:
+    episodes that were cut off are learned from as they are, or only counted in the means of their
+    groups. Defaults are the released ones. Source: the stage-one config of NVIDIA's Super recipe,
+    NeMo RL branch super-v3.
+    """
+
+    ratio: str = "one"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    importance_cap: float = 5.0  # of trainer over generator, a token's weight
+    sequence_limit: float = 2.0  # mean exp|log ratio| beyond which an episode is left out
+    advantage_clip: float = 50.0
+    turn_penalty: float = 5.0
+    invalid_turns: str = "penalise"
+    overlong: str = "keep"
+    kl_weight: float = 0.0  # of k3 to the model that the run began with
+
+    def __post_init__(self) -> None:
+        one_of(self, "ratio", RATIOS)
+        one_of(self, "invalid_turns", INVALID_TURNS)
+        one_of(self, "overlong", OVERLONG)
+        not_negative(self, "clip_low", "clip_high", "turn_penalty", "kl_weight")
+        check(self, "clip_low", self.clip_low < 1, "must be below 1")
+        positive(self, "importance_cap", "sequence_limit", "advantage_clip")
+        rule = "must be at least 1, which equal policies have"
+        for field in ("importance_cap", "sequence_limit"):
+            check(self, field, getattr(self, field) >= 1, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Episodes of one optimizer step: `prompts` tasks, each played `generations` times.
+
+    `environments` are `NAME` or `NAME/LEVEL`; prompts are shared out by `shares`, equally without.
+    Tokens of an episode are its whole conversation's, the description of its tools included.
+    """
+
+    environments: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+    prompts: int = 16
+    generations: int = 16
+    max_tokens: int = 96
+    max_turn_tokens: int = 32
+    max_turns: int = 8
+    temperature: float = 1.0
+    thinking: bool = False  # whether prompts open the reasoning
+    low_effort: float = 0.0  # share of prompts that ask for low effort, with its length reward
+    low_effort_tokens: int = 3000  # of reasoning and answer at which that reward turns negative
+    workers: int = 0  # processes that play environments; 0 plays them in this one
+    timeout_s: float = 60.0  # after which a worker counts as hung
+    rewards: str = "earned"  # "permuted" deals them out at random: a control that must not learn
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "prompts", "generations", "max_tokens", "max_turn_tokens", "max_turns")
+        at_least_one(self, "low_effort_tokens")
+        counts(self, "workers")
+        positive(self, "temperature", "timeout_s")
+        not_negative(self, "low_effort")
+        check(self, "low_effort", self.low_effort <= 1, "must be a share, at most 1")
+        valid = all(is_finite(share) and share > 0 for share in self.shares)
+        matched = len(self.shares) in (0, len(self.environments))
+        rule = f"must give each of the {len(self.environments)} environments a positive share"
+        check(self, "shares", valid and matched, rule)
+        one_of(self, "rewards", REWARDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Stage `grpo`: episodes, objective, and the held-out tasks that tell what was learned."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    updates: int = 1  # optimizer steps on each batch of episodes
+    held_out_tasks: int = 128  # of each environment, played once at each evaluation
+    result_tasks: int = 512  # of each environment, played before and after for result.json
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "updates", "held_out_tasks", "result_tasks")
+        on_policy = self.updates == 1 or self.objective.ratio == "clipped"
+        rule = "must be 1 where objective.ratio='one', since later ones are off the policy; set "
+        check(self, "updates", on_policy, f"{rule}objective.ratio='clipped'")
