@@ -144,6 +144,15 @@ def gather_parameter(x: jax.Array, axes: Axes) -> jax.Array:
     return _constrained(x, whole)
 
 
+def part_shape(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
+    """What each device holds of a parameter with these logical axes, on the mesh at hand."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = _sizes()
+    if not sizes:
+        return tuple(shape)
+    return NamedSharding(mesh, parameter_spec(axes, shape, sizes)).shard_shape(tuple(shape))
+
+
 def local(
     function: Callable[..., Any],
     in_axes: Sequence[Axes | Weight | None],

@@ -18,6 +18,7 @@ class Execution:
 
     `remat`: `none` keeps every activation; `full` keeps only what flows between units and
     recomputes the rest; `mixers` keeps the inputs of each mixer and recomputes what lies inside.
+    A scan keeps no copy of a layer's weights with any of them.
     `compute_dtype`: `auto` computes in the dtype of the model's matrices. `layers`: `scan` compiles
     one unit, `unrolled` each of them; with a cache layers are always unrolled. `kernels`: `auto`
     follows the target platform. `aux_loss`: the sequence balance loss takes each row as one

@@ -1,6 +1,7 @@
 """The layer stack: parameters stacked by kind, run as a scan over units or layer by layer."""
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable
@@ -14,10 +15,23 @@ from jaxtyping import Array, Float
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.latent_moe import RouterMetrics
 from nemotron_jax.model.block import Block
+from nemotron_jax.sharding import part_shape
 from nemotron_jax.types import Context, Rows
 from pallas_kernels import nvfp4
 
 Stacks = dict[str, Block | nnx.List | None]  # by pattern letter
+
+# Primitives that take a layer's weights from their stack, cast them and gather their parts.
+MOVES = {
+    "all_gather",
+    "convert_element_type",
+    "custom_vjp_call",
+    "dynamic_slice",
+    "pad",
+    "reshape",
+    "sharding_constraint",
+    "squeeze",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +145,9 @@ def _unit(
     units: UnitTable, config: ModelConfig, stacks: Stacks, rows: Rows, context: Context
 ) -> Callable[[Array, tuple], tuple[Array, RouterMetrics]]:
     """The body of one run's scan."""
-    whole_unit = context.execution.remat == "full"
 
     def run_block(letter: str, x: Array, place: tuple) -> tuple[Array, RouterMetrics | None]:
+        index = units.index[letter]
         first = int(units.layer[letter].max())  # any layer of the run: their formats are the same
 
         def run(x: Array, place: tuple) -> tuple[Array, RouterMetrics | None]:
@@ -142,7 +156,12 @@ def _unit(
             y, _, report = _take(stacks[letter], number)(x, own, None, inner)
             return y, report
 
-        return run(x, place) if whole_unit else _rematerialised(run, context)(x, place)
+        def skip(x: Array, place: tuple) -> tuple[Array, RouterMetrics | None]:
+            return x, _no_metrics(config) if letter == "E" else None
+
+        if np.all(index >= 0):
+            return run(x, place)
+        return jax.lax.cond(place[0] >= 0, run, skip, x, place)
 
     def run_unit(x: Array, places: tuple) -> tuple[Array, RouterMetrics | None]:
         numbers, layers = places
@@ -150,18 +169,40 @@ def _unit(
         for letter, index in units.index.items():
             if np.all(index < 0):
                 continue
-            empty = report if letter == "E" else None
-            x, found = _run_if_present(
-                np.all(index >= 0),
-                lambda x, place, letter=letter: run_block(letter, x, place),
-                lambda x, place, empty=empty: (x, empty),
-                x,
-                (numbers[letter], layers[letter]),
+            # Around the choice and never inside: a branch hands on all that its block keeps, and
+            # for a checkpoint that is the whole stack.
+            block = jax.checkpoint(
+                functools.partial(run_block, letter),
+                prevent_cse=False,
+                policy=_kept(stacks[letter], context.execution.remat),
             )
+            x, found = block(x, (numbers[letter], layers[letter]))
             report = report if found is None else found
         return x, report
 
+    whole_unit = context.execution.remat == "full"
     return jax.checkpoint(run_unit, prevent_cse=False) if whole_unit else run_unit
+
+
+def _kept(stack: Block, remat: str) -> Callable[..., bool]:
+    """Which values of a block the backward pass finds again: for `mixers` none; else all but the
+    layer's weights, which it takes from their stack once more.
+
+    A value is told by the primitive that makes it and by the shapes that this one is given.
+    """
+    if remat == "mixers":
+        return jax.checkpoint_policies.nothing_saveable
+    shapes = set()
+    for weight in jax.tree.leaves(stack, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        of_all = weight[...].shape
+        of_one = of_all[1:]
+        shapes |= {of_all, (1, *of_one), of_one, part_shape(weight.axes, of_one)}
+
+    def keep(primitive: object, *operands: object, **_: object) -> bool:
+        arrays = [operand.shape for operand in operands if operand.shape]
+        return not (str(primitive) in MOVES and len(arrays) == 1 and arrays[0] in shapes)
+
+    return keep
 
 
 def _of_layer(
@@ -179,18 +220,8 @@ def _of_layer(
     return dataclasses.replace(rows, words=words), dataclasses.replace(context, formats=formats)
 
 
-def _run_if_present(
-    always: bool, run: Callable, skip: Callable, x: Array, place: tuple
-) -> tuple[Array, RouterMetrics | None]:
-    if always:
-        return run(x, place)
-    return jax.lax.cond(place[0] >= 0, run, skip, x, place)
-
-
 def _rematerialised(run: Callable, context: Context) -> Callable:
-    if context.execution.remat == "none":
-        return run
-    return jax.checkpoint(run, prevent_cse=context.execution.layers != "scan")
+    return run if context.execution.remat == "none" else jax.checkpoint(run)
 
 
 def _take(stack: Block, number: int | Array) -> Block:

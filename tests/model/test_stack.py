@@ -28,9 +28,10 @@ SEGMENTS = jnp.asarray(np.repeat([[1, 2, 3, 0]], [5, 1, 9, 4], axis=1))
 
 def loss(model, tokens, execution):
     """A number that every parameter but the head's moves, and what comes with it."""
-    output = model(tokens, segment_ids=SEGMENTS, execution=execution)
+    segments = SEGMENTS[:, : tokens.shape[1]]
+    output = model(tokens, segment_ids=segments, execution=execution)
     weights = jnp.cos(jnp.arange(output.hidden.size)).reshape(output.hidden.shape)
-    total = jnp.sum(weights * output.hidden * (SEGMENTS > 0)[..., None]) + output.aux_loss
+    total = jnp.sum(weights * output.hidden * (segments > 0)[..., None]) + output.aux_loss
     return total, output
 
 
@@ -69,17 +70,45 @@ def test_scan_and_remat_equal_the_plain_loop(pattern, execution, unrolled):
             assert relative_l2(leaf, wanted[name]) < 5e-5, name
 
 
+def kept_bytes(pattern, remat, tokens):
+    """What the backward pass is handed beside the parameters themselves."""
+    model = tiny_model(pattern)
+    call = lambda model: loss(model, tokens, nj.Execution(remat=remat))[0]
+    kept = jax.eval_shape(lambda model: jax.vjp(call, model)[1], model)
+    return stored_bytes(kept) - stored_bytes(model)
+
+
+def stored_bytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def test_remat_keeps_less_for_the_backward_pass():
     tokens = random_tokens(1, *SEGMENTS.shape)
-
-    def kept_bytes(remat):
-        execution = nj.Execution(remat=remat)
-        call = lambda model: loss(model, tokens, execution)[0]
-        kept = jax.eval_shape(lambda model: jax.vjp(call, model)[1], tiny_model("MEME"))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-
-    everything, mixers, full = (kept_bytes(remat) for remat in ("none", "mixers", "full"))
+    everything, mixers, full = (kept_bytes("MEME", r, tokens) for r in ("none", "mixers", "full"))
     assert full < mixers < 0.7 * everything
+
+
+@pytest.mark.parametrize("pattern", ["MEMEME", LONG, "M-M-*-M-"])  # the second lacks some blocks
+@pytest.mark.parametrize("remat", ["none", "mixers", "full"])
+def test_no_copy_of_a_weight_is_kept(pattern, remat):
+    # Twice the tokens are twice the activations; what does not grow with them is weights.
+    few, many = (kept_bytes(pattern, remat, random_tokens(1, 1, length)) for length in (8, 16))
+    assert 2 * few - many < 0.1 * stored_bytes(tiny_model(pattern))
+
+
+@pytest.mark.parametrize("pattern", [LONG, pytest.param("M-M-*-M-", marks=pytest.mark.slow)])
+def test_compiled_memory_of_remat_is_activations(pattern):
+    tokens = random_tokens(1, *SEGMENTS.shape)
+
+    def temporaries(remat):
+        compiled = run.lower(tiny_model(pattern), tokens, nj.Execution(remat=remat)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    activations = kept_bytes(pattern, "none", tokens)
+    units = len(UnitTable.parse(pattern).index["M"])
+    none, mixers, full = (temporaries(remat) for remat in ("none", "mixers", "full"))
+    assert none <= full + activations
+    assert mixers <= full + activations / units
 
 
 @pytest.mark.parametrize(
