@@ -20,8 +20,8 @@ VENV_HF ?= .venv-hf
 REQUIREMENTS := requirements.txt pyproject.toml constraints-py311.txt constraints-latest.txt
 # Two workers: a test is mostly compilation, which one core does.
 WORKERS := --numprocesses 2 --dist loadfile
-FAST := -m "not slow and not hf" --ignore=tests/hf $(WORKERS)
-ALL := -m "not hf" --ignore=tests/hf $(WORKERS)
+FAST := -m "not slow and not hf and not prove_tpu" --ignore=tests/hf $(WORKERS)
+ALL := -m "not hf and not prove_tpu" --ignore=tests/hf $(WORKERS)
 
 .PHONY: help
 help:  ## list the targets
@@ -46,6 +46,14 @@ test-hf: $(VENV_HF)/.installed  ## compare with Hugging Face transformers, in an
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/.installed  ## run the fast tests on Python >= 3.12 with the newest jax
 	@$(VENV_LATEST)/bin/python -m pytest $(FAST)
+
+.PHONY: prove
+prove: $(VENV)/.libtpu  ## compile every TPU kernel for v5p, v5e, v6e and tpu7x; no TPU is needed
+	@$(VENV)/bin/python -m pallas_kernels.prove --target=v5p,v5e,v6e,tpu7x $(PROVE)
+
+.PHONY: prove-v5p
+prove-v5p: $(VENV)/.libtpu  ## the same as a test, for v5p alone (within 10 minutes on two cores)
+	@$(VENV)/bin/python -m pytest tests/pallas_kernels/test_prove.py -m prove_tpu --numprocesses 2
 
 .PHONY: sandbox
 sandbox: $(VENV)/.installed  ## say which sandbox runs model-written code here, and what would better it
@@ -82,6 +90,18 @@ endef
 
 $(VENV)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV),$(PYTHON),--editable '.[dev]')
+
+# The compiler for TPUs, which only the proofs need.
+$(VENV)/.libtpu: $(VENV)/.installed
+	@echo "make: installing libtpu, the compiler for TPUs, into $(VENV)" >&2
+	@constraints=constraints-py311.txt; \
+	if $(VENV)/bin/python $(call is_new,12); then constraints=constraints-latest.txt; fi; \
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --editable '.[tpu]' --constraint $$constraints || { \
+	    echo "make: libtpu could not be installed, so no kernel can be compiled for a TPU" >&2; \
+	    exit 1; \
+	}
+	@touch $@
 
 $(VENV_HF)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 transformers==5.23.0)

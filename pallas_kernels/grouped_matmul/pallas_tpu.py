@@ -50,7 +50,7 @@ def matmul(
     rows, depth = lhs.shape
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
     matrix = rhs[0].size * rhs.dtype.itemsize
-    height = _tile_rows(rows, (depth + width) * lhs.dtype.itemsize, matrix)
+    height = tile_rows(rows, (depth + width) * lhs.dtype.itemsize, matrix)
     visits = by_tile(group_sizes, rows, height)
     kernel = functools.partial(
         _matmul_kernel,
@@ -86,7 +86,7 @@ def outer(
     rows, depth = lhs.shape
     experts, width = group_sizes.shape[0], dout.shape[1]
     row_bytes = depth * lhs.dtype.itemsize + width * dout.dtype.itemsize
-    height = _tile_rows(rows, row_bytes, 4 * depth * width)
+    height = tile_rows(rows, row_bytes, 4 * depth * width)
     visits = by_expert(group_sizes, rows, height)
     kernel = functools.partial(
         _outer_kernel,
@@ -142,7 +142,7 @@ def mlp_gradients(
     """
     rows, width, hidden_width = lhs.shape[0], lhs.shape[1], up.shape[2]
     row_bytes = 2 * (width + hidden_width) * lhs.dtype.itemsize
-    height = _tile_rows(rows, row_bytes, 2 * up[0].size * up.dtype.itemsize)
+    height = tile_rows(rows, row_bytes, 2 * up[0].size * up.dtype.itemsize)
     visits = by_tile(group_sizes, rows, height)
     kernel = functools.partial(_hidden_kernel, bound=visits.expert.shape[0] // visits.cores)
     out_shape = jax.ShapeDtypeStruct((rows, hidden_width), lhs.dtype)
@@ -341,7 +341,7 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     )
 
 
-def _tile_rows(rows: int, row_bytes: int, fixed_bytes: int) -> int:
+def tile_rows(rows: int, row_bytes: int, fixed_bytes: int) -> int:
     """The height of a tile whose blocks, two of each, fit beside two of `fixed_bytes`."""
     fits = (h for h in TILE_ROWS if 2 * (h * row_bytes + fixed_bytes) <= VMEM_BLOCKS)
     return min(next(fits, TILE_ROWS[-1]), -(-rows // STEP) * STEP)

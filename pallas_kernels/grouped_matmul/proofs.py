@@ -1,0 +1,146 @@
+"""What is proven of the grouped products: every kernel at the published shapes, in bfloat16."""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.grouped_matmul import op, pallas_tpu, specs
+from pallas_kernels.proofs import Proof, nbytes
+
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+
+def proofs() -> Iterator[Proof]:
+    """Super's and Nano's experts, with loads as skewed as lognormal(1) makes them."""
+    for name in ("super", "nano"):
+        routing = specs.SHAPES[name]
+        rows = routing.tokens * routing.choices
+        sizes = _skewed(rows, routing.experts)
+        narrow = jax.ShapeDtypeStruct((rows, routing.latent), BF16)
+        wide = jax.ShapeDtypeStruct((rows, routing.hidden), BF16)
+        up = jax.ShapeDtypeStruct((routing.experts, routing.latent, routing.hidden), BF16)
+        down = jax.ShapeDtypeStruct((routing.experts, routing.hidden, routing.latent), BF16)
+        groups = jax.ShapeDtypeStruct(sizes.shape, I32)
+        yield _product(name, "forward, up", narrow, up, groups, sizes, activation="relu2")
+        yield _product(name, "forward, down", wide, down, groups, sizes)
+        yield _product(name, "of rows", wide, up, groups, sizes, transpose_rhs=True)
+        yield _outer(name, narrow, wide, groups, sizes)
+        yield _hidden(name, (narrow, up, down, groups, narrow), sizes)
+
+
+def _skewed(rows: int, experts: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    wanted = rng.lognormal(0, 1, experts)
+    return rng.multinomial(rows, wanted / wanted.sum())
+
+
+def _product(name, direction, lhs, rhs, groups, sizes, *, transpose_rhs=False, activation=None):
+    width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
+    out = jax.ShapeDtypeStruct((lhs.shape[0], width), lhs.dtype)
+    options = {"transpose_rhs": transpose_rhs}
+    height = pallas_tpu.tile_rows(
+        lhs.shape[0], 2 * (lhs.shape[1] + width), 2 * math.prod(rhs.shape[1:])
+    )
+    visits = _visits(sizes, lhs.shape[0], height)
+    plain = functools.partial(op.grouped_matmul, implementation="xla", **options)
+    return Proof(
+        kernel="grouped_matmul_transposed" if transpose_rhs else "grouped_matmul",
+        direction=direction,
+        shape=name,
+        run=functools.partial(pallas_tpu.matmul, activation=activation, **options),
+        operands=(lhs, rhs, groups),
+        flops=2 * lhs.size * width,
+        bytes=nbytes(lhs, rhs, out),
+        steps=len(visits),
+        counts=(len({tile for tile, _, _ in visits}), *_piece_counts(visits, height, width)),
+        multiplied_flops=2 * _multiplied_rows(visits, height) * lhs.shape[1] * width,
+        plain=plain if activation is None else None,
+    )
+
+
+def _outer(name, lhs, dout, groups, sizes):
+    rows, depth = lhs.shape
+    width = dout.shape[1]
+    out = jax.ShapeDtypeStruct((len(sizes), depth, width), F32)
+    height = pallas_tpu.tile_rows(rows, 2 * (depth + width), 4 * depth * width)
+    visits = _visits(sizes, rows, height)
+    return Proof(
+        kernel="grouped_outer",
+        direction="of matrices",
+        shape=name,
+        run=pallas_tpu.outer,
+        operands=(lhs, dout, groups),
+        flops=2 * rows * depth * width,
+        bytes=nbytes(lhs, dout, out),
+        steps=len(visits),
+        multiplied_flops=2 * _multiplied_rows(visits, height) * depth * width,
+        plain=functools.partial(op.grouped_outer, implementation="xla"),
+    )
+
+
+def _hidden(name, operands, sizes):
+    lhs, up = operands[:2]
+    rows, width, hidden = lhs.shape[0], lhs.shape[1], up.shape[2]
+    out = jax.ShapeDtypeStruct((rows, hidden), lhs.dtype)
+    height = pallas_tpu.tile_rows(rows, 4 * (width + hidden), 4 * width * hidden)
+    visits = _visits(sizes, rows, height)
+    return Proof(
+        kernel="grouped_hidden_gradient",
+        direction="of hidden",
+        shape=name,
+        run=pallas_tpu.mlp_gradients,  # and the three products that it is for
+        operands=operands,
+        flops=4 * rows * width * hidden,
+        bytes=nbytes(operands, out, out),
+        steps=len(visits),
+        counts=(len({tile for tile, _, _ in visits}), *_piece_counts(visits, height, hidden)),
+        multiplied_flops=4 * _multiplied_rows(visits, height) * width * hidden,
+    )
+
+
+def _visits(sizes: np.ndarray, rows: int, height: int) -> list[tuple[int, int, int]]:
+    """Tile, first row and last of every visit that has rows; the rows are counted in the tile."""
+    ends = np.minimum(np.cumsum(sizes), rows)
+    found = []
+    for begin, end in zip(np.append(0, ends[:-1]), ends):
+        if begin == end:
+            continue
+        for tile in range(begin // height, -(-end // height)):
+            low, high = max(begin, tile * height), min(end, (tile + 1) * height)
+            found.append((tile, low - tile * height, high - tile * height))
+    return found
+
+
+def _pieces(visits: list, height: int) -> tuple[int, list[int]]:
+    """Whole pieces of all visits, and how many there are of each height that takes the rest."""
+    large = min(pallas_tpu.LARGE, height)
+    whole, rests = 0, [0] * -(-large // pallas_tpu.STEP)
+    for _, low, high in visits:
+        covered = high - low // pallas_tpu.ALIGN * pallas_tpu.ALIGN
+        whole += covered // large
+        if rest := covered % large:
+            rests[-(-rest // pallas_tpu.STEP) - 1] += 1
+    return whole, rests
+
+
+def _multiplied_rows(visits: list, height: int) -> int:
+    whole, rests = _pieces(visits, height)
+    large = min(pallas_tpu.LARGE, height)
+    return whole * large + sum(
+        count * (place + 1) * pallas_tpu.STEP for place, count in enumerate(rests)
+    )
+
+
+def _piece_counts(visits: list, height: int, width: int) -> list[float]:
+    """How often the loops over columns run, of whole pieces and of each height of the rest."""
+    whole, rests = _pieces(visits, height)
+    block = next((w for w in (512, 384, 256) if width % w == 0), min(512, width))
+    blocks, counts = width // block, []
+    for number in (whole, *rests):
+        # Columns that no whole block holds stand beside the loop, and run once a piece.
+        counts += [number, number * blocks] if width % block else [number * blocks]
+    return counts

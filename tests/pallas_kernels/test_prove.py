@@ -1,0 +1,97 @@
+"""The kernels compile for a TPU that is not here, and what is told of them is right."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import bundles, prove
+from pallas_kernels.grouped_matmul import proofs, visits
+
+# A loop over a grid with a condition of 120 bundles and a loop of 6 in it. Bundle 0x10 begins the
+# outer loop, 0x20 jumps over what follows to 0x9d, 0xa0 begins the inner loop.
+LISTING = [(place, "{ nop }") for place in range(0x110)]
+MARKS = {
+    0x10: "{ nop } /* Start region 5 */",
+    0x20: "{ 34 = sbr.rel (%p1) target = $region7 }",
+    0x9D: "{ nop } /* Start/End empty region 7 :: Start region 8 */",
+    0xA0: "{ nop } /* Start region 9 */",
+    0xA3: "{ 35 = sbr.rel (!%p2) target = $region9 }",
+    0x100: "{ 36 = sbr.rel (!%p3) target = $region5 }",
+}
+
+
+def listing() -> str:
+    return "\n".join(f" 0x{place:x}   : > {MARKS.get(place, text)}" for place, text in LISTING)
+
+
+def test_parts_of_a_listing_are_its_loops_and_long_conditions() -> None:
+    kernel, outer, condition, inner = bundles.parts(listing())
+    assert (outer.kind, outer.depth, outer.first, outer.last) == ("loop", 1, 0x10, 0x105)
+    assert (condition.kind, condition.depth, condition.bundles) == ("condition", 2, 0x9D - 0x25)
+    assert (inner.kind, inner.depth, inner.bundles) == ("loop", 2, 8)
+    assert kernel.bundles + outer.bundles + condition.bundles + inner.bundles == 0x110
+
+
+def test_cycles_are_bundles_times_trips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "LARGE", 110)
+    found = bundles.parts(listing())
+    kernel, outer, condition, inner = (part.bundles for part in found)
+    # The inner loop is small, so it is taken to run at every step.
+    counted = bundles.cycles(found, 50, (50, 4))
+    assert counted == kernel + 50 * outer + 4 * condition + 50 * inner
+    with pytest.raises(ValueError, match="1 counts for 2 large parts; they are >loop 117, >>cond"):
+        bundles.cycles(found, 50, (50,))
+
+
+def test_counted_visits_are_those_of_the_kernel() -> None:
+    rows, height = 150, 32
+    tables = jax.jit(visits.by_tile, static_argnums=(1, 2))
+    for sizes in ((0, 100, 0, 37, 5), (1, 1, 1, 0, 0), (64, 64, 0, 8, 0), (0, 0, 3, 200, 9)):
+        made = tables(jnp.asarray(sizes, jnp.int32), rows, height)
+        kernel = [np.asarray(table) for table in (made.tile, made.low, made.high)]
+        expected = sorted((t, a, b) for t, a, b in zip(*kernel) if b > a)
+        assert sorted(proofs._visits(np.asarray(sizes), rows, height)) == expected
+
+
+def test_a_row_without_a_program_says_why() -> None:
+    def refuses(x: jax.Array) -> jax.Array:
+        raise ValueError("two\nlines")
+
+    program, why = prove._compiled(refuses, [jax.ShapeDtypeStruct((2,), jnp.float32)], None)
+    assert program is None and why == "two lines"
+
+
+def test_an_unknown_target_is_one_sentence(capsys: pytest.CaptureFixture) -> None:
+    assert prove.main(["--target=v9"]) == 2
+    assert "must be one of v5e, v5p, v6e, tpu7x" in capsys.readouterr().err
+
+
+def named(proof: Any) -> str:
+    return f"{proof.kernel} {proof.direction} {proof.shape}"
+
+
+@pytest.fixture(scope="session")
+def v5p() -> Iterator[tuple]:
+    from jax.sharding import SingleDeviceSharding
+
+    from pallas_kernels import absent
+
+    # Of this process alone: another one empties its own folder.
+    os.environ.pop("PALLAS_KERNELS_LISTINGS", None)
+    with prove.listings() as folder:
+        yield SingleDeviceSharding(absent.tpu_devices("v5p:2x2x1")[0]), folder
+
+
+@pytest.mark.prove_tpu
+@pytest.mark.parametrize("proof", list(prove.all_proofs()), ids=named)
+def test_a_kernel_compiles_for_v5p(proof: Any, v5p: tuple) -> None:
+    row = prove.row_of(proof, "v5p", *v5p)
+    assert row["compiled"], row["why"]
+    assert 0 < row["vmem_bytes"] < 128 * 2**20
+    if proof.counts is not None:
+        assert row["nanoseconds"] >= proof.flops / prove.CHIPS["v5p"].tflops / 1e3, row["why"]
