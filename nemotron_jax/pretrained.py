@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.dtypes import dtype_name
@@ -20,13 +21,18 @@ from nemotron_jax.interop.hf_import import MTP, load_hub
 from nemotron_jax.model.adapters import abstract_adapted, has_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.sharding import current_mesh
 from nemotron_jax.training.checkpoint import load_parameters, saved_config
 from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
 from nemotron_jax.types import Origin
 
 
 def load_pretrained(
-    path: str | os.PathLike, dtype: str | None = "float32", *, mtp: str = "keep"
+    path: str | os.PathLike,
+    dtype: str | None = "float32",
+    *,
+    mtp: str = "keep",
+    mesh: Mesh | None = None,
 ) -> Nemotron:
     """The model of a hub directory, or of a run's directory as of its newest whole checkpoint.
 
@@ -34,14 +40,15 @@ def load_pretrained(
 
     `dtype` is that of the matrices (None: as stored); what the family computes in float32 stays
     float32. `mtp="drop"` leaves the MTP block out, which directories saved by transformers lack.
+    `mesh` lays the parameters out on its devices as the step does; each host reads its own parts.
     Raises ValueError when the directory holds neither, or a file of it is damaged.
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     dtype = None if dtype is None else dtype_name("load_pretrained", dtype)
     directory = Path(path)
     if _is_run(directory):
-        return _load_run(directory, dtype, drop_mtp=mtp == "drop")
-    return load_hub(directory, dtype, mtp=mtp)
+        return _load_run(directory, dtype, mesh, drop_mtp=mtp == "drop")
+    return load_hub(directory, dtype, mtp=mtp, mesh=mesh)
 
 
 def begin_run(config: RunConfig) -> TrainState:
@@ -51,7 +58,7 @@ def begin_run(config: RunConfig) -> TrainState:
     """
     if not config.init_from:
         return place_state(config)
-    model = load_pretrained(config.init_from)
+    model = load_pretrained(config.init_from, mesh=current_mesh())
     if model.config != config.model:
         names = [field.name for field in dataclasses.fields(config.model)]
         wrong = [n for n in names if getattr(model.config, n) != getattr(config.model, n)]
@@ -120,8 +127,8 @@ def _is_run(directory: Path) -> bool:
     return isinstance(config, dict) and "format_version" in config and "model_type" not in config
 
 
-def _load_run(directory: Path, dtype: str | None, *, drop_mtp: bool) -> Nemotron:
-    config, parameters = load_parameters(directory)
+def _load_run(directory: Path, dtype: str | None, mesh: Mesh | None, *, drop_mtp: bool) -> Nemotron:
+    config, parameters = load_parameters(directory, mesh=mesh)
     run = saved_config(directory)
     if drop_mtp:
         config = dataclasses.replace(config, mtp=None)

@@ -1,40 +1,44 @@
 """Loading a hub directory (config.json and safetensors files) into a model."""
 
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.dtypes import DTYPES, dtype_name
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
+from nemotron_jax.interop.parts import Destination
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
+from nemotron_jax.model.parameters import abstract_model, flatten, model_shardings, unflatten
 from nemotron_jax.types import Origin
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LISTED = 20  # names shown of a long list of faults
-_ALIGNMENT = 64  # bytes
 _EMBEDDING = "backbone.embeddings.weight"
 MTP = ("keep", "drop")
 
 
 def load_hub(
-    path: str | os.PathLike, dtype: str | None = "float32", *, mtp: str = "keep"
+    path: str | os.PathLike,
+    dtype: str | None = "float32",
+    *,
+    mtp: str = "keep",
+    mesh: Mesh | None = None,
 ) -> Nemotron:
     """The model of a hub directory, its matrices in `dtype` (None: as stored).
 
     `mtp="drop"` leaves the MTP block out. Tensors are read one at a time, file by file, into the
-    memory that a CPU device keeps. Missing, extra and misshapen tensors are one ValueError that
+    memory that a CPU device keeps; with a mesh those that this host's devices hold a part of, and
+    of each their parts are kept. Missing, extra and misshapen tensors are one ValueError that
     lists them all.
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
@@ -53,14 +57,21 @@ def load_hub(
     tensors = {tensor.name: tensor for tensor in hub_tensors(config, set(shapes))}
     _check(directory, tensors, shapes, files)
 
-    arrays = {name: _allocate(leaf.shape, leaf.dtype) for name, leaf in flatten(model).items()}
+    placed = {} if mesh is None else model_shardings(model, mesh)
+    into = {
+        name: Destination(leaf.shape, leaf.dtype, placed.get(name))
+        for name, leaf in flatten(model).items()
+    }
     exceptions = []
     for file in files:
         for name, entry in file.entries.items():
-            tensors[name].from_hub(file.read(name), arrays)
+            tensor = tensors[name]
+            if any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
+                for parameter, values in tensor.from_hub(file.read(name), shapes):
+                    into[parameter].write(tensor.index, values)
             if entry.dtype != default_dtype(name, stored):
                 exceptions.append((name, entry.dtype.name))
-    parameters = {name: jax.device_put(arrays.pop(name), may_alias=True) for name in shapes}
+    parameters = {name: into.pop(name).array() for name in shapes}
     loaded = unflatten(model, parameters)
     loaded.origin = Origin(
         str(directory.resolve()), stored, tuple(sorted(exceptions)), read_stop_tokens(directory)
@@ -100,14 +111,6 @@ def read_stop_tokens(directory: Path) -> tuple[int, ...]:
     if not all(type(token) is int for token in tokens):
         raise ValueError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
     return tuple(tokens)
-
-
-def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory at a 64-byte boundary, which a CPU device takes without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> str:

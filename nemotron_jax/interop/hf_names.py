@@ -87,13 +87,14 @@ class HubTensor:
         ]
         return (sum(part[0] for part in parts), *parts[0][1:])
 
-    def from_hub(self, array: np.ndarray, into: dict[str, np.ndarray]) -> None:
-        """Write the hub's rows into our arrays, in their dtype."""
+    def from_hub(
+        self, array: np.ndarray, shapes: dict[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The parameters' values at `index`, from the hub's rows."""
         start = 0
         for name in self.parameters:
-            target = into[name][self.index]
-            rows = _hub_shape(target.shape, self.layout)[0]
-            into[name][self.index] = _from_hub(array[start : start + rows], self.layout)
+            rows = _hub_shape(shapes[name][len(self.index) :], self.layout)[0]
+            yield name, _from_hub(array[start : start + rows], self.layout)
             start += rows
 
 

@@ -23,12 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.adapters import abstract_adapted
-from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
 from nemotron_jax.training.manifest import find_fault, sync_directory, write_manifest
 from nemotron_jax.training.state import TrainState
 
@@ -257,11 +258,12 @@ def saved_config(run_directory: str | Path) -> RunConfig | None:
 
 
 def load_parameters(
-    run_directory: str | Path, step: int | None = None
+    run_directory: str | Path, step: int | None = None, *, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, Table]:
     """A run's model configuration and its parameters by name, of one step or the newest whole one.
 
-    Raises ValueError when there is no such checkpoint or none is whole.
+    `mesh` lays them out on its devices; by default they are on one. Raises ValueError when there is
+    no such checkpoint or none is whole.
     """
     folder = Path(run_directory).absolute() / FOLDER
     parts = (CONFIG, STATE, f"{ARRAYS}/{MODEL}/")
@@ -276,7 +278,10 @@ def load_parameters(
             f"load_parameters: {folder} holds no checkpoint; train for some steps first"
         )
     run = from_json((path / CONFIG).read_text("utf-8"))
-    like = flatten(abstract_adapted(run.model, run.lora))
+    model = abstract_adapted(run.model, run.lora)
+    like = flatten(model)
+    for name, sharding in ({} if mesh is None else model_shardings(model, mesh)).items():
+        like[name] = jax.ShapeDtypeStruct(like[name].shape, like[name].dtype, sharding=sharding)
     return run.model, _read_arrays(path, {MODEL: like})[MODEL]
 
 
