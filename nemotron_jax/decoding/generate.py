@@ -10,15 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.checks import check_value, is_integer
-from nemotron_jax.decoding.sampling import Sampling, sample
-from nemotron_jax.decoding.speculative import (
-    DRAW,
-    Acceptance,
-    finish_round,
-    keys_at,
-    run_round,
-)
-from nemotron_jax.decoding.step import for_decoding, prefill_chunk
+from nemotron_jax.decoding.loop import Loop, Rules, first_tokens, run_rounds
+from nemotron_jax.decoding.sampling import Sampling
+from nemotron_jax.decoding.speculative import Acceptance
+from nemotron_jax.decoding.step import for_decoding, last_hidden, prefill_chunk
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
 
@@ -38,21 +33,6 @@ class Generated:
     lengths: Int[np.ndarray, "B"]  # new tokens of each row, its stop token counted
     logprobs: Float[np.ndarray, "B N"]  # float32 log-softmax of the untempered logits; 0 in padding
     acceptance: Acceptance | None = None  # of drafted tokens; None without speculation
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Loop:
-    """What the decode loop carries. Each row's newest token is in `tokens`, not in the cache."""
-
-    cache: Cache
-    token: Int[Array, "B"]
-    tokens: Int[Array, "B N"]
-    logprobs: Float[Array, "B N"]
-    lengths: Int[Array, "B"]
-    done: Array
-    verifications: Int[Array, ""]
-    accepted: Int[Array, "k"]  # drafts at each place
 
 
 def generate(
@@ -137,8 +117,8 @@ def _prefill_chunk(
     model: Nemotron, cache: Cache, tokens: Array, valid: Array, hidden: Array
 ) -> tuple[Cache, Array]:
     """The cache after a chunk, and each row's last hidden state so far."""
-    cache, last = prefill_chunk(model, cache, tokens, valid)
-    return cache, jnp.where((valid > 0)[:, None], last, hidden)
+    cache, states = prefill_chunk(model, cache, tokens, valid)
+    return cache, jnp.where((valid > 0)[:, None], last_hidden(states, valid), hidden)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "speculative"), donate_argnums=1)
@@ -154,73 +134,18 @@ def _decode(
     real: Array,
     capacity: int,
     speculative: int,
-) -> _Loop:
+) -> Loop:
     """The loop's end; its cache is a result, so that the donated one is written in place."""
-    batch = logits.shape[0]
+    batch, pad = logits.shape[0], model.config.pad_token
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-    token = sample(logits, keys_at(row_keys, cache.length, DRAW), sampling)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    logprob = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    empty = _Loop(
-        cache=cache,
-        token=token,
-        # Room for a last round's tokens past the limit, which are not kept.
-        tokens=jnp.full((batch, capacity + speculative + 1), model.config.pad_token, jnp.int32),
-        logprobs=jnp.zeros((batch, capacity + speculative + 1), jnp.float32),
-        lengths=jnp.zeros(batch, jnp.int32),
-        done=~real,
-        verifications=jnp.int32(0),
-        accepted=jnp.zeros(speculative, jnp.int32),
-    )
-    emit = functools.partial(_emit, stops=stops, limit=limit, pad=model.config.pad_token)
-    start = emit(empty, token[:, None], logprob, jnp.ones_like(token))
-
-    def run(loop: _Loop) -> _Loop:
-        options = {"sampling": sampling, "row_keys": row_keys}
-        round = run_round(model, loop.cache, loop.token, speculative, **options)
-        stood = jnp.arange(speculative) < round.accepted[:, None]
-        active = ~loop.done
-        loop = dataclasses.replace(
-            emit(loop, round.tokens, round.logprobs, round.accepted + 1),
-            token=jnp.take_along_axis(round.tokens, round.accepted[:, None], axis=1)[:, 0],
-            verifications=loop.verifications + jnp.sum(active),
-            accepted=loop.accepted + jnp.sum(stood & active[:, None], axis=0),
-        )
-        # A row that this round has finished grows no more: the others may go on for long.
-        return dataclasses.replace(loop, cache=finish_round(model, round, ~loop.done))
-
-    return jax.lax.while_loop(lambda loop: ~jnp.all(loop.done), run, start)
+    rules = Rules(sampling, row_keys, stops, limit, pad)
+    token, sizes = jnp.zeros(batch, jnp.int32), {"capacity": capacity, "speculative": speculative}
+    start = Loop.create(cache, token, ~real, pad=pad, **sizes)
+    start = first_tokens(start, logits, jnp.ones(batch, bool), rules)
+    return run_rounds(model, start, rules, speculative=speculative)
 
 
-def _emit(
-    loop: _Loop,
-    tokens: Int[Array, "B n"],
-    logprobs: Float[Array, "B n"],
-    count: Int[Array, "B"],
-    *,
-    stops: Array,
-    limit: Array,
-    pad: int,
-) -> _Loop:
-    """Rows with the first `count` tokens added, up to a stop token and to the limit."""
-    stop = jnp.any(tokens[..., None] == stops, axis=-1)
-    # The place of a row's first stop token, or one that no count reaches.
-    first = jnp.where(jnp.any(stop, axis=1), jnp.argmax(stop, axis=1), tokens.shape[1])
-    room = jnp.where(loop.done, 0, limit - loop.lengths)
-    kept = jnp.minimum(jnp.minimum(count, first + 1), room)
-    inside = jnp.arange(tokens.shape[1]) < kept[:, None]
-    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
-    lengths = loop.lengths + kept
-    return dataclasses.replace(
-        loop,
-        tokens=write(loop.tokens, jnp.where(inside, tokens, pad), loop.lengths),
-        logprobs=write(loop.logprobs, jnp.where(inside, logprobs, 0.0), loop.lengths),
-        lengths=lengths,
-        done=loop.done | (lengths >= limit) | (first < kept),
-    )
-
-
-def _result(end: _Loop, rows: int, max_new_tokens: int, speculative: int) -> Generated:
+def _result(end: Loop, rows: int, max_new_tokens: int, speculative: int) -> Generated:
     assert not np.any(end.cache.overflowed()), "a row outgrew its cache"
     counts = int(end.verifications), np.asarray(end.accepted)
     return Generated(

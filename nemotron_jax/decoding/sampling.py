@@ -37,24 +37,29 @@ class Sampling:
         top_p: float | Sequence[float] = 1.0,
     ) -> "Sampling":
         """Raises ValueError for a value out of range."""
-        t, k, p = _numbers("temperature", temperature), np.asarray(top_k), _numbers("top_p", top_p)
-        if not np.all((t >= 0) & (t < np.inf)):
-            raise ValueError(
-                f"Sampling: temperature={temperature} must be at least 0, and finite; 0 is greedy"
-            )
-        if not np.issubdtype(k.dtype, np.integer):
-            raise ValueError(f"Sampling: top_k={top_k!r} must be an integer; 0 keeps every token")
-        if np.any(k < 0):
-            raise ValueError(f"Sampling: top_k={top_k} must be at least 0; 0 keeps every token")
-        if not np.all((p > 0) & (p <= 1)):
-            raise ValueError(f"Sampling: top_p={top_p} must lie in (0, 1]; 1 keeps every token")
-        return cls(
-            jnp.asarray(np.minimum(t, np.finfo(np.float32).max), jnp.float32),
-            jnp.asarray(np.minimum(k, _LARGEST), jnp.int32),
-            jnp.asarray(p, jnp.float32),
-            greedy=bool(np.all(t < _SMALLEST_TEMPERATURE)),
-            filtered=bool(np.any(k > 0) or np.any(p < 1)),
+        t, k, p = checked_sampling(temperature, top_k, top_p)
+        greedy = bool(np.all(t < _SMALLEST_TEMPERATURE))
+        filtered = bool(np.any(k > 0) or np.any(p < 1))
+        return cls(*(jnp.asarray(value) for value in (t, k, p)), greedy=greedy, filtered=filtered)
+
+
+def checked_sampling(
+    temperature: float | Sequence[float], top_k: int | Sequence[int], top_p: float | Sequence[float]
+) -> tuple[Float[np.ndarray, "*B"], Int[np.ndarray, "*B"], Float[np.ndarray, "*B"]]:
+    """The three as float32, int32 and float32. Raises ValueError for a value out of range."""
+    t, k, p = _numbers("temperature", temperature), np.asarray(top_k), _numbers("top_p", top_p)
+    if not np.all((t >= 0) & (t < np.inf)):
+        raise ValueError(
+            f"Sampling: temperature={temperature} must be at least 0, and finite; 0 is greedy"
         )
+    if not np.issubdtype(k.dtype, np.integer):
+        raise ValueError(f"Sampling: top_k={top_k!r} must be an integer; 0 keeps every token")
+    if np.any(k < 0):
+        raise ValueError(f"Sampling: top_k={top_k} must be at least 0; 0 keeps every token")
+    if not np.all((p > 0) & (p <= 1)):
+        raise ValueError(f"Sampling: top_p={top_p} must lie in (0, 1]; 1 keeps every token")
+    t = np.minimum(t, np.finfo(np.float32).max).astype(np.float32)
+    return t, np.minimum(k, _LARGEST).astype(np.int32), p.astype(np.float32)
 
 
 def _numbers(name: str, value: object) -> np.ndarray:
@@ -76,7 +81,14 @@ def distribution(logits: Float[Array, "B *T V"], sampling: Sampling) -> Float[Ar
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
     scaled = scaled / jnp.where(greedy, 1.0, temperature)
     if sampling.filtered:
-        scaled = keep_likely(scaled, by_row(sampling.top_k), by_row(sampling.top_p))
+        top_k, top_p = by_row(sampling.top_k), by_row(sampling.top_p)
+        # Rows come and go where a program is compiled for any: without filters, none sorts.
+        scaled = jax.lax.cond(
+            jnp.any(sampling.top_k > 0) | jnp.any(sampling.top_p < 1),
+            lambda scaled: keep_likely(scaled, top_k, top_p),
+            lambda scaled: scaled,
+            scaled,
+        )
     likeliest = jnp.argmax(logits, axis=-1)[..., None] == jnp.arange(logits.shape[-1])
     certain = jnp.where(likeliest, 0.0, -jnp.inf)
     return jnp.where(greedy, certain, jax.nn.log_softmax(scaled, axis=-1))
@@ -89,9 +101,15 @@ def draw(log_probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]
 
 def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
     """One token a row of what `sampling` makes of its logits."""
+    likeliest = lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return draw(distribution(logits, sampling), keys)
+        return likeliest(logits)
+    return jax.lax.cond(
+        jnp.all(sampling.temperature < _SMALLEST_TEMPERATURE),
+        likeliest,
+        lambda logits: draw(distribution(logits, sampling), keys),
+        logits,
+    )
 
 
 def keep_likely(

@@ -36,14 +36,19 @@ def for_decoding(model: Nemotron, dtype: str | None = None) -> Nemotron:
 
 def prefill_chunk(
     model: Nemotron, cache: Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
-) -> tuple[Cache, Float[Array, "B D"]]:
-    """The cache after `lengths` tokens of each row, and the hidden state of each row's last one.
+) -> tuple[Cache, Float[Array, "B T D"]]:
+    """The cache after `lengths` tokens of each row, and the hidden states of all.
 
-    A row of length 0 keeps its states; its hidden state means nothing.
+    A row of length 0 keeps its states; hidden states past the lengths mean nothing.
     """
     output = model(tokens, cache=cache, lengths=lengths)
-    last = _at(output.hidden, lengths - 1)
-    return _with_mtp(model, cache, output.cache, output.hidden, tokens, lengths), last
+    cache = _with_mtp(model, cache, output.cache, output.hidden, tokens, lengths)
+    return cache, output.hidden
+
+
+def last_hidden(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    """Each row's hidden state of the last of `lengths` tokens; one of no tokens means nothing."""
+    return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
 def decode_step(
@@ -104,10 +109,5 @@ def _with_mtp(
     moved = lambda a: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), jnp.roll(a, -1, 1), a)
     count = jnp.maximum(lengths - first, 0)
     mtp = model.mtp_step(moved(known), moved(tokens), cache=before.mtp, lengths=count).cache
-    last = jnp.where((lengths > 0)[:, None], _at(hidden, lengths - 1), before.hidden)
+    last = jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), before.hidden)
     return dataclasses.replace(after, mtp=mtp, hidden=last)
-
-
-def _at(hidden: Float[Array, "B T D"], index: Int[Array, "B"]) -> Float[Array, "B D"]:
-    """Each row's hidden state at its index, at 0 for a negative one."""
-    return jnp.take_along_axis(hidden, jnp.maximum(index, 0)[:, None, None], axis=1)[:, 0]

@@ -40,6 +40,50 @@ class KVState:
             )
         return KVState(_write(self.k, k, offset), _write(self.v, v, offset))
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.k.shape[1]
+
+    def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+        """Every row's keys and values, for queries in `dtype`."""
+        return self.k.astype(dtype), self.v.astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedKV:
+    """Keys and values in pages of a pool that rows share; `table` names each row's pages in order.
+
+    Nothing hangs on where a page lies, for attention has no positions. Page 0 belongs to nobody: it
+    takes what is written past a row's pages, and is never read within a row's length.
+    """
+
+    k: Float[Array, "pages page K C"]
+    v: Float[Array, "pages page K C"]
+    table: Int[Array, "B W"]
+
+    def append(
+        self, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], offset: Int[Array, "B"]
+    ) -> "PagedKV":
+        """Write T tokens of every row at its own offset; the caller keeps offset + T within the
+        table, and rows that share a page beyond its tokens."""
+        size = self.k.shape[1]
+        position = offset[:, None] + jnp.arange(k.shape[1])
+        page = jnp.take_along_axis(self.table, position // size, axis=1, mode="clip")
+        write = lambda pool, new: pool.at[page, position % size].set(_stored(new, pool.dtype))
+        return PagedKV(write(self.k, k), write(self.v, v), self.table)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row's table has room for."""
+        return self.table.shape[1] * self.k.shape[1]
+
+    def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+        """Every row's keys and values, gathered from its pages, for queries in `dtype`."""
+        rows = lambda pool: pool[self.table].reshape(len(self.table), -1, *pool.shape[2:])
+        return rows(self.k).astype(dtype), rows(self.v).astype(dtype)
+
 
 class Attention(nnx.Module):
     """Causal grouped-query attention; head h reads key/value head h // (H / K)."""
@@ -68,16 +112,16 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rows: Rows,
-        state: KVState | None,
+        state: KVState | PagedKV | None,
         context: Context,
-    ) -> tuple[Float[Array, "B T D"], KVState | None, None]:
+    ) -> tuple[Float[Array, "B T D"], KVState | PagedKV | None, None]:
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (project(x, context, rows).reshape(heads) for project in (self.q, self.k, self.v))
         if state is None:
             y = _attend(q, k, v, (rows.documents, rows.lengths, None), context)
         else:
             state = state.append(k, v, rows.offset)
-            y = _attend(q, state.k, state.v, (None, rows.lengths, rows.offset), context)
+            y = _attend(q, *state.read(q.dtype), (None, rows.lengths, rows.offset), context)
         return self.out(y.reshape(*x.shape[:2], -1), context, rows), state, None
 
 
@@ -102,6 +146,14 @@ def _attend(
     heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
     by_row = (("batch",),) * len(masks)
     return local(attend, (heads, kv_heads, kv_heads, *by_row), heads)(q, k, v, *masks)
+
+
+def _stored(new: Array, dtype: jnp.dtype) -> Array:
+    """What a pool keeps of new keys or values; FP8 has no infinity, so it takes its largest."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return new.astype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(new, -largest, largest).astype(dtype)
 
 
 def _write(cached: Array, new: Array, offset: Array) -> Array:

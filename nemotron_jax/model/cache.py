@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import ModelConfig
-from nemotron_jax.layers.attention import KVState
+from nemotron_jax.layers.attention import KVState, PagedKV
 from nemotron_jax.layers.mamba2 import MambaState
 
 
@@ -48,7 +48,7 @@ class Cache:
     @property
     def capacity(self) -> int | None:
         """Tokens that a row has room for; None without attention, whose states never grow."""
-        sizes = [layer.k.shape[1] for layer in self.layers if isinstance(layer, KVState)]
+        sizes = [state.capacity for state in self.layers if isinstance(state, KVState | PagedKV)]
         return min(sizes, default=None)
 
     def overflowed(self) -> Bool[Array, "B"]:
@@ -103,6 +103,29 @@ class Cache:
                 "every_state=True, or put a cache that was kept at the wanted length"
             )
         return dataclasses.replace(self, length=jnp.minimum(self.length, length))
+
+    def where(self, rows: Bool[Array, "B"], other: "Cache") -> "Cache":
+        """The given rows of this cache, and the rest of `other`, from which this one came.
+
+        Keys and values are this one's: those that it alone holds lie past the other rows' lengths.
+        """
+
+        def chosen(mine: Array | None, theirs: Array | None) -> Array | None:
+            if mine is None:
+                return None
+            return jnp.where(rows.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
+
+        layers = tuple(
+            jax.tree.map(chosen, mine, theirs) if isinstance(mine, MambaState) else mine
+            for mine, theirs in zip(self.layers, other.layers, strict=True)
+        )
+        return dataclasses.replace(
+            self,
+            layers=layers,
+            length=chosen(self.length, other.length),
+            mtp=None if self.mtp is None else self.mtp.where(rows, other.mtp),
+            hidden=chosen(self.hidden, other.hidden),
+        )
 
     def reset(self, rows: Bool[Array, "B"]) -> "Cache":
         """The cache with the given rows empty, as new."""

@@ -12,7 +12,7 @@ from pallas_kernels.nvfp4.op import (
     round_trip_mxfp8,
     unpack,
 )
-from pallas_kernels.nvfp4.random import fold, key_words
+from pallas_kernels.nvfp4.random import fold, key_words, uniform
 
 __all__ = [
     "Quantized",
@@ -26,5 +26,6 @@ __all__ = [
     "quantize_mxfp8",
     "round_trip",
     "round_trip_mxfp8",
+    "uniform",
     "unpack",
 ]
