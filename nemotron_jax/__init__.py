@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Engine": "nemotron_jax.decoding.engine",
     "Execution": "nemotron_jax.config.execution",
     "ModelConfig": "nemotron_jax.config.model",
     "Nemotron": "nemotron_jax.model.nemotron",

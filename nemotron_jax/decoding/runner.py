@@ -1,0 +1,202 @@
+"""The engine's device side: what to compile, and calls of whole slots into arrays and back."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nemotron_jax.config.cache import CacheConfig
+from nemotron_jax.decoding import store as programs
+from nemotron_jax.decoding.prefix_cache import Entry
+from nemotron_jax.decoding.request import MOST_STOP_TOKENS
+from nemotron_jax.decoding.scheduler import Slot
+from nemotron_jax.decoding.store import Decoded, DecodeRows, PrefillRows, Store
+from nemotron_jax.model.nemotron import Nemotron
+
+# A table of pages is as wide as the longest row needs, in powers of this: attention reads all of
+# it, and every width compiles a program.
+_WIDTHS_FACTOR = 4
+_SMALLEST_CONTEXT = 512  # tokens; below that one width does for all
+# Few rows decode in a program of a part of the slots: the last ones of a wave, or one alone.
+_FEW_ROWS = 8  # the part is one in this many
+_MOST_SLOTS_WHOLE = 8  # so many slots are always decoded together
+
+
+class Runner:
+    """A model and its store, and the handful of programs that serve every mix of slots."""
+
+    def __init__(
+        self,
+        model: Nemotron,
+        *,
+        slots: int,
+        snapshots: int,
+        pages: int,
+        page_tokens: int,
+        max_length: int,
+        speculative: int,
+        cache: CacheConfig,
+        rounds: int,
+        prefill_shapes: Sequence[tuple[int, int]],
+    ) -> None:
+        self.model, self.slots, self.rounds = model, slots, rounds
+        self.speculative, self._page_tokens = speculative, page_tokens
+        self._decode_widths = self._widths(max_length + speculative + 1)
+        few = [max(slots // _FEW_ROWS, 1)] if slots > _MOST_SLOTS_WHOLE else []
+        self._decode_rows = [*few, slots]
+        self._prefill_widths = {
+            shape: self._widths(max_length + shape[1]) for shape in prefill_shapes
+        }
+        self._store = Store.create(
+            model,
+            cache,
+            slots=slots,
+            snapshots=snapshots,
+            pages=pages + 1,
+            page_tokens=page_tokens,
+            mtp=speculative > 0,
+        )
+        self._compile()
+
+    def prefill(
+        self, slots: Sequence[Slot], shape: tuple[int, int]
+    ) -> tuple[Int[np.ndarray, "B"], Float[Array, "B T D"]]:
+        """Read the slots' next chunks: how many tokens of each, and the hidden states."""
+        rows, chunk = shape
+        numbers, start, lengths = (np.full(rows, fill, np.int32) for fill in (self.slots, 0, 0))
+        tokens = np.zeros((rows, chunk), np.int32)
+        for row, slot in enumerate(slots):
+            piece = slot.prompt[slot.length : slot.length + chunk]
+            numbers[row], start[row], lengths[row] = slot.number, slot.length, len(piece)
+            tokens[row, : len(piece)] = piece
+        width = self._width(int(start.max()) + chunk, self._prefill_widths[shape])
+        table = _table(slots, range(len(slots)), (rows, width))
+        told = PrefillRows(numbers, table, start, tokens, lengths)
+        self._store, hidden = programs.prefill(self.model, self._store, told)
+        return lengths, hidden
+
+    def decode(self, slots: Sequence[Slot], rounds: int) -> tuple[Decoded, list[int]]:
+        """Decode for these slots, at most `rounds` rounds, while the others rest: what was given,
+        on the host, and each slot's row in it."""
+        grown = rounds * (self.speculative + 1)
+        longest = max(slot.length + min(grown, slot.left - 1) for slot in slots)
+        width = self._width(longest + self.speculative + 1, self._decode_widths)
+        count = next(rows for rows in self._decode_rows if rows >= len(slots))
+        every = count == self.slots
+        rows = [slot.number if every else row for row, slot in enumerate(slots)]
+        told = self._told(slots, rows, (count, width))
+        return jax.device_get(self._decode(told, rounds)), rows
+
+    def score(
+        self, hidden: Float[Array, "B T D"], targets: Int[np.ndarray, "B T"]
+    ) -> Float[np.ndarray, "B T"]:
+        """Log-probability of the token that follows each hidden state."""
+        return np.asarray(programs.score(self.model, hidden, targets))
+
+    def save(self, slot: Slot, entry: Entry) -> None:
+        """Keep the slot's states in the entry's snapshot."""
+        self._store = programs.save_snapshot(self._store, _int(slot.number), _int(entry.snapshot))
+
+    def load(self, entry: Entry, slot: Slot) -> None:
+        """Let the slot stand where the entry ends; its last page, if not full, is the slot's own
+        copy."""
+        full, rest = divmod(entry.length, self._page_tokens)
+        pages = (entry.pages[full], slot.pages[full]) if rest else (0, 0)
+        self._store = programs.load_snapshot(
+            self._store, _int(entry.snapshot), _int(slot.number), *map(_int, pages)
+        )
+
+    def _decode(self, rows: DecodeRows, rounds: int) -> Decoded:
+        self._store, given = programs.decode(
+            self.model,
+            self._store,
+            rows,
+            np.int32(rounds),
+            speculative=self.speculative,
+            # The most that one call gives a row: a first token, and all drafts accepted.
+            capacity=1 + self.rounds * (self.speculative + 1),
+        )
+        return given
+
+    def _told(
+        self, slots: Sequence[Slot], rows: Sequence[int], shape: tuple[int, int]
+    ) -> DecodeRows:
+        """What the decode program is told of the slots in these rows, with tables of this shape."""
+        count = shape[0]
+        integers = lambda fill=0: np.full(count, fill, np.int32)
+        told = DecodeRows(
+            slot=integers(self.slots),
+            table=_table(slots, rows, shape),
+            length=integers(),
+            token=integers(),
+            fresh=np.zeros(count, bool),
+            active=np.zeros(count, bool),
+            limit=integers(1),
+            stops=np.full((count, MOST_STOP_TOKENS), -1, np.int32),
+            seed=np.zeros(count, np.uint32),
+            branch=integers(),
+            temperature=np.zeros(count, np.float32),
+            top_k=integers(),
+            top_p=np.ones(count, np.float32),
+        )
+        for row, slot in zip(rows, slots, strict=True):
+            request = slot.job.request
+            wanted = request.wanted
+            told.slot[row], told.length[row], told.limit[row] = slot.number, slot.length, slot.left
+            told.active[row], told.fresh[row] = True, not request.tokens
+            told.token[row] = request.tokens[-1] if request.tokens else 0
+            told.stops[row, : len(wanted.stop_tokens)] = wanted.stop_tokens
+            told.seed[row], told.branch[row] = wanted.seed, request.branch
+            told.temperature[row] = wanted.temperature
+            told.top_k[row], told.top_p[row] = wanted.top_k, wanted.top_p
+        return told
+
+    def _compile(self) -> None:
+        """Run every program once, on slots that do not exist."""
+        for shape, widths in self._prefill_widths.items():
+            rows, zeros = np.full(shape[0], self.slots, np.int32), np.zeros(shape[0], np.int32)
+            tokens = np.zeros(shape, np.int32)
+            for width in widths:
+                table = np.zeros((shape[0], width), np.int32)
+                told = PrefillRows(rows, table, zeros, tokens, zeros)
+                self._store, hidden = programs.prefill(self.model, self._store, told)
+            self.score(hidden, tokens)
+        for width, rows in itertools.product(self._decode_widths, self._decode_rows):
+            self._decode(self._told([], [], (rows, width)), 0)
+        self._store = programs.save_snapshot(self._store, _int(0), _int(0))
+        self._store = programs.load_snapshot(self._store, *map(_int, (0, 0, 0, 0)))
+
+    def _widths(self, tokens: int) -> list[int]:
+        """Table widths in pages, of which the widest holds so many tokens."""
+        widths = [-(-tokens // self._page_tokens)]
+        while widths[-1] * self._page_tokens > _SMALLEST_CONTEXT:
+            widths.append(-(-widths[-1] // _WIDTHS_FACTOR))
+        return widths[::-1]
+
+    def _width(self, tokens: int, widths: Sequence[int]) -> int:
+        return next(width for width in widths if width * self._page_tokens >= tokens)
+
+
+def programs_compiled() -> int:
+    """Programs of all engines of this process."""
+    each = (programs.prefill, programs.decode, programs.score)
+    each += (programs.save_snapshot, programs.load_snapshot)
+    return sum(program._cache_size() for program in each)
+
+
+def _table(
+    slots: Sequence[Slot], rows: Sequence[int], shape: tuple[int, int]
+) -> Int[np.ndarray, "B W"]:
+    """Each slot's pages in its row, as many as the width takes."""
+    table = np.zeros(shape, np.int32)
+    for row, slot in zip(rows, slots, strict=True):
+        pages = slot.pages[: shape[1]]
+        table[row, : len(pages)] = pages
+    return table
+
+
+def _int(value: int) -> np.ndarray:
+    """A number as programs take it: one of Python would compile another for its type."""
+    return np.asarray(value, np.int32)

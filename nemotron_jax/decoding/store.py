@@ -1,0 +1,303 @@
+"""The engine's memory on the device, and the programs that work on it.
+
+Keys and values lie in pages that rows share; a slot holds the recurrent states of one row, and a
+snapshot those of some row at some length. Which pages and how many tokens a slot has is the
+scheduler's to know: every program is told.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from nemotron_jax.config.cache import CacheConfig
+from nemotron_jax.decoding.loop import Loop, Rules, first_tokens, run_rounds
+from nemotron_jax.decoding.rounding import keep_states
+from nemotron_jax.decoding.sampling import Sampling
+from nemotron_jax.decoding.step import last_hidden, prefill_chunk
+from nemotron_jax.layers.attention import PagedKV
+from nemotron_jax.layers.mamba2 import MambaState
+from nemotron_jax.model.cache import Cache
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.sharding import current_mesh, shard
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Keys and values of one attention layer, in pages; page 0 belongs to nobody."""
+
+    k: Float[Array, "pages page K C"]
+    v: Float[Array, "pages page K C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class States:
+    """What is kept of rows beside pages: Mamba states by layer, and the last token's hidden
+    state."""
+
+    layers: tuple[MambaState | None, ...]
+    hidden: Float[Array, "B D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """All that the engine keeps on the device beside the model."""
+
+    pools: tuple[Pool | None, ...]  # by layer
+    mtp_pools: tuple[Pool | None, ...] | None  # of the MTP block; None without speculation
+    slots: States
+    snapshots: States
+    rounding: str = dataclasses.field(metadata={"static": True})  # of states in few bits
+
+    @classmethod
+    def create(
+        cls,
+        model: Nemotron,
+        formats: CacheConfig,
+        *,
+        slots: int,
+        snapshots: int,
+        pages: int,
+        page_tokens: int,
+        mtp: bool,
+    ) -> "Store":
+        """An empty store; `pages` counts the one that belongs to nobody."""
+        config, dtype = model.config, model.embedding[...].dtype
+        kv = dtype if formats.kv == "auto" else jnp.dtype(formats.kv)
+        ssm, _, rounding = formats.states.partition("_")
+
+        def pools(pattern: str) -> tuple[Pool | None, ...]:
+            def new() -> Pool:
+                heads = (config.attention.num_kv_heads, config.attention.head_dim)
+                return Pool(*(jnp.zeros((pages, page_tokens, *heads), kv) for _ in "kv"))
+
+            return tuple(new() if letter == "*" else None for letter in pattern)
+
+        def states(rows: int) -> States:
+            def one() -> MambaState:
+                state = MambaState.zeros(config.mamba, rows, dtype)
+                return dataclasses.replace(state, ssm=state.ssm.astype(ssm))
+
+            layers = tuple(one() if letter == "M" else None for letter in config.pattern)
+            return States(layers, jnp.zeros((rows, config.width), dtype))
+
+        mtp_pools = pools(config.mtp.pattern) if mtp else None
+        kept = states(slots), states(snapshots)
+        empty = cls(pools(config.pattern), mtp_pools, *kept, rounding or "stochastic")
+        return empty if current_mesh() is None else jax.jit(_placed)(empty)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillRows:
+    """What a prefill call is told of every row; one that fills the call up names a slot that does
+    not exist."""
+
+    slot: Int[np.ndarray, "B"]
+    table: Int[np.ndarray, "B W"]
+    start: Int[np.ndarray, "B"]  # tokens in its cache
+    tokens: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeRows:
+    """What a decode call is told of every row; arrays of numpy, so that telling is one transfer.
+
+    Rows are all slots in order, or fewer of any. One that does not decode has no pages and no
+    length, and names a slot that does not exist where rows are not all slots.
+    """
+
+    slot: Int[np.ndarray, "B"]
+    table: Int[np.ndarray, "B W"]
+    length: Int[np.ndarray, "B"]  # tokens in its cache
+    token: Int[np.ndarray, "B"]  # the newest, which the cache does not hold
+    fresh: Bool[np.ndarray, "B"]  # its prompt has just been read: no token yet
+    active: Bool[np.ndarray, "B"]
+    limit: Int[np.ndarray, "B"]  # tokens it may still give
+    stops: Int[np.ndarray, "B S"]
+    seed: Int[np.ndarray, "B"]
+    branch: Int[np.ndarray, "B"]
+    temperature: Float[np.ndarray, "B"]
+    top_k: Int[np.ndarray, "B"]
+    top_p: Float[np.ndarray, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What a decode call gave each row."""
+
+    tokens: Int[Array, "B N"]
+    logprobs: Float[Array, "B N"]
+    count: Int[Array, "B"]
+    done: Bool[Array, "B"]
+    length: Int[Array, "B"]  # tokens in its cache now
+    verifications: Int[Array, ""]
+    accepted: Int[Array, "k"]
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def prefill(
+    model: Nemotron, store: Store, rows: PrefillRows
+) -> tuple[Store, Float[Array, "B T D"]]:
+    """The store after one chunk of a few slots' prompts, and the hidden states of its tokens.
+
+    A slot that starts at 0 starts from nothing, whatever its last tenant left.
+    """
+    start, lengths = rows.start, rows.lengths
+    taken = _taken(store.slots, rows.slot)
+    empty = lambda a: jnp.where((start == 0).reshape(-1, *(1,) * (a.ndim - 1)), 0, a)
+    before = _cache(store, jax.tree.map(empty, taken), rows.table, start)
+    cache, hidden = prefill_chunk(model, before, rows.tokens, lengths)
+    cache = keep_states(cache, before, store.rounding)
+    states = States(
+        _mamba_states(cache), jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), 0)
+    )
+    return _stored(store, cache, _put(store.slots, rows.slot, states)), hidden
+
+
+@functools.partial(jax.jit, static_argnames=("speculative", "capacity"), donate_argnums=1)
+def decode(
+    model: Nemotron,
+    store: Store,
+    rows: DecodeRows,
+    rounds: Int[Array, ""],
+    *,
+    speculative: int,
+    capacity: int,
+) -> tuple[Store, Decoded]:
+    """The store after first tokens where they are due and then at most `rounds` rounds, and what
+    they gave: at most `capacity` tokens a row."""
+    whole = len(rows.slot) == len(store.slots.hidden)
+    states = store.slots if whole else _taken(store.slots, rows.slot)
+    cache = _cache(store, states, rows.table, rows.length)
+    sampling = Sampling(rows.temperature, rows.top_k, rows.top_p, greedy=False, filtered=True)
+    keys = jax.vmap(lambda seed, branch: jax.random.fold_in(jax.random.key(seed), branch))
+    pad = model.config.pad_token
+    rules = Rules(
+        sampling, keys(rows.seed, rows.branch), rows.stops, rows.limit, pad, store.rounding
+    )
+    sizes = {"capacity": capacity, "speculative": speculative}
+    loop = Loop.create(cache, rows.token, ~rows.active, pad=pad, **sizes)
+    loop = jax.lax.cond(
+        jnp.any(rows.fresh),
+        lambda loop: first_tokens(loop, model.logits(states.hidden), rows.fresh, rules),
+        lambda loop: loop,
+        loop,
+    )
+    loop = run_rounds(model, loop, rules, speculative=speculative, most_rounds=rounds, resting=True)
+    hidden = states.hidden if loop.cache.hidden is None else loop.cache.hidden
+    states = States(_mamba_states(loop.cache), hidden)
+    slots = states if whole else _put(store.slots, rows.slot, states)
+    given = Decoded(
+        loop.tokens,
+        loop.logprobs,
+        loop.lengths,
+        loop.done,
+        loop.cache.length,
+        loop.verifications,
+        loop.accepted,
+    )
+    return _stored(store, loop.cache, slots), given
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def save_snapshot(store: Store, slot: Int[Array, ""], snapshot: Int[Array, ""]) -> Store:
+    """The store with a slot's states kept in a snapshot too."""
+    snapshots = _copied(store.snapshots, snapshot, store.slots, slot)
+    return _placed(dataclasses.replace(store, snapshots=snapshots))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def load_snapshot(
+    store: Store,
+    snapshot: Int[Array, ""],
+    slot: Int[Array, ""],
+    page: Int[Array, ""],
+    new_page: Int[Array, ""],
+) -> Store:
+    """The store with a snapshot's states in a slot, and a page copied: the last one of the
+    snapshot's row, if it is not full. Page 0 twice copies none."""
+    copy = lambda pool: pool.at[new_page].set(pool[page])
+    pools, mtp_pools = jax.tree.map(copy, (store.pools, store.mtp_pools))
+    slots = _copied(store.slots, slot, store.snapshots, snapshot)
+    return _placed(dataclasses.replace(store, pools=pools, mtp_pools=mtp_pools, slots=slots))
+
+
+@jax.jit
+def score(
+    model: Nemotron, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Log-probability of the token that follows each hidden state."""
+    logits = model.logits(hidden)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _cache(store: Store, states: States, table: Array, length: Array) -> Cache:
+    """The rows of some states as the model wants them."""
+
+    def paged(pools: tuple) -> tuple:
+        return tuple(pool and PagedKV(pool.k, pool.v, table) for pool in pools)
+
+    layers = tuple(
+        paged_layer or state
+        for paged_layer, state in zip(paged(store.pools), states.layers, strict=True)
+    )
+    if store.mtp_pools is None:
+        return Cache(layers, length)
+    mtp = Cache(paged(store.mtp_pools), jnp.maximum(length - 1, 0))
+    return Cache(layers, length, mtp=mtp, hidden=states.hidden)
+
+
+def _mamba_states(cache: Cache) -> tuple[MambaState | None, ...]:
+    return tuple(state if isinstance(state, MambaState) else None for state in cache.layers)
+
+
+def _stored(store: Store, cache: Cache, slots: States) -> Store:
+    """The store with the cache's pages and these slots."""
+
+    def pools(layers: tuple) -> tuple[Pool | None, ...]:
+        return tuple(
+            Pool(state.k, state.v) if isinstance(state, PagedKV) else None for state in layers
+        )
+
+    mtp_pools = None if cache.mtp is None else pools(cache.mtp.layers)
+    return _placed(
+        dataclasses.replace(store, pools=pools(cache.layers), mtp_pools=mtp_pools, slots=slots)
+    )
+
+
+def _placed(store: Store) -> Store:
+    """The store as devices share it, always alike, so that no program is compiled for another way:
+    slots by row, pages and snapshots whole but for their heads."""
+    by_head = lambda pool: shard(pool, None, None, "kv_heads", None)
+    pools, mtp_pools = jax.tree.map(by_head, (store.pools, store.mtp_pools))
+    slots = jax.tree.map(lambda a: shard(a, "batch"), store.slots)
+    snapshots = jax.tree.map(lambda a: shard(a, None), store.snapshots)
+    return Store(pools, mtp_pools, slots, snapshots, store.rounding)
+
+
+def _taken(states: States, rows: Int[Array, "R"]) -> States:
+    """Some rows; whatever stands in one that does not exist means nothing."""
+    return jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), states)
+
+
+def _put(into: States, rows: Int[Array, "R"], states: States) -> States:
+    """`into` with some rows replaced; one that does not exist is dropped."""
+    write = lambda mine, new: mine.at[rows].set(new, mode="drop")
+    return jax.tree.map(write, into, states)
+
+
+def _copied(into: States, at: Array, of: States, place: Array) -> States:
+    """`into` with its row `at` replaced by the other's row `place`."""
+    copy = lambda mine, theirs: mine.at[at].set(theirs[place])
+    return jax.tree.map(copy, into, of)
