@@ -2,7 +2,7 @@
 
 Command:  python train.py --config=configs/pretrain_super_phase1.py --workdir=runs/super \
               --config.data.sources='hf:/data/phase1'
-Hardware: a pod of TPUs or GPUs; weights, gradients and AdamW moments in float32 are 1.9 TB.
+Hardware: 256 chips; weights, gradients and AdamW moments in float32 are 1.9 TB.
 Expected: not run here. The tests build the model's shapes and pin the published schedule.
 Source:   Nemotron 3 Super report, arXiv:2604.12374; schedule of the whole 25 T tokens, of which the
           last 5 T, the decay, are phase 2.
@@ -17,6 +17,7 @@ from nemotron_jax.config.precision import nemotron3_nvfp4
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
+    MeshConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -37,7 +38,9 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         RunConfig(
             model=models.super_120b(),
-            training=TrainingConfig(steps=794_728, schedule=SCHEDULE),
+            # One row a chip in each of the micro-batches.
+            training=TrainingConfig(steps=794_728, schedule=SCHEDULE, micro_batches=12),
+            mesh=MeshConfig(fsdp=256),
             data=DataConfig(
                 sources=("hf:/data/phase1",),
                 sequence_length=TOKENS_PER_ROW,

@@ -253,6 +253,35 @@ def test_sorting_keys_too_large_for_one_word_agrees(monkeypatch):
     np.testing.assert_array_equal(one.row_entry, two.row_entry)
 
 
+@pytest.mark.parametrize("tokens, choices, experts, align", [(300, 5, 7, 1), (129, 3, 40, 16)])
+def test_counting_gives_the_sorted_order(tokens, choices, experts, align):
+    key = np.random.default_rng(0).integers(0, experts + 1, (tokens, choices)).astype(np.int32)
+    key[:4] = [experts] * choices  # tokens without experts, and then one that names one twice
+    key[4] = 2
+    both = [
+        jax.jit(order, static_argnums=(1, 2))(key, experts, align)
+        for order in (routing._by_sorting, routing._by_counting)
+    ]
+    for name, wanted, counted in zip(("row", "holds", "entry", "sizes", "load"), *both):
+        np.testing.assert_array_equal(counted, wanted, err_msg=name)
+        assert counted.dtype == wanted.dtype, name
+
+
+def test_many_choices_are_combined_in_a_loop_with_the_same_numbers(monkeypatch):
+    rng = np.random.default_rng(4)
+    order = sort_by_expert(rng.integers(-1, 6, (17, 9)).astype(np.int32), 5)
+    rows = rng.standard_normal((153, 4)).astype(np.float32)
+    arrays = {"rows": rows, "weights": rng.random((17, 9)).astype(np.float32)}
+    combine = functools.partial(combine_rows, order=order)
+
+    def unrolled(rows, weights):
+        with monkeypatch.context() as patch:
+            patch.setattr(routing, "UNROLLED", 9)
+            return combine(rows, weights)
+
+    check(combine, unrolled, arrays, tolerance=1e-6)
+
+
 ROUTED = [("all", None), ("some", (True, False, True) * 11)]
 
 
