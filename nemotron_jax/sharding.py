@@ -111,6 +111,16 @@ def current_mesh() -> Mesh | None:
     return None if mesh.empty else mesh
 
 
+def target_platform() -> str | None:
+    """The platform of the mesh at hand, as pallas_kernels calls it: what a program is compiled for.
+
+    None without a mesh, and where the mesh says only that it is some GPU's.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = getattr(device, "platform", None)
+    return platform if platform in ("cpu", "tpu") else None
+
+
 def place_batch(batch: Any) -> Any:
     """This process's rows of a batch as global arrays, split by rows over the mesh.
 

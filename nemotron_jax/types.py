@@ -72,11 +72,12 @@ class Context:
     dtype: Any  # compute dtype, resolved
     every_state: bool = False  # keep the recurrent state after each token
     formats: tuple[tuple[str, str], ...] = ()  # (role, number format) of roles that are not high
+    target: str | None = None  # platform that the program is compiled for; None: not known yet
 
-    @property
-    def implementation(self) -> str | None:
-        """Kernel name for pallas_kernels; None follows the target platform."""
-        return None if self.execution.kernels == "auto" else self.execution.kernels
+    def kernel(self, op: str) -> str | None:
+        """The implementation of an op of pallas_kernels; None follows the target platform."""
+        name = self.execution.kernel(op)
+        return None if name == "auto" else name
 
     def format(self, role: str) -> str:
         """The number format of the weight matmul with this role in this layer."""

@@ -2,14 +2,15 @@
 
 import dataclasses
 
-from nemotron_jax.config.checks import one_of
+from nemotron_jax.config.checks import check, one_of
 from nemotron_jax.config.precision import PrecisionConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 REMAT = ("none", "full", "mixers")
 LAYERS = ("scan", "unrolled")
 AUX_LOSS = ("rows", "documents")
-KERNELS = ("auto", "xla", "reference", "pallas_tpu", "pallas_gpu")
+KERNELS = ("auto", "xla", "reference", "cpu", "pallas_tpu", "pallas_gpu")
+KERNEL_OPS = ("attention", "causal_conv1d", "grouped_matmul", "ssd_scan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Execution:
     A scan keeps no copy of a layer's weights with any of them.
     `compute_dtype`: `auto` computes in the dtype of the model's matrices. `layers`: `scan` compiles
     one unit, `unrolled` each of them; with a cache layers are always unrolled. `kernels`: `auto`
-    follows the target platform. `aux_loss`: the sequence balance loss takes each row as one
+    follows the target platform; a name holds for every op, `op=name` for one, as in
+    `auto,ssd_scan=xla`. `aux_loss`: the sequence balance loss takes each row as one
     sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
     low-precision format.
     """
@@ -37,5 +39,14 @@ class Execution:
         one_of(self, "compute_dtype", DTYPES)
         one_of(self, "remat", REMAT)
         one_of(self, "layers", LAYERS)
-        one_of(self, "kernels", KERNELS)
+        pairs = [item.rpartition("=") for item in self.kernels.split(",")]
+        known = all(op in ("", *KERNEL_OPS) and name in KERNELS for op, _, name in pairs)
+        rule = f"names of {', '.join(KERNELS)}, or op=name with ops of {', '.join(KERNEL_OPS)}"
+        check(self, "kernels", known, f"must be {rule}, separated by commas")
         one_of(self, "aux_loss", AUX_LOSS)
+
+    def kernel(self, op: str) -> str:
+        """The implementation that `kernels` names for an op; what names the op itself wins."""
+        pairs = [item.rpartition("=") for item in self.kernels.split(",")]
+        chosen = {name: value for name, _, value in pairs}
+        return chosen.get(op, chosen.get("", "auto"))

@@ -140,7 +140,8 @@ def _attend(
             segment_ids=documents,
             lengths=lengths,
             q_offset=offset,
-            implementation=context.implementation,
+            implementation=context.kernel("attention"),
+            target=context.target,
         )
 
     heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)

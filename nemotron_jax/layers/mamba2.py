@@ -70,7 +70,7 @@ class CausalConv(nnx.Module):
                 segment_ids=documents,
                 lengths=lengths,
                 every_tail=context.every_state,
-                implementation=context.implementation,
+                implementation=context.kernel("causal_conv1d"),
             )
 
         weight = self.weight[...].astype(x.dtype)
@@ -167,7 +167,8 @@ class Mamba2(nnx.Module):
                 segment_ids=documents,
                 lengths=lengths,
                 chunk=config.chunk,
-                implementation=context.implementation,
+                implementation=context.kernel("ssd_scan"),
+                target=context.target,
             )
 
         by_row = ("batch",)

@@ -19,7 +19,7 @@ from nemotron_jax.model.block import make_stack
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.mtp import MTPBlock
 from nemotron_jax.model.stack import Stacks, run_stack, split_layers
-from nemotron_jax.sharding import cut_axis, gathered, local, shard
+from nemotron_jax.sharding import cut_axis, gathered, local, shard, target_platform
 from nemotron_jax.types import Context, Origin, Output, Rows, Weight
 from pallas_kernels import nvfp4
 
@@ -196,7 +196,7 @@ class Nemotron(nnx.Module):
     def _context(self, execution: Execution, *, every_state: bool = False) -> Context:
         chosen = execution.compute_dtype
         dtype = self.embedding[...].dtype if chosen == "auto" else jnp.dtype(chosen)
-        return Context(execution, dtype, every_state)
+        return Context(execution, dtype, every_state, target=target_platform())
 
 
 def shift_tokens(

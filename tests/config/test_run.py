@@ -62,6 +62,8 @@ VALID = {
         (LoggingConfig, {"merge_window": -1}, "merge_window=-1"),
         (Execution, {"remat": "some"}, "remat='some'.*full"),
         (Execution, {"kernels": "triton"}, "kernels='triton'"),
+        (Execution, {"kernels": "auto,softmax=xla"}, "kernels='auto,softmax=xla'.*ssd_scan"),
+        (Execution, {"kernels": "ssd_scan=triton"}, "kernels='ssd_scan=triton'.*pallas_tpu"),
         (RunConfig, {"stage": "dream"}, "stage='dream'"),
         (
             RunConfig,
@@ -114,3 +116,9 @@ def test_a_pattern_needs_the_parts_that_it_uses() -> None:
 def test_configs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         models.tiny().width = 3
+
+
+def test_a_kernel_is_chosen_for_every_op_or_for_one():
+    assert Execution().kernel("attention") == "auto"
+    mixed = Execution(kernels="ssd_scan=xla,reference")
+    assert (mixed.kernel("attention"), mixed.kernel("ssd_scan")) == ("reference", "xla")
