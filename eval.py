@@ -14,7 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from nemotron_jax import command_line
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.convert import from_config_dict, from_json
+from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.run import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -25,14 +27,17 @@ _SUITES = flags.DEFINE_list("suites", None, "Names of suites, separated by comma
 _OUTPUT = flags.DEFINE_string("output", None, "The report's directory.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling and of random inputs.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Of the model's matrices.")
+_MTP = flags.DEFINE_enum("mtp", "keep", ["keep", "drop"], "drop: leave the MTP block out.")
 
 
 def main() -> int:
     """Evaluate as the flags say; the exit status."""
     config = _CONFIG.value and from_config_dict(RunConfig, _CONFIG.value)
-    checkpoint, output = Path(_CHECKPOINT.value), Path(_OUTPUT.value)
-    options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value}
-    report = evaluate(checkpoint, _SUITES.value, output, **options)
+    if not _CHECKPOINT.value:
+        raise ValueError("--checkpoint=: is empty; name a run's or a hub model's directory")
+    output = command_line.writable("output", _OUTPUT.value)
+    options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value, "mtp": _MTP.value}
+    report = evaluate(Path(_CHECKPOINT.value), _SUITES.value, output, **options)
     print(f"report: {report.with_suffix('.md')}")
     return 0
 
@@ -45,8 +50,11 @@ def evaluate(
     config: RunConfig | None = None,
     seed: int = 0,
     dtype: str = "float32",
+    mtp: str = "keep",
 ) -> Path:
     """Run the suites on a checkpoint and write the report; returns the path of its JSON.
+
+    `checkpoint` is a hub model's directory, a run's, or one checkpoint of a run.
 
     Raises ValueError for an unknown suite, a checkpoint that cannot be loaded, and a suite that
     needs what the checkpoint and the configuration lack; nothing is written then.
@@ -54,18 +62,26 @@ def evaluate(
     from nemotron_jax.evaluation.suites import check_names
 
     check_names(suites)  # before anything slow is imported or read
+    dtype = dtype_name("evaluate", dtype)
+    is_seed = type(seed) is int and 0 <= seed < 2**32
+    check_value("evaluate", "seed", seed, is_seed, f"must be an integer from 0 to {2**32 - 1}")
+    command_line.writable("output", output)
     own = _own_config(checkpoint)
     _use_compilation_cache()
     from nemotron_jax.evaluation.evaluator import Subject
     from nemotron_jax.evaluation.report import SuiteRun, metadata, write_report
     from nemotron_jax.evaluation.suites import make_evaluators
     from nemotron_jax.pretrained import load_pretrained
+    from nemotron_jax.training.checkpoint import run_and_step
+    from nemotron_jax.training.limits import check_kernels
 
+    if config or own:
+        check_kernels((config or own).execution)
     is_own = own is not None and (config is None or config.data == own.data)
-    data_directory = checkpoint if is_own else output / "data"
+    data_directory = run_and_step(checkpoint)[0] if is_own else output / "data"
     subject = Subject(checkpoint, config or own, data_directory, seed)
     evaluators = make_evaluators(suites, subject)
-    model = load_pretrained(checkpoint, dtype)
+    model = load_pretrained(checkpoint, dtype, mtp=mtp)
     runs = {}
     for evaluator in evaluators:
         start = time.perf_counter()
@@ -84,11 +100,11 @@ def _own_config(checkpoint: Path) -> RunConfig | None:
             f"--checkpoint={checkpoint}: holds no config.json; name a run's or a hub model's "
             "directory"
         )
-    text = file.read_text("utf-8")
     try:
+        text = file.read_text("utf-8")
         is_run = "format_version" in json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--checkpoint: {file} is not JSON ({error}); restore it") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"--checkpoint: {file} cannot be read ({error}); restore it") from None
     return from_json(text) if is_run else None
 
 
@@ -98,6 +114,11 @@ def _use_compilation_cache() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program: parses the command line, and exits with its status."""
     flags.mark_flags_as_required(["checkpoint", "suites", "output"])
     command_line.run("eval.py", main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,21 +1,34 @@
 """What train.py and eval.py share: a wrong flag or value is one line and an exit status."""
 
 import ast
+import errno
+import re
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from nemotron_jax.config.convert import optional_parts, to_config_dict
+from nemotron_jax.config.precision import preset
+from nemotron_jax.config.run import RunConfig
 
 _ROOT = Path(__file__).parents[1]
+_PRECISION = re.compile(r"--?config\.(?:execution\.)?precision=([A-Za-z]\w*)")
+_NO_PART = re.compile(r"--?config\.([\w.]+)=None")
+# A disk that is full is nobody's wrong value: the same command goes on when there is room.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run(program: str, main: Callable[[], int]) -> None:
     """Parse the flags and exit with main's status: 1 where it failed, 2 where asked for wrongly.
 
-    Errors that this project raises are sentences for its user; all others keep their traceback.
+    Errors that this project raises are sentences for its user, as are those of files and of memory;
+    all others keep their traceback.
     """
     app.run(
         lambda _: _exit_status(program, main),
@@ -23,39 +36,128 @@ def run(program: str, main: Callable[[], int]) -> None:
     )
 
 
+def overrides() -> dict[str, object]:
+    """The values that `--config.a.b=value` flags gave, by dotted name."""
+    return dict(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
+def writable(flag: str, path: str | Path) -> Path:
+    """The path of a directory to be written into; raises ValueError where it cannot be."""
+    if not str(path):
+        raise ValueError(f"--{flag}=: is empty; name a directory")
+    path = Path(path)
+    try:
+        there = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            return path
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ValueError(
+            f"--{flag}={path}: cannot be written ({error}); name a directory that can"
+        ) from None
+
+
 def _parse(program: str, arguments: list[str]) -> list[str]:
     """The program's name, once every flag is parsed; exits where one cannot be."""
+    presets = [match[1] for argument in arguments if (match := _PRECISION.fullmatch(argument))]
+    parts = optional_parts(RunConfig)
+    absent = [m[1] for a in arguments if (m := _NO_PART.fullmatch(a)) and m[1] in parts]
+    named = [*(f"precision={name}" for name in presets), *(f"{part}=None" for part in absent)]
+    rest = [a for a in arguments if not (a.startswith("-") and a.endswith(tuple(named)))]
+    whole, sys.argv = sys.argv, rest  # config_flags looks for overrides there
     try:
-        if unknown := flags.FLAGS(arguments)[1:]:
+        if unknown := flags.FLAGS(rest)[1:]:
             raise flags.Error(f"unknown arguments {unknown}; use --flag=value")
         if (config := flags.FLAGS["config"].value) is not None:
-            _ = config.items  # a file that was not found says so at the first look
+            if not hasattr(config, "items"):  # a file that was not found says so at this look
+                kind = type(config).__name__
+                raise flags.Error(
+                    f"{_config_flag(rest)}its get_config() gave {kind}, no ConfigDict"
+                )
+            _apply(config, presets, absent)
+        elif named:
+            raise flags.Error(f"{named[0]} needs a --config to change")
     except OSError as error:
-        _refuse(program, str(error.__cause__ or error))
+        _refuse(program, f"{_config_flag(rest)}{error.__cause__ or error}")
     except (AttributeError, KeyError) as error:  # config_flags' own for an unknown key
-        _refuse(program, f"unknown config key {_unquoted(error)}")
-    except (flags.Error, TypeError) as error:
+        known = _is_of_the_file(error)
+        reason = _unquoted(error)
+        _refuse(
+            program, f"{_config_flag(rest)}{reason}" if known else f"unknown config key {reason}"
+        )
+    except flags.Error as error:
         _refuse(program, str(error))
+    except Exception as error:  # whatever the user's file raised when it was read
+        _refuse(program, f"{_config_flag(rest)}{type(error).__name__}: {error}")
+    finally:
+        sys.argv = whole
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells forty lines of each checkpoint
     return arguments[:1]
 
 
+def _apply(config: ConfigDict, presets: Sequence[str], absent: Sequence[str]) -> None:
+    """What the flags ask for that config_flags cannot say: presets by name, and parts left out."""
+    for name in presets:
+        recipe = to_config_dict(preset(name, len(config.model.pattern)))
+        given = config_flags.get_override_values(flags.FLAGS["config"])
+        config.execution.precision.update(recipe)
+        for path, value in given.items():  # single fields of the recipe, on top of it
+            if path.startswith("execution.precision."):
+                config.execution.precision[path.removeprefix("execution.precision.")] = value
+    for part in absent:
+        *owners, name = part.split(".")
+        owner = config
+        for step in owners:
+            owner = owner[step]
+        with owner.ignore_type():
+            owner[name] = None
+
+
 def _exit_status(program: str, main: Callable[[], int]) -> int:
     try:
         return main()
+    except KeyboardInterrupt:
+        return _told(program, "interrupted", 130)
+    except MemoryError:
+        return _told(program, f"memory is exhausted; {_LESS}", 1)
     except (ValueError, OSError, FloatingPointError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.is_relative_to(_ROOT) or "site-packages" in str(raised_in):
+        ours = raised_in.is_relative_to(_ROOT) and "site-packages" not in str(raised_in)
+        of_a_file = isinstance(error, OSError) and error.errno is not None
+        if not (ours or of_a_file):
             raise  # a fault of the program, not a sentence for its user
-        sys.stdout.flush()  # so that the sentence is the last thing to be read
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        is_wrong = isinstance(error, ValueError) or (of_a_file and error.errno not in _DISK)
+        return _told(program, str(error), 2 if is_wrong else 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _told(program, f"memory is exhausted ({str(error).splitlines()[0]}); {_LESS}", 1)
+
+
+_LESS = "lower data.batch_size, raise training.micro_batches, or set execution.remat=full"
+
+
+def _told(program: str, reason: str, status: int) -> int:
+    sys.stdout.flush()  # so that the sentence is the last thing to be read
+    print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
+    return status
 
 
 def _refuse(program: str, reason: str) -> NoReturn:
-    print(f"{program}: {' '.join(reason.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(_told(program, reason, 2))
+
+
+def _config_flag(arguments: Sequence[str]) -> str:
+    """The flag that named the file, to begin a sentence on it with."""
+    return next((f"{a}: " for a in arguments if re.match(r"--?config=", a)), "")
+
+
+def _is_of_the_file(error: Exception) -> bool:
+    """Whether the user's own file raised an error, or has no get_config."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].name in ("get_config", "<module>") or "get_config" in str(error)
 
 
 def _unquoted(error: Exception) -> str:

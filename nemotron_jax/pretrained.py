@@ -22,7 +22,12 @@ from nemotron_jax.model.adapters import abstract_adapted, has_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.sharding import current_mesh
-from nemotron_jax.training.checkpoint import load_parameters, saved_config
+from nemotron_jax.training.checkpoint import (
+    read_parameters,
+    run_and_step,
+    saved_config,
+    whole_checkpoint,
+)
 from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
 from nemotron_jax.types import Origin
 
@@ -34,7 +39,8 @@ def load_pretrained(
     mtp: str = "keep",
     mesh: Mesh | None = None,
 ) -> Nemotron:
-    """The model of a hub directory, or of a run's directory as of its newest whole checkpoint.
+    """The model of a hub directory, or of a run's directory as of its newest whole checkpoint, or
+    of one checkpoint, `RUN/checkpoints/step_…`.
 
     A run that trains adapters gives the model with them.
 
@@ -128,8 +134,9 @@ def _is_run(directory: Path) -> bool:
 
 
 def _load_run(directory: Path, dtype: str | None, mesh: Mesh | None, *, drop_mtp: bool) -> Nemotron:
-    config, parameters = load_parameters(directory, mesh=mesh)
-    run = saved_config(directory)
+    path = whole_checkpoint(*run_and_step(directory))
+    config, parameters = read_parameters(path, mesh)
+    run = saved_config(path.parent.parent)
     if drop_mtp:
         config = dataclasses.replace(config, mtp=None)
         parameters = {n: p for n, p in parameters.items() if not n.startswith("mtp_block.")}
@@ -138,5 +145,5 @@ def _load_run(directory: Path, dtype: str | None, mesh: Mesh | None, *, drop_mtp
     loaded = unflatten(
         model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}
     )
-    loaded.origin = Origin(str(directory.resolve()), "bfloat16", is_run=True)
+    loaded.origin = Origin(str(path), "bfloat16", step=run_and_step(path)[1])
     return loaded

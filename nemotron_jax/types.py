@@ -107,7 +107,12 @@ class Origin:
     dtype: str  # in which the files store their tensors, but for the exceptions
     dtype_exceptions: tuple[tuple[str, str], ...] = ()
     stop_tokens: tuple[int, ...] = ()  # of generation_config.json
-    is_run: bool = False  # a run's directory, which holds float32 throughout
+    step: int | None = None  # of a run's checkpoint, which holds float32 throughout
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the directory is a run's and not a hub model's."""
+        return self.step is not None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Origin)

@@ -18,7 +18,11 @@ Config = TypeVar("Config")
 
 def _without_amax(values: dict) -> dict:
     """Version 2 takes largest magnitudes over all devices always, which was the default."""
-    values.get("execution", {}).get("precision", {}).get("nvfp4", {}).pop("amax", None)
+    part: Any = values
+    for name in ("execution", "precision", "nvfp4"):
+        part = part.get(name) if isinstance(part, dict) else None
+    if isinstance(part, dict):
+        part.pop("amax", None)
     return values
 
 
@@ -33,7 +37,7 @@ def to_config_dict(config: Any) -> ConfigDict:
     """The dataclass as a ConfigDict of the same nesting, whose types guard command-line overrides.
 
     A scalar that is None becomes a placeholder of its type, so `--config.a.b=3` can fill it; a part
-    that is None stays None.
+    that is None stays None. A run's schedule follows its steps.
     """
     result = ConfigDict()
     for name, kind in _field_types(type(config)).items():
@@ -44,7 +48,7 @@ def to_config_dict(config: Any) -> ConfigDict:
             result[name] = config_dict.placeholder(typing.get_origin(part) or part)
         else:
             result[name] = to_config_dict(value) if dataclasses.is_dataclass(value) else value
-    return result
+    return _following_steps(result) if isinstance(config, RunConfig) else result
 
 
 def from_config_dict(cls: type[Config], values: ConfigDict | Mapping) -> Config:
@@ -58,6 +62,17 @@ def from_config_dict(cls: type[Config], values: ConfigDict | Mapping) -> Config:
     return _build(cls, values, cls.__name__)
 
 
+def optional_parts(cls: type, path: str = "") -> set[str]:
+    """Dotted names of the parts of a configuration that may be None, such as `model.mtp`."""
+    found = set()
+    for name, kind in _field_types(cls).items():
+        wanted, optional = _without_none(kind)
+        if dataclasses.is_dataclass(wanted):
+            found |= {f"{path}{name}"} if optional else set()
+            found |= optional_parts(wanted, f"{path}{name}.")
+    return found
+
+
 def to_json(config: RunConfig) -> str:
     """A run's configuration as strict JSON with its `format_version`, one key a line."""
     values = {"format_version": FORMAT_VERSION, **_encoded(dataclasses.asdict(config))}
@@ -66,7 +81,10 @@ def to_json(config: RunConfig) -> str:
 
 def from_json(text: str) -> RunConfig:
     """The run's configuration that `to_json` wrote, now or in an earlier format version."""
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"RunConfig: the text is not JSON ({error}); restore the file") from None
     if not isinstance(values, dict):
         raise ValueError(f"RunConfig: a JSON object is needed, not {type(values).__name__}")
     version = values.pop("format_version", None)
@@ -78,6 +96,20 @@ def from_json(text: str) -> RunConfig:
     for step in range(version, FORMAT_VERSION):
         values = MIGRATIONS[step](values)
     return _build(RunConfig, _decoded(values), "RunConfig")
+
+
+def _following_steps(config: ConfigDict) -> ConfigDict:
+    """The run with a schedule that stretches with its steps and their size.
+
+    `--config.training.steps=20` warms up, stays and decays within those 20 steps, each for the
+    share of the run that it had. A field of the schedule that is set itself follows no more.
+    """
+    data, training = config.data, config.training
+    tokens = training.get_ref("steps") * data.get_ref("batch_size")
+    tokens = tokens * data.get_ref("sequence_length")
+    for field in ("warmup_tokens", "decay_tokens", "total_tokens"):
+        training.schedule[field] = tokens * training.schedule[field] // tokens.get()
+    return config
 
 
 def _build(cls: type[Config], values: Any, path: str) -> Config:

@@ -104,6 +104,19 @@ class PrecisionConfig:
         )
 
 
+def preset(name: str, num_layers: int) -> PrecisionConfig:
+    """A recipe by name, for a model of so many layers; raises ValueError for an unknown one.
+
+    `high` quantises nothing; `nvfp4` is `nemotron3_nvfp4` with as many of the last layers high as
+    the published models have: 14 of 88, 8 of 52.
+    """
+    last = num_layers * 16 // 100
+    known = {"high": PrecisionConfig(), "nvfp4": nemotron3_nvfp4(last)}
+    rule = f"must be one of {', '.join(known)}, or single fields, as in precision.switch_step=100"
+    check_value("Execution", "precision", name, name in known, rule)
+    return known[name]
+
+
 def nemotron3_nvfp4(num_last_layers_high: int) -> PrecisionConfig:
     """NVIDIA's recipe: Mamba input projections and all MLPs in NVFP4, Mamba outputs in MXFP8.
 

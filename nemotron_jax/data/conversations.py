@@ -33,6 +33,7 @@ from nemotron_jax.data.tokenizer import (
     PHRASE_PATTERN,
     WORD_PATTERN,
     Tokenizer,
+    check_end,
     check_vocabulary,
     train_tokenizer,
 )
@@ -118,6 +119,7 @@ def prepare_conversations(
     vocab_size: int,
     directory: str | Path,
     *,
+    eos_token: int | None = None,
     seed: int = 0,
     progress: Progress = print,
 ) -> tuple[Tokenizer, ChatCorpus]:
@@ -129,6 +131,7 @@ def prepare_conversations(
     sources_of.source_names(data.sources)
     found = [_collect(source, data, sft, seed) for source in data.sources]
     tokenizer = _tokenizer(data, found, vocab_size, Path(directory))
+    check_end(tokenizer, eos_token)
     train, held_out, dropped = [], [], []
     for number, (source, conversations) in enumerate(zip(data.sources, found, strict=True)):
         moded = in_modes(conversations.train, sft, tokenizer, seed=seed + number)

@@ -16,12 +16,19 @@ from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.held_out import Split, split_documents
 from nemotron_jax.data.packing import DocumentTokens, Stream
 from nemotron_jax.data.sources import Collection, Document, Manifest, collect, manifest_of
-from nemotron_jax.data.tokenizer import FILE_NAME, Tokenizer, check_vocabulary, train_tokenizer
+from nemotron_jax.data.tokenizer import (
+    FILE_NAME,
+    Tokenizer,
+    check_end,
+    check_vocabulary,
+    train_tokenizer,
+)
 from nemotron_jax.types import Batch
 
 FORMAT_VERSION = 1
 FOLDER = "corpus"
 TRAIN_TOKENIZER = "train"  # the value of DataConfig.tokenizer that asks for a new one
+MANY_TIMES = 100  # readings of a text from which on a run is warned
 ENCODED_TOGETHER = 256  # documents whose ids are Python lists at one time
 
 Progress = Callable[[str], None]
@@ -68,14 +75,15 @@ def prepare(
     vocab_size: int,
     directory: str | Path,
     *,
+    eos_token: int | None = None,
     progress: Progress = print,
 ) -> tuple[Tokenizer, Corpus]:
     """The tokenizer and the corpus of a run, from its directory where they are there already.
 
     Writes directory/tokenizer.json, corpus/*.npy and, last, corpus/manifest.json. `progress` gets
     a line about each part. Raises ValueError when the data or the tokenizer are not those that the
-    directory was made with, when a source cannot be read, or when the tokenizer exceeds
-    `vocab_size`.
+    directory was made with, when a source cannot be read, when the tokenizer exceeds `vocab_size`
+    or was trained for another, or when it does not end documents with the model's `eos_token`.
     """
     directory = Path(directory)
     collections = [collect(source) for source in data.sources]
@@ -88,6 +96,8 @@ def prepare(
     tokenizer = _existing_tokenizer(data, directory, stored)
     if tokenizer is not None:
         check_vocabulary(tokenizer, vocab_size)
+        check_end(tokenizer, eos_token)
+        _check_trained_for(data, directory, stored, vocab_size)
         if stored is not None and (corpus := _load(directory, stored, tokenizer)) is not None:
             progress(f"{directory / FOLDER}: {_describe(corpus)}, as stored with the run")
             return tokenizer, corpus
@@ -101,12 +111,28 @@ def prepare(
     if tokenizer is None:
         texts = [document.text for part in split.train for document in part]
         tokenizer = train_tokenizer(texts, vocab_size)
+        check_end(tokenizer, eos_token)
         progress(f"tokenizer: {tokenizer.vocab_size} ids learned from {len(texts)} documents")
     tokenizer.save(directory)
     corpus = build_corpus(split, tokenizer, manifest)
     progress(f"{directory / FOLDER}: {_describe(corpus)}")
-    _save(directory, corpus, tokenizer, manifest, split)
+    _save(directory, corpus, tokenizer, manifest, split, vocab_size)
     return tokenizer, corpus
+
+
+def repetitions(corpus: Corpus, data: DataConfig, steps: int) -> list[str]:
+    """A line for each source that a run reads so often that a model learns it by heart."""
+    lines = []
+    rows = steps * data.batch_size
+    for source, weight, part in zip(data.sources, data.source_weights, corpus.train, strict=True):
+        size, length = len(part.tokens), data.sequence_length
+        times = rows * length * weight / sum(data.source_weights) / size
+        if times >= MANY_TIMES or size < length:
+            lines.append(
+                f"{source} has {size:,} training tokens, in rows of {length:,}; the run reads them "
+                f"{times:,.0f} times over: add text, or lower training.steps"
+            )
+    return lines
 
 
 def build_corpus(split: Split, tokenizer: Tokenizer, manifest: Manifest) -> Corpus:
@@ -147,6 +173,9 @@ def _describe_source(collection: Collection) -> str:
     line = f"{len(collection.documents)} documents, {len(collection.files)} files, {size:.2f} MB"
     if collection.skipped:
         line += f", {len(collection.skipped)} files skipped as not UTF-8"
+    if others := collection.left_out:
+        names = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+        line += f", {len(others)} files of other kinds left out ({names})"
     return f"{collection.source}: {line}"
 
 
@@ -171,17 +200,39 @@ def _read_stored(directory: Path) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_text("utf-8"))
         version = stored["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+        _check_keys(stored)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read ({error!r}); "
             f"remove the folder {path.parent} and it is made anew"
-        ) from error
+        ) from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format_version={version}, this code writes {FORMAT_VERSION}; "
             f"remove the folder {path.parent} and it is made anew"
         )
     return stored
+
+
+def _check_keys(stored: dict[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError unless a manifest holds what is read of it."""
+    Manifest.from_json(stored["manifest"])
+    HeldOutFacts(**stored["held_out_facts"])
+    for name, kind in {"fingerprint": str, "tokenizer": str, "arrays": dict}.items():
+        if not isinstance(stored[name], kind):
+            raise TypeError(f"{name} is {stored[name]!r}")
+
+
+def _check_trained_for(
+    data: DataConfig, directory: Path, stored: dict[str, Any] | None, vocab_size: int
+) -> None:
+    """Raise ValueError where the directory's tokenizer was trained for another vocabulary."""
+    trained_for = (stored or {}).get("vocab_size", vocab_size)
+    if data.tokenizer.startswith(TRAIN_TOKENIZER) and trained_for != vocab_size:
+        raise ValueError(
+            f"the tokenizer of run {directory} was trained for model.vocab_size={trained_for}, not "
+            f"{vocab_size}; restore that value, or start in a new directory"
+        )
 
 
 def _check_same_data(directory: Path, before: Manifest, now: Manifest) -> None:
@@ -228,7 +279,12 @@ def _arrays(directory: Path, sources: int) -> list[tuple[Path, Path]]:
 
 
 def _save(
-    directory: Path, corpus: Corpus, tokenizer: Tokenizer, manifest: Manifest, split: Split
+    directory: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+    split: Split,
+    vocab_size: int,
 ) -> None:
     sums = {}
     pairs = _arrays(directory, len(corpus.train))
@@ -241,6 +297,7 @@ def _save(
         "format_version": FORMAT_VERSION,
         "fingerprint": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint(),
+        "vocab_size": vocab_size,  # that the tokenizer was trained or chosen for
         "held_out_facts": dataclasses.asdict(corpus.facts),
         "held_out": [document.name for document in split.held_out],
         "dropped": list(split.dropped),

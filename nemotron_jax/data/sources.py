@@ -1,12 +1,13 @@
 """Documents and their manifest, from the standard library's own source text or from files."""
 
+import codecs
 import dataclasses
 import hashlib
 import importlib
 import io
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,7 @@ class Collection:
     documents: tuple[Document, ...]
     files: tuple[FileRecord, ...]
     skipped: tuple[str, ...] = ()  # standard-library files that are not UTF-8
+    left_out: tuple[str, ...] = ()  # files of a folder whose ending is none that is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +115,22 @@ def collect(source: str) -> Collection:
     """Every document of a source: `python_stdlib`, or `hf:PATH` naming a file or a folder.
 
     PATH is a .jsonl (one object a row, field "text"), a .parquet (column "text"; needs pyarrow),
-    a .txt, .md or .py, or a folder of those, searched to any depth without hidden folders. Files
-    come sorted by path. Blank documents are left out. The text stays in memory.
+    a .txt, .md or .py, or a folder of those, searched to any depth without hidden folders; its
+    other files are named in `left_out`. Files come sorted by path. Blank documents are left out.
+    The text stays in memory.
 
     Raises ValueError naming the source, the file and the row when the source is unknown or
     missing, holds no document, or has a row that cannot be read. Only in `python_stdlib` is a file
     that is not UTF-8 skipped, and named in `skipped`.
     """
+    left_out: list[str] = []
     if source == PYTHON_STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = list(_library_files(root))
     elif source.startswith(FILES_PREFIX):
         given = Path(source.removeprefix(FILES_PREFIX)).expanduser()
         root = given if given.is_dir() else given.parent
-        paths = _user_files(source, given)
+        paths, left_out = _user_files(source, given)
     else:
         raise ValueError(
             f"data source {source!r} is unknown: name {PYTHON_STDLIB!r}, or {FILES_PREFIX}PATH "
@@ -137,7 +141,10 @@ def collect(source: str) -> Collection:
     skipped: list[str] = []
     for path in paths:
         name = path.relative_to(root).as_posix()
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"data source {source!r}: {name} cannot be read ({error})") from None
         try:
             read = list(_documents(source, name, content))
         except UnicodeDecodeError as error:
@@ -153,9 +160,9 @@ def collect(source: str) -> Collection:
     if not documents:
         raise ValueError(
             f"data source {source!r} holds no text: read {len(files)} files below {root}; "
-            f"name a {', '.join(SUFFIXES)} file with text, or a folder of them"
+            f"name a {', '.join(SUFFIXES)} file with text, or a folder of them{_unread(left_out)}"
         )
-    return Collection(source, tuple(documents), tuple(files), tuple(skipped))
+    return Collection(source, tuple(documents), tuple(files), tuple(skipped), tuple(left_out))
 
 
 def _library_files(root: Path) -> Iterator[Path]:
@@ -164,35 +171,49 @@ def _library_files(root: Path) -> Iterator[Path]:
             yield path
 
 
-def _user_files(source: str, given: Path) -> list[Path]:
+def _user_files(source: str, given: Path) -> tuple[list[Path], list[str]]:
+    """The files to read, and the names of a folder's others."""
     if given.is_dir():
-        return [
+        inside = [
             path
             for path in sorted(given.rglob("*"))
-            if path.suffix in SUFFIXES
-            and path.is_file()
+            if path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(given).parts)
         ]
+        read = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        others = [path for path in inside if path.suffix.lower() not in SUFFIXES]
+        return read, [path.relative_to(given).as_posix() for path in others]
     if not given.is_file():
         raise ValueError(f"data source {source!r}: there is no file or folder {given}")
-    if given.suffix not in SUFFIXES:
+    if given.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"data source {source!r}: {given.name} has none of the endings {', '.join(SUFFIXES)}; "
             "rename it or convert it"
         )
-    return [given]
+    return [given], []
+
+
+def _unread(left_out: list[str]) -> str:
+    return f"; {left_out[0]} is of a kind that is not read: convert it" if left_out else ""
 
 
 def _documents(source: str, name: str, content: bytes) -> Iterator[Document]:
-    if name.endswith(".jsonl"):
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if name.lower().endswith(".jsonl"):
         rows: Iterable[tuple[int, Any]] = _json_rows(source, name, content)
-    elif name.endswith(".parquet"):
+    elif name.lower().endswith(".parquet"):
         rows = _parquet_rows(source, name, content)
     else:
         yield Document(content.decode("utf-8"), name)
         return
     for number, text in rows:
         place = f"data source {source!r}: {name} row {number}"
+        if isinstance(text, Mapping):
+            fields = ", ".join(map(repr, list(text)[:8])) or "none"
+            raise ValueError(
+                f"{place} has no field {TEXT_COLUMN!r}; its fields are {fields}: every row needs a "
+                f"string named {TEXT_COLUMN!r}; rename the field that holds the text"
+            )
         if not isinstance(text, str):
             raise ValueError(
                 f"{place} has {type(text).__name__} in field {TEXT_COLUMN!r}: every row needs a "
@@ -213,12 +234,16 @@ def _json_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, An
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-        except json.JSONDecodeError as error:
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:  # integers of too many digits, deep nesting
+            reason = getattr(error, "msg", error)
             raise ValueError(
-                f"data source {source!r}: {name} row {number} is not JSON ({error.msg}); "
+                f"data source {source!r}: {name} row {number} is not JSON ({reason}); "
                 "repair or remove the row"
             ) from None
-        yield number, row.get(TEXT_COLUMN) if isinstance(row, dict) else row
+        is_whole = not isinstance(row, dict) or TEXT_COLUMN not in row
+        yield number, row if is_whole else row[TEXT_COLUMN]
 
 
 def _parquet_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, Any]]:

@@ -85,6 +85,16 @@ def check_vocabulary(tokenizer: "Tokenizer", vocab_size: int) -> None:
         )
 
 
+def check_end(tokenizer: "Tokenizer", eos_token: int | None) -> None:
+    """Raise ValueError when documents would end with another token than the model's."""
+    if eos_token is not None and tokenizer.eos != eos_token:
+        raise ValueError(
+            f"tokenizer {tokenizer.origin} ends a document with id {tokenizer.eos}, and the model "
+            f"with eos_token={eos_token}; set model.eos_token={tokenizer.eos}, or use the "
+            "tokenizer that belongs to the model"
+        )
+
+
 class Tokenizer:
     """Text to ids and back; a thin, immutable face of one `tokenizer.json`.
 
@@ -132,12 +142,16 @@ class Tokenizer:
         except FileNotFoundError:
             raise ValueError(
                 f"tokenizer {file} does not exist; name a tokenizer.json or its directory"
+                f"{_copy_of(file)}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"tokenizer {file} cannot be read ({error}); name a tokenizer.json"
+                f"tokenizer {file} cannot be read ({error}); name a tokenizer.json{_copy_of(file)}"
             ) from error
-        return cls(definition, origin=str(file))
+        try:
+            return cls(definition, origin=str(file))
+        except ValueError as error:
+            raise ValueError(f"{error}{_copy_of(file)}") from None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes tokenizer.json, into a directory or to a .json path; whole or not at all."""
@@ -250,6 +264,12 @@ def _check_byte_level(parsed: dict[str, Any]) -> None:
     kind = parsed["model"].get("type", "BPE")
     if kind != "BPE" or "ByteLevel" not in json.dumps(parsed["pre_tokenizer"]):
         raise ValueError(f"its model is {kind} and not a BPE on bytes")
+
+
+def _copy_of(file: Path) -> str:
+    """Where a run keeps a copy of its damaged or lost tokenizer; empty outside a run."""
+    copies = sorted(file.parent.glob(f"checkpoints/step_*/{FILE_NAME}"))
+    return f"; the run keeps a copy in {copies[-1]}" if copies else ""
 
 
 def _is_special(token: dict[str, Any]) -> bool:

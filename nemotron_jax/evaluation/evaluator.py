@@ -49,6 +49,7 @@ class Result:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     transcripts: tuple[dict[str, Any], ...] = ()  # JSON-able, one for each generated answer
+    counted: str = ""  # what `n` counts, as in "documents"
 
 
 class Evaluator(Protocol):

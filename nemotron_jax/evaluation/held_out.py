@@ -1,5 +1,6 @@
 """Loss on text that training never saw, in nats per token and in bits per byte."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,36 +12,66 @@ from jaxtyping import Array, Float
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.data.corpus import Corpus
-from nemotron_jax.data.loader import held_out_batches
+from nemotron_jax.data.corpus import Corpus, unigram_entropy
+from nemotron_jax.data.loader import held_out_batches, held_out_row_count
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.training.losses import token_nll
 from nemotron_jax.types import Batch
+
+# A finished run is evaluated on all of its held-out text where that is no more than this: some
+# minutes on a CPU. eval.py evaluates on all of it, however much.
+MOST_TOKENS_AT_END = 2_000_000
 
 
 def held_out_evaluator(
     corpus: Corpus, config: RunConfig
 ) -> Callable[[Nemotron, Execution], dict[str, float]]:
     """A function of a model and how to run it: `held_out_loss` (nats per token) and `bits_per_byte`
-    of held-out rows, beside `unigram_entropy` and `gzip_bits_per_byte` of all held-out text.
+    of held-out rows, beside the `unigram_entropy` of those rows' tokens.
 
-    Bits per byte compare models with different tokenizers; the end of a document is scored as a
-    token and spells no byte.
+    `gzip_bits_per_byte` is that of all held-out text: gzip needs more than a few rows. Bits per
+    byte compare models with different tokenizers; the end of a document is scored as a token and
+    spells no byte.
     """
     batches = held_out_batches(corpus, config.data, 0, config.logging.evaluate_rows)
-    num_bytes = int(sum(corpus.bytes_of(batch).sum() for batch in batches))
+    entropy = _entropy_of(corpus, batches)
     chunk = config.training.loss_chunk
 
     def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
         nats, tokens = held_out_nats(model, batches, chunk=chunk, execution=execution)
         return {
             "held_out_loss": nats / tokens,
-            "bits_per_byte": nats / math.log(2) / num_bytes,
-            "unigram_entropy": corpus.facts.unigram_entropy,
+            "bits_per_byte": nats / math.log(2) / _bytes_of(corpus, batches),
+            "unigram_entropy": entropy,
             "gzip_bits_per_byte": corpus.facts.gzip_bits_per_byte,
         }
 
     return evaluate
+
+
+def whole_evaluator(
+    corpus: Corpus, config: RunConfig
+) -> Callable[[Nemotron, Execution], dict[str, float]] | None:
+    """The same of all held-out text, as eval.py's perplexity says; None where there is too much."""
+    if len(corpus.held_out.tokens) > MOST_TOKENS_AT_END:
+        return None
+    rows = max(1, held_out_row_count(corpus, config.data))
+    whole = dataclasses.replace(config.logging, evaluate_rows=rows)
+    return held_out_evaluator(corpus, dataclasses.replace(config, logging=whole))
+
+
+def _bytes_of(corpus: Corpus, batches: Sequence[Batch]) -> int:
+    return int(sum(corpus.bytes_of(batch).sum() for batch in batches))
+
+
+def _entropy_of(corpus: Corpus, batches: Sequence[Batch]) -> float:
+    """Mean nats of the batches' tokens under the smoothed frequencies of the training text."""
+    tokens = np.concatenate([batch.tokens[np.asarray(batch.segment_ids) > 0] for batch in batches])
+    if len(tokens) >= len(corpus.held_out.tokens):
+        return corpus.facts.unigram_entropy
+    size = len(corpus.byte_lengths)
+    counts = sum(np.bincount(d.tokens, minlength=size) for d in corpus.train)
+    return unigram_entropy(counts, tokens)
 
 
 def learned_evaluator(

@@ -65,6 +65,7 @@ class Perplexity:
                 "gzip_bits_per_byte": facts.gzip_bits_per_byte,
             },
             n=len(np.unique(scores.document)),
+            counted="held-out documents",
             standard_errors={"nats_per_token": error, "bits_per_byte": bits_error},
             tables=(
                 Table("By context", ("tokens before", "tokens", "nats per token"), by_context),

@@ -22,7 +22,7 @@ from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.evaluation.evaluator import Plot, Result, Subject
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.training.checkpoint import FOLDER, checkpoint_steps
+from nemotron_jax.training.checkpoint import FOLDER, checkpoint_steps, run_and_step
 
 FORMAT_VERSION = 1
 LIBRARIES = ("nemotron-jax", "jax", "jaxlib", "flax", "numpy")
@@ -55,14 +55,15 @@ class _Section:
 def metadata(model: Nemotron, subject: Subject) -> dict[str, Any]:
     """What a number of the report depends on: model, configuration, checkpoint, device, versions.
 
-    `checkpoint_steps` are those that a run's directory holds; the newest whole one is loaded.
+    `step` is that of the run's checkpoint that was loaded, of `checkpoint_steps` that there are.
     """
     config, device = subject.config, jax.devices()[0]
     text = None if config is None else to_json(config)
     parameters = flatten(model)
     return {
         "checkpoint": str(subject.checkpoint),
-        "checkpoint_steps": checkpoint_steps(subject.checkpoint / FOLDER),
+        "step": model.origin and model.origin.step,
+        "checkpoint_steps": checkpoint_steps(run_and_step(subject.checkpoint)[0] / FOLDER),
         "model": {
             "pattern": model.config.pattern,
             "width": model.config.width,
@@ -142,7 +143,9 @@ def _section(name: str, run: SuiteRun) -> _Section:
         (field, _cell(value), _cell(result.standard_errors.get(field)))
         for field, value in result.values.items()
     )
-    tables = [(f"n = {result.n}", ("value", "", "standard error"), values)]
+    tables = [
+        (f"n = {result.n} {result.counted}".rstrip(), ("value", "", "standard error"), values)
+    ]
     for table in result.tables:
         rows = tuple(tuple(_cell(cell) for cell in row) for row in table.rows)
         tables.append((table.title, table.columns, rows))
@@ -187,6 +190,7 @@ def _record(run: SuiteRun) -> dict[str, Any]:
         "values": result.values,
         "standard_errors": result.standard_errors,
         "n": result.n,
+        "n_counts": result.counted,
         "wall_s": run.wall_s,
         "tables": [dataclasses.asdict(table) for table in result.tables],
         "plots": [f"plots/{plot.name}.png" for plot in result.plots],

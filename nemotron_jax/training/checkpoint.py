@@ -186,7 +186,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in self.folder.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=ignore_errors)
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=ignore_errors)
+                    else:
+                        path.unlink(missing_ok=True)
 
     def _explained(self, error: Exception, step: int, needed: int) -> Exception:
         """A full disk in plain words; any other error as it is."""
@@ -223,9 +226,19 @@ def optimizer_table(state: Any) -> Table:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending, whole or not."""
-    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
+    """Steps of the checkpoints in a folder, ascending, whole or not; a file is no checkpoint."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    matches = (_NAME.fullmatch(path.name) for path in paths if path.is_dir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def run_and_step(path: str | Path) -> tuple[Path, int | None]:
+    """The run's directory that a path names, and the step where it names one of its checkpoints."""
+    path = Path(path)
+    name = _NAME.fullmatch(path.name)
+    if name and path.parent.name == FOLDER and path.is_dir():
+        return path.parent.parent, int(name[1])
+    return path, None
 
 
 def newest_whole(folder: Path, *, parts: tuple[str, ...] = ("",)) -> Path | None:
@@ -257,13 +270,10 @@ def saved_config(run_directory: str | Path) -> RunConfig | None:
     return None if path is None else from_json((path / CONFIG).read_text("utf-8"))
 
 
-def load_parameters(
-    run_directory: str | Path, step: int | None = None, *, mesh: Mesh | None = None
-) -> tuple[ModelConfig, Table]:
-    """A run's model configuration and its parameters by name, of one step or the newest whole one.
+def whole_checkpoint(run_directory: str | Path, step: int | None = None) -> Path:
+    """A run's checkpoint of one step, or its newest whole one.
 
-    `mesh` lays them out on its devices; by default they are on one. Raises ValueError when there is
-    no such checkpoint or none is whole.
+    Raises ValueError when there is no such checkpoint or none is whole.
     """
     folder = Path(run_directory).absolute() / FOLDER
     parts = (CONFIG, STATE, f"{ARRAYS}/{MODEL}/")
@@ -277,6 +287,22 @@ def load_parameters(
         raise ValueError(
             f"load_parameters: {folder} holds no checkpoint; train for some steps first"
         )
+    return path
+
+
+def load_parameters(
+    run_directory: str | Path, step: int | None = None, *, mesh: Mesh | None = None
+) -> tuple[ModelConfig, Table]:
+    """A run's model configuration and its parameters by name, of one step or the newest whole one.
+
+    `mesh` lays them out on its devices; by default they are on one. Raises ValueError when there is
+    no such checkpoint or none is whole.
+    """
+    return read_parameters(whole_checkpoint(run_directory, step), mesh)
+
+
+def read_parameters(path: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Table]:
+    """The model configuration and the parameters by name of a whole checkpoint."""
     run = from_json((path / CONFIG).read_text("utf-8"))
     model = abstract_adapted(run.model, run.lora)
     like = flatten(model)
@@ -291,8 +317,10 @@ def _name(step: int) -> str:
 
 def _remove(path: Path) -> None:
     """Take a checkpoint's name away first: one half removed must not look like one."""
-    if path.exists():
+    if path.is_dir():
         shutil.rmtree(path.rename(path.with_name(f"{path.name}.removed")))
+    elif path.exists():  # not a checkpoint, but it has the name of one
+        path.unlink()
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from nemotron_jax.sharding import place_batch
 from nemotron_jax.training import metrics as metrics_files
 from nemotron_jax.training.checkpoint import (
     CONFIG,
+    FOLDER,
     Checkpoints,
     checkpoint_steps,
     load_parameters,
@@ -70,12 +71,14 @@ def run(
     data: Loader,
     evaluators: Sequence[Evaluator] = (),
     sampler: Sampler | None = None,
+    final: Evaluator | None = None,
     begin: Callable[[RunConfig], TrainState] = place_state,
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
     `evaluators` give values of the model, run as the step runs it, for the record of every
-    evaluation, `sampler` a text; `begin` makes the first state, where there is no checkpoint.
+    evaluation, `sampler` a text; `final` gives values of the last model, which its record holds as
+    `whole_…`; `begin` makes the first state, where there is no checkpoint.
     Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
     SIGINT ends the run after the step, saved. A run stopped in any way and begun again takes the
     same steps and leaves the same records as one that was never stopped. Raises
@@ -99,15 +102,44 @@ def run(
         checkpoints.wait()
         finished = step >= config.training.steps
         if finished:
+            reporter.whole(state.model, final)
             reporter.merged(state.model)
         return Outcome(step, finished, tuple(reporter.log.records), state.model)
 
 
 def check_run(config: RunConfig, workdir: str | Path) -> None:
-    """Raise ValueError when the directory's checkpoints are those of another run."""
+    """Raise ValueError when the directory cannot be this run's.
+
+    Its checkpoints are another run's or further than the run goes, or a name in it is a file where
+    the run keeps a folder, or a folder where it keeps a file.
+    """
+    workdir = Path(workdir)
+    for name in (FOLDER, "tensorboard", "plots", "corpus"):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise ValueError(f"run {workdir}: {name} is a file and must be a folder; move it away")
+    for name in (CONFIG, TOKENIZER, metrics_files.FILE_NAME, metrics_files.SAMPLES_NAME):
+        if (workdir / name).is_dir():
+            raise ValueError(f"run {workdir}: {name} is a folder and must be a file; move it away")
     saved = saved_config(workdir)
     if saved is not None:
         check_resumable(saved, config, str(workdir))
+    done, steps = max(checkpoint_steps(workdir / FOLDER), default=0), config.training.steps
+    if done > steps:
+        raise ValueError(
+            f"run {workdir} has {done} steps behind it and training.steps={steps} asks for fewer: "
+            "there is nothing to train; name another workdir, or raise training.steps"
+        )
+
+
+def with_saved_schedule(config: RunConfig, workdir: str | Path) -> RunConfig:
+    """The run with the schedule that it was begun with, where only its steps have changed."""
+    saved = saved_config(workdir)
+    if saved is None or saved.training.schedule == config.training.schedule:
+        return config
+    training = dataclasses.replace(config.training, schedule=saved.training.schedule)
+    kept = dataclasses.replace(config, training=training)
+    same_steps = saved.training.steps == config.training.steps
+    return config if same_steps else kept
 
 
 def _begin(
@@ -205,8 +237,8 @@ class _Reporter:
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1 if step else None
         )
-        before = self.log.records[-1]["seconds"] if self.log.records else 0.0
-        self.speed = Speed(config, step, before)
+        before = self.log.records[-1].get("seconds") if self.log.records else None
+        self.speed = Speed(config, step, before or 0.0)
         self.progress = Progress(config.training.steps, step)
         if step:
             self.progress.note(f"resumed after step {step}")
@@ -217,7 +249,8 @@ class _Reporter:
     def __exit__(self, *unused: object) -> None:
         self.progress.close()
         self.log.close()
-        self._board.close()
+        with contextlib.suppress(OSError):  # a full disk has been told of; curves are copies
+            self._board.close()
 
     def report(self, step: int, metrics: Metrics, model: Nemotron, evaluates: bool) -> None:
         """Write the record of a step, with evaluation, sample and plot where they are due."""
@@ -238,11 +271,21 @@ class _Reporter:
             self._illustrate(step, model)
         self.speed.resume()
 
+    def whole(self, model: Nemotron, final: Evaluator | None) -> None:
+        """Add what `final` says to the last record, once."""
+        records = self.log.records
+        if final is None or not records or "whole_held_out_loss" in records[-1]:
+            return
+        step = records[-1]["step"]
+        values = final(model, self._config.at_step(step - 1).execution)
+        self.log.extend_last({f"whole_{name}": value for name, value in values.items()})
+
     def merged(self, model: Nemotron) -> None:
         """Compare the merged newest checkpoints with the last one, where the config asks for it."""
         window = self._config.logging.merge_window
-        steps = checkpoint_steps(self._workdir / "checkpoints")[-window:] if window else []
-        if len(steps) < 2 or not self._evaluators or "merged_steps" in self.log.records[-1]:
+        steps = checkpoint_steps(self._workdir / FOLDER)[-window:] if window else []
+        done = not self.log.records or "merged_steps" in self.log.records[-1]
+        if len(steps) < 2 or not self._evaluators or done:
             return
         schedule = self._config.training.schedule
         weights = minus_sqrt_weights(

@@ -1,10 +1,13 @@
 """What a run writes down: metrics.jsonl and samples.txt, each step once; speed and utilisation."""
 
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +44,22 @@ class MetricsLog:
     """metrics.jsonl: one JSON object for each logged step, in order.
 
     Opened at a step it drops what a killed run wrote after that step, and a half-written last line.
+    A line that is damaged otherwise is left out with a warning; the file as it was stays beside it.
     Numbers that are not finite are written as null.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.records = [record for record in _read_records(path) if record["step"] <= step]
+        records, damaged = _read_records(path)
+        if damaged:
+            copy = _free_name(path)
+            shutil.copyfile(path, copy)
+            warnings.warn(
+                f"{path}: lines {', '.join(map(str, damaged[:5]))} are damaged and left out; the "
+                f"file as it was is kept in {copy}",
+                stacklevel=2,
+            )
+        self.records = [record for record in records if record["step"] <= step]
         self._rewrite()
         self._file = path.open("a", encoding="utf-8")
 
@@ -153,22 +166,39 @@ def peak_flops() -> float | None:
     return None
 
 
-def _read_records(path: Path) -> list[Record]:
-    """The records of a file up to its first line that is not whole."""
+def _read_records(path: Path) -> tuple[list[Record], list[int]]:
+    """The records of a file, and the numbers of its damaged lines.
+
+    A last line without its end was cut off by a kill and is no damage.
+    """
     records: list[Record] = []
+    damaged: list[int] = []
     if not path.exists():
-        return records
-    for line in path.read_bytes().splitlines(keepends=True):
+        return records, damaged
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except ValueError:
-            break
-        if not (line.endswith(b"\n") and isinstance(record, dict) and "step" in record):
-            break
-        if records and record["step"] <= records[-1]["step"]:
-            break
-        records.append(record)
-    return records
+        except (ValueError, RecursionError):
+            record = None
+        if _is_record(record) and (not records or record["step"] > records[-1]["step"]):
+            records.append(_jsonable(record))
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line holds what `append` writes: a step, and plain values by name."""
+    plain = isinstance(record, dict) and all(
+        value is None or isinstance(value, str | int | float) for value in record.values()
+    )
+    return plain and type(record.get("step")) is int
+
+
+def _free_name(path: Path) -> Path:
+    """The first of NAME.damaged, NAME.damaged.1, … that no file has."""
+    names = (path.with_name(f"{path.name}.damaged{n and f'.{n}' or ''}") for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _jsonable(values: Mapping[str, Any]) -> Record:

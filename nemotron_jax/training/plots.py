@@ -52,4 +52,4 @@ def draw_loss(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
 
 
 def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(r["tokens"], r[name]) for r in records if r.get(name) is not None]
+    return [(r["tokens"], r[name]) for r in records if "tokens" in r and r.get(name) is not None]

@@ -13,6 +13,11 @@ LINE_EVERY_S = 10.0
 _SHOWN = {"bits_per_byte": "bits/byte", "success": "of held-out tasks solved"}
 
 
+def told(value: float | None, digits: int = 4) -> str:
+    """A number as it is shown; records hold null for one that is not finite."""
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
 class Progress:
     """Steps done with loss, tokens/s and time left; evaluations always get a line of their own."""
 
@@ -28,7 +33,7 @@ class Progress:
     def show(self, record: Mapping[str, Any]) -> None:
         """Bring what is shown up to the record of a step."""
         loss, rate = record["loss"], record["tokens_per_second"]
-        text = f"loss {'not finite' if loss is None else format(loss, '.3f')}"
+        text = f"loss {told(loss, 3)}"
         text += f", {rate:,.0f} tokens/s" if rate else ""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
@@ -37,9 +42,11 @@ class Progress:
             self._last_line = time.monotonic()
             print(f"step {record['step']}/{self._steps}: {text}{self._left(record['step'])}")
         if "held_out_loss" in record:
-            line = f"step {record['step']}: held-out loss {record['held_out_loss']:.4f} nats/token"
+            line = (
+                f"step {record['step']}: held-out loss {told(record['held_out_loss'])} nats/token"
+            )
             line += "".join(
-                f", {record[name]:.4f} {unit}" for name, unit in _SHOWN.items() if name in record
+                f", {told(record[name])} {unit}" for name, unit in _SHOWN.items() if name in record
             )
             self.note(line)
 

@@ -11,7 +11,7 @@ import pytest
 
 from nemotron_jax.config.run import DataConfig
 from nemotron_jax.data import corpus as module
-from nemotron_jax.data.corpus import prepare
+from nemotron_jax.data.corpus import prepare, repetitions
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
 from nemotron_jax.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -189,3 +189,39 @@ def test_the_standard_library_becomes_a_corpus(tmp_path):
     assert 4 < corpus.facts.unigram_entropy < math.log(1024)
     assert 1 < corpus.facts.gzip_bits_per_byte < 4
     assert any("training tokens" in line for line in lines)
+
+
+def test_a_tokenizer_trained_for_another_vocabulary_is_refused(config, tmp_path):
+    quietly(config, 512, tmp_path / "run")
+    with pytest.raises(ValueError, match="trained for model.vocab_size=512, not 600"):
+        quietly(config, 600, tmp_path / "run")
+    quietly(config, 512, tmp_path / "run")
+
+
+def test_the_tokenizer_ends_documents_with_the_model_s_token(config, tmp_path):
+    for _ in range(2):  # a new tokenizer, and one that is there
+        with pytest.raises(ValueError, match="ends a document with id 2.*eos_token=7"):
+            prepare(config, 512, tmp_path / "run", eos_token=7, progress=lambda line: None)
+        assert quietly(config, 512, tmp_path / "run")[0].eos == 2
+
+
+def test_a_text_that_is_read_many_times_over_is_told(config, tmp_path):
+    corpus = quietly(config, 512, tmp_path / "run")[1]
+    assert repetitions(corpus, config, 1) == []
+    [line] = repetitions(corpus, config, 100_000)
+    assert "times over" in line and config.sources[0] in line
+    assert len(repetitions(corpus, dataclasses.replace(config, sequence_length=10**6), 1)) == 1
+
+
+@pytest.mark.parametrize("key", ["manifest", "held_out_facts", "arrays", "tokenizer"])
+@pytest.mark.parametrize("value", [None, {}, 7])
+def test_a_manifest_without_its_keys_is_named(config, tmp_path, key, value):
+    quietly(config, 512, tmp_path / "run")
+    path = tmp_path / "run" / "corpus" / "manifest.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, key: value}))
+    if key == "arrays" and value == {}:
+        quietly(config, 512, tmp_path / "run")  # whole, and made anew
+        return
+    with pytest.raises(ValueError, match="manifest.json cannot be read.*made anew"):
+        quietly(config, 512, tmp_path / "run")

@@ -57,7 +57,11 @@ def test_a_folder_gives_its_text_files_sorted_without_hidden_and_blank_ones(tmp_
     ("name", "content", "words"),
     [
         ("x.jsonl", b'{"text": "fine"}\n{"text": "cut\n', ["row 2", "not JSON"]),
-        ("x.jsonl", b'{"text": "fine"}\n{"body": "no text"}\n', ["row 2", "'text'", "NoneType"]),
+        (
+            "x.jsonl",
+            b'{"text": "fine"}\n{"body": "no text"}\n',
+            ["row 2", "no field 'text'", "'body'"],
+        ),
         ("x.jsonl", b'{"text": 5}\n', ["row 1", "int"]),
         ("x.jsonl", b'["a list"]\n', ["row 1", "list"]),
         ("x.jsonl", b'{"text": "\\ud83d"}\n', ["row 1", "surrogate"]),
@@ -131,3 +135,21 @@ def test_the_fingerprint_sees_one_byte_and_not_the_place(tmp_path):
         assert any(line in difference for difference in first.differences(other))
     assert type(first).from_json(json.loads(json.dumps(first.to_json()))) == first
     assert dataclasses.replace(first, sources=("moved",)).fingerprint() == first.fingerprint()
+
+
+def test_endings_of_any_case_are_read_and_other_files_are_named(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "upper case"}\n')
+    (tmp_path / "b.Txt").write_text("mixed case")
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "d.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / ".hidden.csv").write_text("a")
+    found = collect(f"hf:{tmp_path}")
+    assert [document.text for document in found.documents] == ["upper case", "mixed case"]
+    assert found.left_out == ("c.json", "d.jsonl.gz")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwords")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "row"}\n')
+    found = collect(f"hf:{tmp_path}")
+    assert [document.text for document in found.documents] == ["words", "row"]

@@ -88,18 +88,26 @@ def test_a_directory_has_one_owner(finished_run):
     assert train(config, directory).finished
 
 
-def test_repairing_keeps_whole_lines_before_the_fault(tmp_path):
+def test_a_damaged_line_costs_itself_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}\n\xff\xfe{"st\n{"step": 4}\n')
-    log = MetricsLog(path, 9)
-    log.append({"step": 3, "loss": float("inf"), "count": 2})
+    lines = [b'{"step": 1}', b"", b'{"step": 2}', b'\xff\xfe{"st', b"[7]", b'{"step": "x"}']
+    lines += [b'{"step": 3, "x": {}}', b"[" * 100_000, b'{"step": 2}', b'{"step": 4, "loss": NaN}']
+    before = b"\n".join([*lines, b'{"step": 5'])  # the last line was cut off by a kill
+    path.write_bytes(before)
+    (tmp_path / "metrics.jsonl.damaged").touch()
+    with pytest.warns(UserWarning, match="lines 2, 4, 5, 6, 7 are damaged.*jsonl.damaged.1"):
+        log = MetricsLog(path, 9)
+    assert (tmp_path / "metrics.jsonl.damaged.1").read_bytes() == before
+    log.append({"step": 5, "loss": float("inf"), "count": 2})
     log.close()
-    lines = path.read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1},
         {"step": 2},
-        {"step": 3, "loss": None, "count": 2},
+        {"step": 4, "loss": None},
+        {"step": 5, "loss": None, "count": 2},
     ]
+    MetricsLog(path, 9).close()  # whole now: no warning, no copy
+    assert not (tmp_path / "metrics.jsonl.damaged.2").exists()
 
 
 def test_utilisation_is_flops_over_the_peak(texts, monkeypatch):

@@ -13,6 +13,10 @@ RECORD = {"step": 5, "loss": 1.5, "tokens_per_second": 10.0, "held_out_loss": 1.
         ({"bits_per_byte": 2.0}, "held-out loss 1.2500 nats/token, 2.0000 bits/byte\n"),
         ({"success": 0.5}, "held-out loss 1.2500 nats/token, 0.5000 of held-out tasks solved\n"),
         ({}, "held-out loss 1.2500 nats/token\n"),
+        (
+            {"held_out_loss": None, "bits_per_byte": None},
+            "held-out loss not finite nats/token, not finite bits/byte\n",
+        ),
     ],
 )
 def test_an_evaluation_is_told_in_one_line(capsys, values: dict, words: str) -> None:

@@ -1,0 +1,67 @@
+"""Whether a run can go on this machine at all, said before its data is read."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.model.accounting import parameters
+
+# Which devices a kernel's name asks for, as jax calls their platforms.
+_PLATFORMS = {"pallas_tpu": ("tpu",), "pallas_gpu": ("gpu", "cuda", "rocm")}
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_kernels(execution: Execution) -> None:
+    """Raise ValueError where the kernels that a run names are not for this machine's devices."""
+    platform = jax.devices()[0].platform
+    wanted = _PLATFORMS.get(execution.kernels, (platform,))
+    if platform not in wanted:
+        raise ValueError(
+            f"Execution.kernels={execution.kernels!r}: needs a {wanted[0].upper()}, and this "
+            f"machine has {jax.device_count()} {platform.upper()} devices; set "
+            "execution.kernels=auto"
+        )
+
+
+def check_memory(config: RunConfig) -> None:
+    """Raise ValueError where the least that a step needs is more than there is.
+
+    The least are parameters with moments and gradient, and the hidden state of each token that is
+    kept before every layer. A step that passes may still need more.
+    """
+    devices, mesh = jax.devices(), config.mesh
+    on_cpu = devices[0].platform == "cpu"
+    # A CPU's devices share one memory.
+    shards, sharing = (mesh.fsdp, 1) if not on_cpu else (1, mesh.size)
+    words = 4 if config.training.trains == "all" else 1  # weight, two moments, gradient
+    weights = 4 * words * parameters(config.model).total // shards
+    rows = config.data.batch_size // config.training.micro_batches // mesh.size * sharing
+    layers, width = config.model.num_layers, config.model.width
+    half = 2 if config.execution.compute_dtype == "bfloat16" else 4
+    hidden = rows * config.data.sequence_length * width * layers * half
+    limit = _host_memory() if on_cpu else (devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None or weights + hidden <= limit:
+        return
+    told = f"at least {(weights + hidden) / 1e9:,.0f} GB, and {limit / 1e9:,.0f} GB are there"
+    if weights > limit:
+        raise ValueError(
+            f"RunConfig.model: its weights, moments and gradient take {told}; train a smaller "
+            "model, or share it by mesh.fsdp among more devices"
+        )
+    raise ValueError(
+        f"RunConfig.data.batch_size={config.data.batch_size}: a step of rows of "
+        f"{config.data.sequence_length} tokens takes {told}; lower data.batch_size or "
+        "data.sequence_length, or raise training.micro_batches"
+    )
+
+
+def _host_memory() -> int:
+    """Bytes of this machine, or of the container that the process is in."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(_CGROUP.read_text()))
+    except (OSError, ValueError):  # no limit, or another system
+        return physical
