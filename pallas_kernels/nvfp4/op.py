@@ -66,11 +66,11 @@ def quantize(
 ) -> Quantized:
     """x as codes and scales, with TransformerEngine's arithmetic, bit for bit.
 
-    `rounding` is nearest (ties to even) or stochastic: up with the probability of the part of the
-    way that is gone, from 24 random bits of `key` (jax.random.key, or two words uint32 [2]). A NaN
-    makes its block and the tensor's amax NaN; an infinity saturates. `pad` fills the last blocks up
-    with zeros. Raises ValueError for another block or rounding, a missing key, sizes that are no
-    multiple of the block, and an implementation that cannot run.
+    `rounding` is nearest (ties to even) or stochastic: it rounds up with probability equal to the
+    fractional distance from the lower code, by 24 random bits of `key` (jax.random.key, or two
+    words uint32 [2]). A NaN makes its block and the tensor's amax NaN; an infinity saturates.
+    `pad` fills the last blocks up with zeros. Raises ValueError for another block or rounding, a
+    missing key, sizes that are not a multiple of the block, and an implementation that cannot run.
     """
     _check_options("quantize", x, block, BLOCKS, rounding, key)
     shape = x.shape
@@ -127,7 +127,7 @@ def hadamard(x: Float[Array, "R C"], *, implementation: str | None = None) -> Ar
 
     The transform is orthogonal, a fixed sign for each of the 16 and then Sylvester's matrix / 4; x
     is rounded to bfloat16 before and the result after it. It cancels where both operands of a
-    product over R have it. Raises ValueError if R is no multiple of 16.
+    product over R have it. Raises ValueError if R is not a multiple of 16.
     """
     dispatch.expect_shape("hadamard", {}, x=(x, "R C"))
     _check_sizes("hadamard", x, (16, 1))
@@ -146,7 +146,8 @@ def quantize_mxfp8(
 ) -> tuple[Array, UInt8[Array, "R C/32"]]:
     """float8_e4m3fn values and the biased exponents (E8M0) of blocks of 32 along C.
 
-    The exponent is rounded up, so nothing saturates. Raises ValueError if C is no multiple of 32.
+    The exponent is rounded up, so nothing saturates. Raises ValueError if C is not a multiple of
+    32.
     """
     dispatch.expect_shape("quantize_mxfp8", {}, x=(x, "R C"))
     _check_sizes("quantize_mxfp8", x, (1, 32))
@@ -205,6 +206,6 @@ def _check_sizes(op: str, x: Array, block: tuple[int, int]) -> None:
     for letter, size, step in zip("RC", x.shape, block, strict=True):
         if size % step or not size:
             raise ValueError(
-                f"{op}: {letter}={size} is no multiple of the block's {step}; pad x with zeros"
+                f"{op}: {letter}={size} is not a multiple of the block's {step}; pad x with zeros"
                 + (", or pass pad=True" if op == "quantize" else "")
             )

@@ -110,7 +110,7 @@ def _train(
     result["compile_peak_mb"] = measure.peak_mb()
     result["temporary_mb"] = step.memory_analysis().temp_size_in_bytes / 2**20
     box = [state]
-    del state, model  # the step takes the state's memory over
+    del state, model  # the step donates the state
 
     def run() -> None:
         box[0], metrics = step(box[0], rows)

@@ -301,7 +301,7 @@ def test_padding_is_cut_off_again():
         ({"rounding": "stochastic"}, "pass a key"),
         ({"rounding": "stochastic", "key": np.zeros(3, np.uint32)}, "two words"),
         ({"implementation": "cuda"}, "'cuda' does not exist"),
-        ({"block": (16, 16)}, "R=24 is no multiple of the block's 16; .*pad=True"),
+        ({"block": (16, 16)}, "R=24 is not a multiple of the block's 16; .*pad=True"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(options, message):
