@@ -203,6 +203,13 @@ def _check(
     shapes: dict[str, tuple[int, ...]],
     files: list[SafetensorsFile],
 ) -> None:
+    for file in files:
+        for name, entry in file.entries.items():
+            if entry.dtype.name not in (*DTYPES, "float64"):
+                raise ValueError(
+                    f"{file.path}: tensor {name} is stored as {entry.dtype.name}, codes that mean "
+                    "nothing without their scales; load the model's bfloat16 checkpoint"
+                )
     found = {name: entry.shape for file in files for name, entry in file.entries.items()}
     faults = [
         f"missing {name} {tensors[name].shape(shapes)}" for name in tensors if name not in found

@@ -69,6 +69,14 @@ def test_a_quantised_checkpoint_is_refused_by_name(hub, where):
         nj.load_pretrained(hub)
 
 
+def test_codes_without_a_recipe_are_no_weights(hub):
+    tensors = load_file(hub / "model.safetensors")
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    save_file({**tensors, name: tensors[name].astype(np.int8)}, hub / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} is stored as int8, codes that mean nothing"):
+        nj.load_pretrained(hub)
+
+
 def rename_tensors(hub, rename):
     tensors = load_file(hub / "model.safetensors")
     save_file({rename(n): a for n, a in tensors.items()}, hub / "model.safetensors")
