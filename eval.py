@@ -78,8 +78,9 @@ def evaluate(
     if config or own:
         check_kernels((config or own).execution)
     is_own = own is not None and (config is None or config.data == own.data)
-    data_directory = run_and_step(checkpoint)[0] if is_own else output / "data"
-    subject = Subject(checkpoint, config or own, data_directory, seed)
+    directory = run_and_step(checkpoint)[0]
+    data_directory = directory if is_own else output / "data"
+    subject = Subject(directory, config or own, data_directory, seed)
     evaluators = make_evaluators(suites, subject)
     model = load_pretrained(checkpoint, dtype, mtp=mtp)
     runs = {}

@@ -92,6 +92,7 @@ class Acceptance:
         return Result(
             values=values,
             n=len(overlaps),
+            counted="places of held-out text",
             tables=(
                 by_position,
                 Table("Speed by rows and drafts", COLUMNS, tuple(r for t in speeds for r in t)),

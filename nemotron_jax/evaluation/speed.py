@@ -78,7 +78,8 @@ class Speed:
             values[f"{name}_tokens_per_second"] = timing.best
             values[f"{name}_compile_s"] = timing.compile_s
         values["peak_memory_mb"] = peak_memory_mb()
-        return Result(values, self.repetitions, tables=(Table("Speed", COLUMNS, table),))
+        tables = (Table("Speed", COLUMNS, table),)
+        return Result(values, self.repetitions, tables=tables, counted="repetitions")
 
     def _train(self, model: Nemotron, config: RunConfig) -> Timing:
         data, depths = config.data, config.training.mtp_depths

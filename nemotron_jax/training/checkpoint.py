@@ -266,8 +266,16 @@ def newest_whole(folder: Path, *, parts: tuple[str, ...] = ("",)) -> Path | None
 
 def saved_config(run_directory: str | Path) -> RunConfig | None:
     """The configuration of the newest checkpoint whose configuration is whole; None without one."""
+    saved = saved_config_and_step(run_directory)
+    return saved and saved[0]
+
+
+def saved_config_and_step(run_directory: str | Path) -> tuple[RunConfig, int] | None:
+    """The same, with the checkpoint's step."""
     path = newest_whole(Path(run_directory) / FOLDER, parts=(CONFIG,))
-    return None if path is None else from_json((path / CONFIG).read_text("utf-8"))
+    if path is None:
+        return None
+    return from_json((path / CONFIG).read_text("utf-8")), int(_NAME.fullmatch(path.name)[1])
 
 
 def whole_checkpoint(run_directory: str | Path, step: int | None = None) -> Path:

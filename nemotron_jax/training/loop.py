@@ -25,6 +25,7 @@ from nemotron_jax.training.checkpoint import (
     checkpoint_steps,
     load_parameters,
     saved_config,
+    saved_config_and_step,
 )
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
@@ -120,11 +121,11 @@ def check_run(config: RunConfig, workdir: str | Path) -> None:
     for name in (CONFIG, TOKENIZER, metrics_files.FILE_NAME, metrics_files.SAMPLES_NAME):
         if (workdir / name).is_dir():
             raise ValueError(f"run {workdir}: {name} is a folder and must be a file; move it away")
-    saved = saved_config(workdir)
-    if saved is not None:
-        check_resumable(saved, config, str(workdir))
-    done, steps = max(checkpoint_steps(workdir / FOLDER), default=0), config.training.steps
-    if done > steps:
+    if (found := saved_config_and_step(workdir)) is None:
+        return
+    saved, done = found
+    check_resumable(saved, config, str(workdir))
+    if done > (steps := config.training.steps):
         raise ValueError(
             f"run {workdir} has {done} steps behind it and training.steps={steps} asks for fewer: "
             "there is nothing to train; name another workdir, or raise training.steps"

@@ -28,6 +28,19 @@ def test_the_command_evaluates_a_run_by_its_own_configuration(
     assert found["values"]["bits_per_byte"] == pytest.approx(expected.values["bits_per_byte"])
     assert found["n"] == expected.n and found["wall_s"] > 0
     assert not (tmp_path / "report" / "data").exists()
+    record = json.loads(path.read_text("utf-8"))
+    assert record["step"] == max(record["checkpoint_steps"])
+    assert f"n = {expected.n} held-out documents" in path.with_suffix(".md").read_text("utf-8")
+
+
+def test_one_checkpoint_of_a_run_is_evaluated_by_its_path(run_directory, tmp_path) -> None:
+    newest = max((run_directory / "checkpoints").glob("step_*"))
+    evaluate = lambda checkpoint, name: json.loads(
+        evaluation.evaluate(checkpoint, ["perplexity"], tmp_path / name).read_text("utf-8")
+    )
+    run, one = evaluate(run_directory, "run"), evaluate(newest, "one")
+    assert one["step"] == run["step"] and one["checkpoint_steps"] == run["checkpoint_steps"]
+    assert one["suites"]["perplexity"]["values"] == run["suites"]["perplexity"]["values"]
 
 
 def test_other_data_is_read_with_the_checkpoints_tokenizer(

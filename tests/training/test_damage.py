@@ -45,7 +45,8 @@ def test_a_file_with_a_checkpoint_s_name_is_none(run):
     config, directory = run
     for name in ("step_00000999", "step_00000998.partial"):
         (directory / "checkpoints" / name).touch()
-    assert max(checkpoint_steps(directory / "checkpoints")) == STEPS
+    (directory / "checkpoints" / "step_00000990").mkdir()  # and an empty folder is damaged
+    assert checkpoint_steps(directory / "checkpoints")[-2:] == [STEPS, 990]
     assert train(config, directory).finished
     with Checkpoints(directory, 3) as checkpoints:
         state = checkpoints.restore(loop.abstract_state(config)).state
