@@ -92,8 +92,9 @@ def all_proofs() -> Iterator[Any]:
             yield from importlib.import_module(name).proofs()
 
 
-def row_of(proof: Any, target: str, device: Any, folder: Path, plain: bool = False) -> dict:
-    """What compiling one kernel for a target tells; `folder` is that of `listings`."""
+def row_of(proof: Any, target: str, device: Any, folder: Path | None, plain: bool = False) -> dict:
+    """What compiling one kernel for a target tells; `folder` is that of `listings`, or None where
+    no cycles are asked for."""
     begin = time.monotonic()
     program, why = _compiled(proof.run, proof.operands, device)
     seconds = time.monotonic() - begin
@@ -117,7 +118,7 @@ def row_of(proof: Any, target: str, device: Any, folder: Path, plain: bool = Fal
     if program is not None:
         row["temporaries"] = program.memory_analysis().temp_size_in_bytes
         row["vmem_bytes"] = _vmem(program.as_text(), proof.kernel)
-        row |= _static(proof, CHIPS[target], folder)
+        row |= _static(proof, CHIPS[target], folder) if folder else {}
     _empty(folder)
     if plain and proof.plain is not None:
         other, reason = _compiled(proof.plain, proof.operands, device)
@@ -234,8 +235,8 @@ def _spills(slots: str) -> int:
 _FOLDER = "PALLAS_KERNELS_LISTINGS"
 
 
-def _empty(folder: Path) -> None:
-    for file in folder.iterdir():
+def _empty(folder: Path | None) -> None:
+    for file in folder.iterdir() if folder else ():
         file.unlink()
 
 
