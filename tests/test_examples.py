@@ -15,7 +15,6 @@ SHORT = {
     "NEMOTRON_RUN": "absent",
     "NEMOTRON_STEPS": "3",
     "NEMOTRON_NEW_TOKENS": "8",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
 }
 EXPECTED = {
     "generate": ("nats per token in 3 steps", "tokens/s", "fullest expert"),
