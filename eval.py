@@ -76,7 +76,7 @@ def evaluate(
     from nemotron_jax.training.limits import check_kernels
 
     if config or own:
-        check_kernels((config or own).execution)
+        check_kernels(config or own)
     is_own = own is not None and (config is None or config.data == own.data)
     directory = run_and_step(checkpoint)[0]
     data_directory = directory if is_own else output / "data"

@@ -44,7 +44,7 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
     mesh = make_mesh(config.mesh, jax.devices())
     config = loop.with_saved_schedule(config, workdir) if schedule_follows else config
     loop.check_run(config, workdir)
-    limits.check_kernels(config.execution)
+    limits.check_kernels(config)
     limits.check_memory(config)
     prepare = _conversations if config.stage == "sft" else _text
     prepared = dataclasses.replace(config, data=data_of(config, workdir))

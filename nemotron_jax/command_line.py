@@ -94,6 +94,8 @@ def _parse(program: str, arguments: list[str]) -> list[str]:
         sys.argv = whole
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells forty lines of each checkpoint
+        # What it fails at is raised here too, as one sentence; it writes a traceback beside.
+        logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     return arguments[:1]
 
 

@@ -1,29 +1,41 @@
 """Whether a run can go on this machine at all, said before its data is read."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import jax
 
-from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.execution import KERNEL_OPS
+from nemotron_jax.config.precision import PrecisionConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.accounting import parameters
+from nemotron_jax.model.parameters import abstract_model
 
 # Which devices a kernel's name asks for, as jax calls their platforms.
 _PLATFORMS = {"pallas_tpu": ("tpu",), "pallas_gpu": ("gpu", "cuda", "rocm")}
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_kernels(execution: Execution) -> None:
-    """Raise ValueError where the kernels that a run names are not for this machine's devices."""
-    platform = jax.devices()[0].platform
-    wanted = _PLATFORMS.get(execution.kernels, (platform,))
-    if platform not in wanted:
-        raise ValueError(
-            f"Execution.kernels={execution.kernels!r}: needs a {wanted[0].upper()}, and this "
-            f"machine has {jax.device_count()} {platform.upper()} devices; set "
-            "execution.kernels=auto"
-        )
+def check_kernels(config: RunConfig) -> None:
+    """Raise ValueError where a run names a kernel that does not exist or is for other devices."""
+    execution, platform = config.execution, jax.devices()[0].platform
+    for op in KERNEL_OPS:
+        name = execution.kernel(op)
+        wanted = _PLATFORMS.get(name, (platform,))
+        if platform not in wanted:
+            raise ValueError(
+                f"Execution.kernels={execution.kernels!r}: {op}={name} needs a "
+                f"{wanted[0].upper()}, and this machine has {jax.device_count()} "
+                f"{platform.upper()} devices; set execution.kernels=auto"
+            )
+    if any(execution.kernel(op) != "auto" for op in KERNEL_OPS):
+        data, mesh = config.data, config.mesh
+        rows = data.batch_size // config.training.micro_batches // mesh.size
+        tokens = jax.ShapeDtypeStruct((rows, data.sequence_length), "int32")
+        plain = dataclasses.replace(execution, precision=PrecisionConfig())
+        run = lambda model, tokens: model(tokens, execution=plain).hidden
+        jax.eval_shape(run, abstract_model(config.model), tokens)
 
 
 def check_memory(config: RunConfig) -> None:

@@ -80,6 +80,16 @@ def test_one_checkpoint_is_loaded_by_its_path(run, tmp_path):
     assert again.config == newest.config and nj.load_tokenizer(tmp_path / "hub").eos == 2
 
 
+def test_curves_that_cannot_be_written_hide_no_other_error(run, monkeypatch):
+    config, directory = run
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.tensorboardX.SummaryWriter, "close", full)
+    assert train(config, directory).finished
+
+
 def test_a_damaged_tokenizer_names_its_copy(run):
     config, directory = run
     (directory / "tokenizer.json").write_text("{")
