@@ -43,6 +43,10 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
 
     mesh = make_mesh(config.mesh, jax.devices())
     config = loop.with_saved_schedule(config, workdir) if schedule_follows else config
+    if config.stage == "grpo":
+        from nemotron_jax import reinforce
+
+        return reinforce.run(config, workdir, mesh, fine_tune=train)
     loop.check_run(config, workdir)
     limits.check_kernels(config)
     limits.check_memory(config)

@@ -10,14 +10,16 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import models, pretrain_super_phase1, sft_nano, sft_super
+from configs import models, pretrain_super_phase1, rlvr_super, sft_nano, sft_super
 from nemotron_jax.config.convert import from_config_dict, from_json, to_json
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.environments import registry
 from nemotron_jax.model import accounting
 from nemotron_jax.model.adapters import abstract_adapted, is_adapter
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
+from nemotron_jax.posttraining.rl_loop import check_rollouts
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RUN_FILES = sorted(file for file in CONFIGS.glob("*.py") if file.stem != "models")
@@ -107,3 +109,30 @@ def test_nano_is_adapted_as_its_recipes_do() -> None:
     table = flatten(abstract_adapted(config.model, config.lora))
     adapters = sum(math.prod(leaf.shape) for name, leaf in table.items() if is_adapter(name))
     assert 0 < adapters < sum(math.prod(leaf.shape) for leaf in table.values()) / 100
+
+
+def test_super_is_reinforced_with_the_published_figures() -> None:
+    """Stage one of NVIDIA's recipe for Super, and its notes on the report."""
+    config = from_config_dict(RunConfig, rlvr_super.get_config())
+    rl, training = config.rl, config.training
+    rollout, objective = rl.rollout, rl.objective
+    assert (rollout.prompts, rollout.generations) == (256, 16)
+    assert config.data.batch_size == 4096 and rollout.max_tokens == 49_152
+    assert 1.15e6 < training.steps * 4096 < 1.25e6  # episodes in all
+    schedule = training.schedule
+    assert schedule.peak_learning_rate == schedule.final_learning_rate == 3e-6
+    assert schedule.warmup_tokens == 10 * config.data.batch_size * config.data.sequence_length
+    optimizer = training.optimizer
+    assert (optimizer.beta1, optimizer.beta2) == (0.9, 0.999)
+    assert (optimizer.weight_decay, optimizer.clip_norm) == (0, 1)
+    assert objective.ratio == "one" and rl.updates == 1
+    assert (objective.clip_low, objective.clip_high) == (0.2, 0.28)
+    assert (objective.importance_cap, objective.sequence_limit) == (5, 2)
+    assert (objective.advantage_clip, objective.turn_penalty) == (50, 5)
+    assert objective.kl_weight == 0 and objective.overlong == "keep"
+    assert (rollout.temperature, rollout.low_effort, rollout.low_effort_tokens) == (1, 0.02, 3000)
+    assert rl.max_age == 1 and training.freeze_routers
+    assert (training.mtp_depths, training.aux_loss_scale) == (0, 0)
+    assert training.router_bias_rate == 1e-3
+    assert len(set(rollout.environments)) == 23 and set(rollout.environments) <= set(registry)
+    check_rollouts(config)

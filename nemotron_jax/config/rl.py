@@ -15,7 +15,8 @@ from nemotron_jax.config.checks import (
 RATIOS = ("one", "clipped")
 INVALID_TURNS = ("penalise", "mask")
 OVERLONG = ("keep", "mask")
-REWARDS = ("earned", "permuted")
+SAMPLERS = ("side_by_side", "engine")
+REWARDS = ("earned", "permuted", "demonstrations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,11 @@ class RolloutConfig:
 
     `environments` are `NAME` or `NAME/LEVEL`; prompts are shared out by `shares`, equally without.
     Tokens of an episode are its whole conversation's, the description of its tools included.
+    `sampler`: `side_by_side` keeps every conversation in one batch on all devices; `engine` serves
+    them on slots and pages, and reads beginnings that it knows no second time.
+    Two values of `rewards` make controls: `permuted` deals the rewards of a batch out at random,
+    which must not teach the task; `demonstrations` plays nothing and goes on with the fine-tuning
+    of the warm start for as many steps.
     """
 
     environments: tuple[str, ...] = ()
@@ -69,12 +75,14 @@ class RolloutConfig:
     max_turn_tokens: int = 32
     max_turns: int = 8
     temperature: float = 1.0
+    sampler: str = "side_by_side"  # or "engine": see RolloutConfig
+    slots: int = 64  # conversations that the engine decodes at one time
     thinking: bool = False  # whether prompts open the reasoning
     low_effort: float = 0.0  # share of prompts that ask for low effort, with its length reward
     low_effort_tokens: int = 3000  # of reasoning and answer at which that reward turns negative
     workers: int = 0  # processes that play environments; 0 plays them in this one
     timeout_s: float = 60.0  # after which a worker counts as hung
-    rewards: str = "earned"  # "permuted" deals them out at random: a control that must not learn
+    rewards: str = "earned"  # or a control: see RolloutConfig
 
     def __post_init__(self) -> None:
         at_least_one(self, "prompts", "generations", "max_tokens", "max_turn_tokens", "max_turns")
@@ -87,7 +95,33 @@ class RolloutConfig:
         matched = len(self.shares) in (0, len(self.environments))
         rule = f"must give each of the {len(self.environments)} environments a positive share"
         check(self, "shares", valid and matched, rule)
+        at_least_one(self, "slots")
+        one_of(self, "sampler", SAMPLERS)
         one_of(self, "rewards", REWARDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Rewards by comparing the answers of a group with each other, pair by pair in a ring.
+
+    `judge`: empty for the environments' own rewards, `rules` for a comparison of those, or the
+    address of a server of OpenAI's chat completions, such as `http://host:8000/v1`. The weights are
+    those of the released stage of verified rewards; the stage of preferences has 0.3, 0.35, 0.05.
+    """
+
+    judge: str = ""
+    judge_model: str = ""
+    judge_timeout_s: float = 120.0
+    reasoning_weight: float = 0.1  # for short reasoning
+    answer_weight: float = 0.1  # for short answers
+    style_weight: float = 0.1  # for few marks of markdown
+    shortest_bonus: float = 0.5  # for the shortest answer where it is among the best fifth
+
+    def __post_init__(self) -> None:
+        known = self.judge in ("", "rules") or self.judge.startswith(("http://", "https://"))
+        check(self, "judge", known, "must be empty, 'rules' or an address http://… or https://…")
+        not_negative(self, "reasoning_weight", "answer_weight", "style_weight", "shortest_bonus")
+        positive(self, "judge_timeout_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +130,22 @@ class RLConfig:
 
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     updates: int = 1  # optimizer steps on each batch of episodes
     held_out_tasks: int = 128  # of each environment, played once at each evaluation
     result_tasks: int = 512  # of each environment, played before and after for result.json
+    max_age: int = 0  # 1: the next batch is begun before the step, with weights that old
+    early_turns: int = 1  # of the next batch that are played before the step, at max_age 1
+    pool_tasks: int = 0  # tasks of each environment that are tried before; 0 plays fresh ones
+    pool_samples: int = 4  # plays of each; what always succeeds is dropped, the rest sorted
+    transcripts: int = 16  # episodes of each batch that are written down
+    easy_slip: str = ""  # tasks that this slip gets right are reported apart, as easy ones
 
     def __post_init__(self) -> None:
-        at_least_one(self, "updates", "held_out_tasks", "result_tasks")
+        at_least_one(self, "updates", "held_out_tasks", "result_tasks", "early_turns")
+        at_least_one(self, "pool_samples")
+        counts(self, "max_age", "pool_tasks", "transcripts")
+        check(self, "max_age", self.max_age <= 1, "must be 0 or 1")
         on_policy = self.updates == 1 or self.objective.ratio == "clipped"
         rule = "must be 1 where objective.ratio='one', since later ones are off the policy; set "
         check(self, "updates", on_policy, f"{rule}objective.ratio='clipped'")

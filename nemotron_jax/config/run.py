@@ -110,6 +110,7 @@ class TrainingConfig:
     aux_loss_scale: float = 1e-4
     router_bias_rate: float = 1e-3
     max_skipped_steps: int = 10  # consecutive non-finite steps before the run stops
+    freeze_routers: bool = False  # their weights stay; selection biases still balance the load
     trains: str = "all"  # which parameters move: all, mtp (the block of the drafts) or lora
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import tensorboardX
@@ -27,6 +27,7 @@ from nemotron_jax.training.checkpoint import (
     saved_config,
     saved_config_and_step,
 )
+from nemotron_jax.training.losses import Objective, pretrain_objective
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
 from nemotron_jax.training.plots import draw_loss
@@ -51,6 +52,19 @@ class Loader(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class ModelLoader(Protocol):
+    """Batches that are made with the model as it stands, and what is to be said of the last one."""
+
+    def next_with(self, model: Nemotron) -> Any: ...
+
+    def report(self) -> Mapping[str, float]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How far a run is, and what it has written down."""
@@ -69,17 +83,19 @@ def run(
     config: RunConfig,
     workdir: str | Path,
     *,
-    data: Loader,
+    data: Loader | ModelLoader,
     evaluators: Sequence[Evaluator] = (),
     sampler: Sampler | None = None,
     final: Evaluator | None = None,
     begin: Callable[[RunConfig], TrainState] = place_state,
+    objective: Callable[[RunConfig], Objective] = pretrain_objective,
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
     `evaluators` give values of the model, run as the step runs it, for the record of every
     evaluation, `sampler` a text; `final` gives values of the last model, which its record holds as
-    `whole_…`; `begin` makes the first state, where there is no checkpoint.
+    `whole_…`; `begin` makes the first state, where there is no checkpoint;
+    `objective` is what the steps minimise.
     Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
     SIGINT ends the run after the step, saved. A run stopped in any way and begun again takes the
     same steps and leaves the same records as one that was never stopped. Raises
@@ -98,7 +114,7 @@ def run(
         reporter = stack.enter_context(_Reporter(config, workdir, step, evaluators, sampler))
         stop = stack.enter_context(StopSignal())
         state, step = _train(
-            config, workdir, state, step, _Parts(data, checkpoints, reporter, stop)
+            config, workdir, state, step, _Parts(data, checkpoints, reporter, stop, objective)
         )
         checkpoints.wait()
         finished = step >= config.training.steps
@@ -146,7 +162,7 @@ def with_saved_schedule(config: RunConfig, workdir: str | Path) -> RunConfig:
 def _begin(
     config: RunConfig,
     checkpoints: Checkpoints,
-    data: Loader,
+    data: Loader | ModelLoader,
     begin: Callable[[RunConfig], TrainState],
 ) -> tuple[TrainState, int]:
     """The state to go on from and the steps it has behind it; `data` is brought to its place."""
@@ -161,10 +177,20 @@ def _begin(
 class _Parts:
     """What the steps of one session need beside the state."""
 
-    data: Loader
+    data: Loader | ModelLoader
     checkpoints: Checkpoints
     reporter: "_Reporter"
     stop: StopSignal
+    objective: Callable[[RunConfig], Objective]
+
+    def next(self, model: Nemotron) -> Any:
+        """The next batch, placed on the mesh."""
+        data = self.data
+        return place_batch(data.next_with(model) if isinstance(data, ModelLoader) else next(data))
+
+    def report(self) -> Mapping[str, float]:
+        """What the data say of their last batch."""
+        return self.data.report() if isinstance(self.data, ModelLoader) else {}
 
 
 def _train(
@@ -174,11 +200,11 @@ def _train(
     current = train_step = None
     files = _files(config, workdir)
     while step < steps and not parts.stop.requested:
-        batch = place_batch(next(parts.data))
+        batch = parts.next(state.model)
         compiles = current != (wanted := config.at_step(step))
         if compiles:
             current = wanted
-            train_step = compile_train_step(current, state, batch)
+            train_step = compile_train_step(current, state, batch, parts.objective(current))
         state, metrics = train_step(state, batch)
         step += 1
         if compiles:
@@ -190,7 +216,8 @@ def _train(
         if evaluates or saves or step % logging.log_every == 0:
             _check_finite(metrics, step, config)
         if evaluates or step % logging.log_every == 0:
-            reporter.report(step, metrics, state.model, evaluates)
+            values = {**jax.device_get(metrics), **parts.report()}
+            reporter.report(step, values, state.model, evaluates)
         if saves:
             # Its records first: after a kill they cannot be made again from a later checkpoint.
             reporter.log.sync()
@@ -253,9 +280,11 @@ class _Reporter:
         with contextlib.suppress(OSError):  # a full disk has been told of; curves are copies
             self._board.close()
 
-    def report(self, step: int, metrics: Metrics, model: Nemotron, evaluates: bool) -> None:
+    def report(self, step: int, values: dict[str, Any], model: Nemotron, evaluates: bool) -> None:
         """Write the record of a step, with evaluation, sample and plot where they are due."""
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        values = {
+            name: getattr(value, "item", lambda v=value: v)() for name, value in values.items()
+        }
         del values["skipped_in_a_row"]
         record = {"step": step, "tokens": step * batch_tokens(self._config), **values}
         record |= self.speed.read(step)

@@ -20,6 +20,8 @@ def trained_parameters(
     a parameter without a gradient does not decay either.
     """
     frozen = _names(model, lambda variable: isinstance(variable, SelectionBias))
+    if config is not None and config.freeze_routers:
+        frozen |= {name for name in flatten(model) if ".router." in name}
     wanted = lambda name: name not in frozen and (config is None or is_trained(name, config))
     return {name: leaf for name, leaf in flatten(model).items() if wanted(name)}
 

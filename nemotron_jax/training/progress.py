@@ -18,6 +18,10 @@ def told(value: float | None, digits: int = 4) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
 
 
+def _evaluated(record: Mapping[str, Any]) -> bool:
+    return "held_out_loss" in record or any(name in record for name in _SHOWN)
+
+
 class Progress:
     """Steps done with loss, tokens/s and time left; evaluations always get a line of their own."""
 
@@ -38,17 +42,14 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(record["step"] - self._bar.n)
-        elif "held_out_loss" in record or time.monotonic() - self._last_line >= LINE_EVERY_S:
+        elif _evaluated(record) or time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
             print(f"step {record['step']}/{self._steps}: {text}{self._left(record['step'])}")
+        shown = [f"{told(record[name])} {unit}" for name, unit in _SHOWN.items() if name in record]
         if "held_out_loss" in record:
-            line = (
-                f"step {record['step']}: held-out loss {told(record['held_out_loss'])} nats/token"
-            )
-            line += "".join(
-                f", {told(record[name])} {unit}" for name, unit in _SHOWN.items() if name in record
-            )
-            self.note(line)
+            shown.insert(0, f"held-out loss {told(record['held_out_loss'])} nats/token")
+        if shown:
+            self.note(f"step {record['step']}: {', '.join(shown)}")
 
     def note(self, line: str) -> None:
         """One line above the bar."""

@@ -1,0 +1,112 @@
+"""Runs of reinforcement learning beside their controls: python -m nemotron_jax.arms --config=FILE
+--output=DIR.
+
+Two seeds, one run whose rewards are dealt out at random, and one that goes on with fine-tuning
+instead. Each arm is a run of train.py in its own directory; what is finished is not run again.
+DIR/arms.json holds every finished arm's result and curve, DIR/plots/arms.png shows them.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemotron_jax.data.atomic import atomic_writer
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+REWARDS = "--config.rl.rollout.rewards"
+# What each arm changes in the config. The controls begin with the first one's fine-tuning.
+ARMS = {
+    "seed_0": ["--config.seed=0"],
+    "seed_1": ["--config.seed=1"],
+    "permuted_rewards": ["--config.seed=0", f"{REWARDS}=permuted"],
+    "longer_fine_tuning": ["--config.seed=0", f"{REWARDS}=demonstrations"],
+}
+FIRST, SHARED = "seed_0", ("permuted_rewards", "longer_fine_tuning")
+_COLOURS = dict(zip(ARMS, ("tab:blue", "tab:cyan", "tab:red", "tab:grey"), strict=True))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing and draw what is there; the exit status."""
+    parser = argparse.ArgumentParser(prog="nemotron_jax.arms", description=__doc__)
+    parser.add_argument("--config", required=True, help="a run of stage grpo with a warm start")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    flags, overrides = parser.parse_known_args(arguments)
+    for arm in flags.arms:
+        status = run_arm(arm, flags.config, flags.output, overrides)
+        draw_arms(read_arms(flags.output), flags.output)
+        if status:
+            return status
+    return 0
+
+
+def run_arm(arm: str, config: str, output: Path, overrides: Sequence[str]) -> int:
+    """Run one arm to its end, unless it is there already; train.py's exit status."""
+    directory = output / arm
+    if (directory / "result.json").exists():
+        return 0
+    shared = output / FIRST / "sft"
+    if arm in SHARED and (output / FIRST / "result.json").exists() and not directory.exists():
+        shutil.copytree(shared, directory / "sft")
+    flags = [f"--config={config}", f"--workdir={directory}", *ARMS[arm], *overrides]
+    environment = {**os.environ, "PYTHONPATH": str(TRAIN.parent)}
+    return subprocess.run([sys.executable, str(TRAIN), *flags], env=environment).returncode
+
+
+def read_arms(output: Path) -> dict[str, dict[str, Any]]:
+    """Every finished arm's result, held-out success by step, and mean reward by step."""
+    found = {}
+    for arm in ARMS:
+        file = output / arm / "result.json"
+        if not file.exists():
+            continue
+        result = json.loads(file.read_text("utf-8"))
+        lines = (output / arm / "grpo" / "metrics.jsonl").read_text("utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        curve = lambda name, records=records: [[r["step"], r[name]] for r in records if name in r]
+        success = [[0, result["before"]], *curve("success")]
+        if arm == "longer_fine_tuning":  # its evaluations play other tasks
+            success = [[0, result["before"]], [records[-1]["step"], result["after"]]]
+        found[arm] = {"result": result, "success": success, "reward": curve("reward")}
+    return found
+
+
+def draw_arms(arms: dict[str, dict[str, Any]], output: Path) -> None:
+    """arms.json and plots/arms.png of the finished arms."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for arm, values in arms.items():
+        steps, success = zip(*values["success"], strict=True)
+        label = f"{arm.replace('_', ' ')} (n={values['result']['n']} at the end)"
+        axes.plot(steps, success, "o-", color=_COLOURS[arm], label=label)
+        axes.plot(steps[-1], values["result"]["after"], "s", color=_COLOURS[arm])
+        if values["reward"]:
+            axes.plot(*zip(*values["reward"], strict=True), color=_COLOURS[arm], alpha=0.25)
+    axes.set_xlabel("optimizer steps after the warm start")
+    axes.set_ylabel("held-out success; faint: mean reward of a batch")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    if arms:
+        axes.legend()
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    path = output / "plots" / "arms.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(path) as out:
+        out.write(image.getvalue())
+    with atomic_writer(output / "arms.json") as out:
+        out.write(json.dumps(arms, indent=1).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

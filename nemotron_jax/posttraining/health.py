@@ -1,0 +1,69 @@
+"""What a step's episodes say about the state of a run, overall and by environment."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from nemotron_jax.posttraining.rollout import Episode
+
+# Mean exp|log-probability gap| above this is suspicious, by the guide of NeMo RL.
+SUSPICIOUS_MISMATCH = 1.05
+
+
+def health(
+    episodes: Sequence[Episode],
+    rewards: Float[np.ndarray, "N"],
+    mismatches: Sequence[float],
+    limit: float,
+) -> dict[str, float]:
+    """Named values of all episodes, and of each environment as `NAME/ENVIRONMENT`."""
+    table = summary(episodes, rewards, mismatches, limit)
+    names = sorted({episode.task.environment for episode in episodes})
+    for name in names:
+        places = [n for n, e in enumerate(episodes) if e.task.environment == name]
+        part = summary(
+            [episodes[n] for n in places], rewards[places], [mismatches[n] for n in places], limit
+        )
+        table |= {f"{key}/{name}": value for key, value in part.items()}
+    return table
+
+
+def summary(
+    episodes: Sequence[Episode],
+    rewards: Float[np.ndarray, "N"],
+    mismatches: Sequence[float],
+    limit: float,
+) -> dict[str, float]:
+    """Means over the episodes whose environment did not fail; counts of the others.
+
+    `reward`; `surprise`, the mean of -log p of the sampled tokens, an estimate of the entropy;
+    `mismatch`, the mean exp|log trainer - log generator|; `masked`, the share beyond `limit`, and
+    `masked_right`, of them with a reward above one half; `truncated`; `well_formed`, the share of
+    turns that keep to the format; `calls` an episode; `zero_spread`, the share of groups whose
+    rewards are all equal, from which nothing is learned; `episode_tokens`.
+    """
+    counted = np.array([episode.counted for episode in episodes])
+    masked = np.array(mismatches) > limit
+    kept = [episode for episode in episodes if episode.counted]
+    turns = [turn for episode in kept for turn in episode.turns]
+    own = [episode.logprobs[episode.own] for episode in kept]
+    mean = lambda values: float(np.mean(values)) if len(values) else 0.0
+    groups = [episode.group for episode in episodes]
+    spreads = [
+        np.ptp(rewards[counted & (np.array(groups) == group)])
+        for group in sorted({e.group for e in kept})
+    ]
+    return {
+        "reward": mean(rewards[counted]),
+        "surprise": -mean(np.concatenate(own) if own else []),
+        "mismatch": mean(np.array(mismatches)[counted]),
+        "masked": mean(masked[counted]),
+        "masked_right": mean(rewards[counted & masked] > 0.5),
+        "truncated": mean([episode.truncated for episode in kept]),
+        "well_formed": mean([turn.well_formed for turn in turns]),
+        "calls": mean([sum(turn.calls for turn in episode.turns) for episode in kept]),
+        "zero_spread": mean([spread == 0 for spread in spreads]),
+        "episode_tokens": mean([len(episode.tokens) for episode in kept]),
+        "infra_errors": float(np.count_nonzero(~counted)),
+    }

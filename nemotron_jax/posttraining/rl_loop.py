@@ -1,0 +1,261 @@
+"""Reinforcement learning: episodes of the model as it stands, as the batches of a training loop."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.rl import PreferenceConfig, RolloutConfig
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.environments.base import Task, Verdict
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.posttraining.curriculum import (
+    Pools,
+    held_out_tasks,
+    played_environments,
+    step_tasks,
+)
+from nemotron_jax.posttraining.grpo import PolicyBatch, group_advantages, low_effort_reward
+from nemotron_jax.posttraining.health import health
+from nemotron_jax.posttraining.players import Here, Players
+from nemotron_jax.posttraining.policy_batch import policy_batch, rows_needed
+from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
+from nemotron_jax.posttraining.rollout import Episode, Playing, play_episodes
+from nemotron_jax.posttraining.sampler import Sampler, SideBySide
+
+OnEpisodes = Callable[[int, Sequence[Episode], Sequence[float]], None]
+
+
+class Rollouts:
+    """The batches of stage `grpo`: each is made by playing with the model that is to learn from it.
+
+    Tasks, draws and everything else of step n are functions of the config and of n, so a run that
+    goes on from a checkpoint plays what it would have played. With `rl.max_age` = 1 the next
+    batch's first turns are played before the step, by weights one step older than those that play
+    the rest: environments work on them while the step is computed. `state` counts what was handed
+    out and holds what is in flight.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        tokenizer: Tokenizer,
+        *,
+        players: Players | None = None,
+        reference: Nemotron | None = None,
+        pools: Pools | None = None,
+        sampler: Sampler = SideBySide,
+        on_episodes: OnEpisodes | None = None,
+    ) -> None:
+        """`sampler` is how the model is asked; `reference` is what the KL term holds on to; `pools`
+        are the tasks, fresh ones by default; `on_episodes` gets each batch's number, episodes and
+        rewards."""
+        check_rollouts(config)
+        self._config, self._tokenizer, self._pools = config, tokenizer, pools
+        self._sampler = sampler
+        self._players = Here() if players is None else players
+        self._reference, self._on_episodes = reference, on_episodes
+        self._judge = make_judge(config.rl.preference) if config.rl.preference.judge else None
+        self._step = 0
+        self._batch: PolicyBatch | None = None
+        self._in_flight: Playing | None = None
+        self._report: dict[str, float] = {}
+
+    def next_with(self, model: Nemotron) -> PolicyBatch:
+        """The batch of the next optimizer step, made with `model`."""
+        config, updates = self._config, self._config.rl.updates
+        number, update = divmod(self._step, updates)
+        if update == 0 or self._batch is None:
+            playing = self._in_flight or self._begin(number)
+            began = time.perf_counter()
+            while not playing.over:
+                playing.turn(model, self._step)
+            self._report = {"rollout_seconds": time.perf_counter() - began}
+            self._batch = self._learn_from(playing.finish(), model, number)
+            self._in_flight = None
+            if config.rl.max_age and self._step + updates < config.training.steps:
+                self._in_flight = self._begin(number + 1)
+                for _ in range(config.rl.early_turns):
+                    if not self._in_flight.over:
+                        self._in_flight.turn(model, self._step)
+        self._step += 1
+        return self._batch
+
+    def report(self) -> Mapping[str, float]:
+        """Values of the last batch, for the step's record."""
+        return self._report
+
+    def state(self) -> dict[str, Any]:
+        """What has been handed out and what is in flight, for a checkpoint."""
+        playing = self._in_flight
+        return {"step": self._step, "in_flight": None if playing is None else playing.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on after what `state` counts."""
+        self._step, self._batch, self._in_flight = state["step"], None, None
+        if state["in_flight"] is not None:
+            self._in_flight = self._begin(self._step // self._config.rl.updates)
+            self._in_flight.restore(state["in_flight"])
+
+    def close(self) -> None:
+        """End the environments' sessions."""
+        self._players.close()
+
+    def _begin(self, number: int) -> Playing:
+        config = self._config
+        tasks, low_effort = step_tasks(config.rl.rollout, config.seed, number, self._pools)
+        return Playing(
+            self._tokenizer,
+            self._players,
+            tasks,
+            config.rl.rollout,
+            copies=config.rl.rollout.generations,
+            seed=step_seed(config.seed, number),
+            low_effort=low_effort,
+            sampler=self._sampler,
+        )
+
+    def _learn_from(self, episodes: Sequence[Episode], model: Nemotron, number: int) -> PolicyBatch:
+        config, began = self._config, time.perf_counter()
+        if config.rl.preference.judge:
+            episodes = judged(episodes, config.rl.preference, self._judge)
+        rewards = shaped_rewards(episodes, config.rl.rollout, config.seed, number)
+        objective = config.rl.objective
+        groups = np.array([episode.group for episode in episodes])
+        counted = np.array([episode.counted for episode in episodes])
+        advantages = group_advantages(rewards, groups, counted, objective.advantage_clip)
+        batch, mismatches = policy_batch(
+            episodes, advantages, model, config, reference=self._reference
+        )
+        earned = np.array([episode.verdict.reward for episode in episodes])
+        self._report |= health(episodes, earned, mismatches, objective.sequence_limit)
+        ages = [self._step - turn.version for e in episodes for turn in e.turns]
+        self._report |= {
+            "age": float(np.max(ages)),
+            "scoring_seconds": time.perf_counter() - began,
+        }
+        if self._on_episodes is not None:
+            self._on_episodes(number, episodes, rewards.tolist())
+        return batch
+
+
+def judged(episodes: Sequence[Episode], config: PreferenceConfig, judge: Judge) -> list[Episode]:
+    """The episodes paid by comparison; one that nothing was judged of counts for nothing."""
+    found = preference_rewards(episodes, config, judge).tolist()
+    silent = Verdict(0.0, infra_error="no comparison was judged")
+    return [
+        dataclasses.replace(episode, verdict=silent)
+        if math.isnan(score) and episode.counted
+        else dataclasses.replace(episode, paid=None if math.isnan(score) else score)
+        for episode, score in zip(episodes, found, strict=True)
+    ]
+
+
+def check_rollouts(config: RunConfig) -> None:
+    """Raise ValueError for a run whose episodes cannot be played or do not fit its batch."""
+    sources = played_environments(config.rl.rollout)
+    rule = "must name at least one environment"
+    check_value("RolloutConfig", "environments", (), bool(sources), rule)
+    data, rollout, needed = config.data, config.rl.rollout, rows_needed(config)
+    rule = f"must be at least rl.rollout.max_tokens={rollout.max_tokens}, the longest episode"
+    check_value("DataConfig", "sequence_length", data.sequence_length, needed > 0, rule)
+    rule = (
+        f"must be at least {needed}, which {rollout.prompts * rollout.generations} episodes of up "
+        f"to {rollout.max_tokens} tokens need in rows of {data.sequence_length}"
+    )
+    check_value("DataConfig", "batch_size", data.batch_size, data.batch_size >= needed, rule)
+
+
+def step_seed(seed: int, number: int) -> int:
+    """The seed of the draws of a step's episodes, below 2**31."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
+
+
+def shaped_rewards(
+    episodes: Sequence[Episode], config: RolloutConfig, seed: int, number: int
+) -> Float[np.ndarray, "N"]:
+    """What episodes are paid: their verdicts', with the length reward where low effort was asked.
+
+    With `rewards` = "permuted" those that count are dealt out at random.
+    """
+    paid = np.array(
+        [
+            low_effort_reward(e.reward, int(e.own.sum()), config.low_effort_tokens)
+            if e.low_effort
+            else e.reward
+            for e in episodes
+        ],
+        np.float32,
+    )
+    if config.rewards == "permuted":
+        counted = np.flatnonzero([episode.counted for episode in episodes])
+        order = np.random.default_rng([seed, number, 2]).permutation(counted)
+        paid[counted] = paid[order]
+    return paid
+
+
+def play_tasks_once(
+    model: Nemotron,
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    tasks: Sequence[Task],
+    *,
+    draw: int,
+    sampler: Sampler = SideBySide,
+) -> list[Episode]:
+    """Each task played once as in training, as many side by side as there."""
+    rollout = config.rl.rollout
+    side_by_side = rollout.prompts * rollout.generations
+    players, episodes = Here(), []
+    for start in range(0, len(tasks), side_by_side):
+        part = list(tasks[start : start + side_by_side])
+        filled = part + part[:1] * (side_by_side - len(part))  # one shape, one program
+        seed = step_seed(config.seed + 1 + draw, start)
+        options = {"copies": 1, "seed": seed, "sampler": sampler}
+        played = play_episodes(model, tokenizer, players, filled, rollout, **options)
+        episodes += played[: len(part)]
+    players.close()
+    return episodes
+
+
+def success_of_tasks(
+    tokenizer: Tokenizer, config: RunConfig
+) -> Callable[[Nemotron, Execution], dict[str, float]]:
+    """A function of a model: `success`, its mean reward on held-out tasks, and that of each
+    environment."""
+    tasks = held_out_tasks(config, config.rl.held_out_tasks)
+
+    def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
+        episodes = play_tasks_once(model, tokenizer, config, tasks, draw=0)
+        kept = [episode for episode in episodes if episode.counted]
+        names = sorted({episode.task.environment for episode in kept})
+        mean = lambda some: float(np.mean([e.verdict.reward for e in some])) if some else 0.0
+        by_name = {
+            f"success/{name}": mean([e for e in kept if e.task.environment == name])
+            for name in names
+        }
+        return {"success": mean(kept), **by_name}
+
+    return evaluate
+
+
+def success_rates(
+    model: Nemotron, tokenizer: Tokenizer, config: RunConfig
+) -> Callable[[Sequence[Task]], list[float]]:
+    """A function of tasks: each one's mean reward over `rl.pool_samples` plays of the model."""
+
+    def rates(tasks: Sequence[Task]) -> list[float]:
+        plays = [
+            play_tasks_once(model, tokenizer, config, tasks, draw=1 + draw)
+            for draw in range(config.rl.pool_samples)
+        ]
+        return [float(np.mean([e.verdict.reward for e in one])) for one in zip(*plays, strict=True)]
+
+    return rates

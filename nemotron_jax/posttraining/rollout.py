@@ -1,0 +1,296 @@
+"""Episodes: a model and an environment take turns, and every token stays as it was drawn.
+
+A model's turn is never encoded again. What the environment says is encoded once and appended; the
+text of a conversation is only a view of its tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from nemotron_jax.config.rl import RolloutConfig
+from nemotron_jax.data.chat.events import ParsedTurn
+from nemotron_jax.data.chat.parse import parse_turn
+from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK, ChatOptions, pieces
+from nemotron_jax.data.chat.tokens import encode_pieces, encode_prompt
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.environments.base import Task, Verdict
+from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.posttraining.players import Players
+from nemotron_jax.posttraining.sampler import Conversations, Sampler, SideBySide, Written
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnSpan:
+    """The tokens start … stop - 1 of an episode, which the model wrote at one go."""
+
+    start: int
+    stop: int
+    well_formed: bool
+    calls: int
+    closed: bool  # by the model itself
+    version: int = 0  # optimizer steps behind the weights that wrote it
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One task played once. `logprobs` are the generator's, 0 where it wrote nothing."""
+
+    task: Task
+    group: int  # the same for all episodes of one prompt of a step, and for no others
+    tokens: tuple[int, ...]
+    logprobs: Float[np.ndarray, "N"]
+    turns: tuple[TurnSpan, ...]
+    truncated: bool
+    verdict: Verdict
+    messages: tuple[dict, ...]
+    low_effort: bool = False
+    paid: float | None = None  # by comparison with the others of its group
+
+    @property
+    def reward(self) -> float:
+        """What the episode earned: its verdict's reward, unless it was paid by comparison."""
+        return self.verdict.reward if self.paid is None else self.paid
+
+    @property
+    def own(self) -> Bool[np.ndarray, "N"]:
+        """Which tokens the model wrote."""
+        mask = np.zeros(len(self.tokens), bool)
+        for turn in self.turns:
+            mask[turn.start : turn.stop] = True
+        return mask
+
+    @property
+    def counted(self) -> bool:
+        """Whether its reward means something."""
+        return self.verdict.infra_error is None
+
+
+class Playing:
+    """Tasks while they are played, each `copies` times, next to each other.
+
+    `turn` lets every episode that goes on write one turn; the model may be another at each turn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        players: Players,
+        tasks: Sequence[Task],
+        config: RolloutConfig,
+        *,
+        copies: int,
+        seed: int,
+        low_effort: Sequence[bool] | None = None,
+        sampler: Sampler = SideBySide,
+    ) -> None:
+        """Begins every session; `sampler` is how the model is asked.
+
+        Raises ValueError for a prompt that leaves no room to answer.
+        """
+        self._tokenizer, self._players, self._config = tokenizer, players, config
+        self._copies, self._seed, self._begin = copies, seed, sampler
+        low = list(low_effort or [False] * len(tasks))
+        options = [ChatOptions(enable_thinking=config.thinking, low_effort=flag) for flag in low]
+        self._prompts = [
+            encode_prompt(tokenizer, task.messages, task.tools, chosen)
+            for task, chosen in zip(tasks, options, strict=True)
+        ]
+        _check_prompts(self._prompts, tasks, config)
+        self._places = [place for place in range(len(tasks)) for _ in range(copies)]
+        self._options = [options[place] for place in self._places]
+        self._episodes = [_Unfinished(tasks[p], self._prompts[p]) for p in self._places]
+        self._sampler: Conversations | None = None
+        self._turns = 0
+        players.start([one.task for one in self._episodes])
+
+    @property
+    def over(self) -> bool:
+        """Whether no episode goes on."""
+        return self._turns >= self._config.max_turns or all(one.over for one in self._episodes)
+
+    def turn(self, model: Nemotron, version: int = 0) -> None:
+        """Every episode that goes on writes a turn and hears what its environment says to it."""
+        config, going = self._config, self._episodes
+        if self._sampler is None:
+            self._sampler = self._new_sampler(model)
+        else:
+            self._sampler.swap(model)
+        self._sampler.read([one.take_unread() for one in going])
+        room = lambda one: min(config.max_turn_tokens, config.max_tokens - len(one.tokens))
+        written = self._sampler.write([0 if one.over else room(one) for one in going])
+        turns = {
+            place: one.add(new, self._tokenizer, config.thinking, version)
+            for place, (one, new) in enumerate(zip(going, written, strict=True))
+            if not one.over
+        }
+        self._hear(turns)
+        self._turns += 1
+
+    def finish(self) -> list[Episode]:
+        """The episodes with their verdicts; group numbers are the tasks' places."""
+        verdicts = self._players.verify()
+        found = zip(self._episodes, self._places, self._options, verdicts, strict=True)
+        return [
+            one.finished(place, options.low_effort, verdict)
+            for one, place, options, verdict in found
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What has been written so far, as JSON values."""
+        return {"turns": self._turns, "episodes": [one.state() for one in self._episodes]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state of the same tasks, in new sessions that hear the same turns again."""
+        assert self._turns == 0, "an episode has begun already"
+        self._turns = state["turns"]
+        for one, values in zip(self._episodes, state["episodes"], strict=True):
+            one.restore(values)
+        said = [one.own_messages() for one in self._episodes]
+        for number in range(self._turns):
+            turns = {place: own[number] for place, own in enumerate(said) if number < len(own)}
+            self._players.reply(turns)
+
+    def _new_sampler(self, model: Nemotron) -> Conversations:
+        return self._begin(
+            model,
+            self._prompts,
+            self._copies,
+            max_tokens=self._config.max_tokens,
+            stop_token=self._tokenizer.token_id(END),
+            temperature=self._config.temperature,
+            seed=self._seed,
+        )
+
+    def _hear(self, turns: dict[int, dict]) -> None:
+        for place, reply in self._players.reply(turns).items():
+            one = self._episodes[place]
+            one.over = reply.over or not one.turns[-1].closed
+            if not one.over:
+                ids = encode_reply(self._tokenizer, reply.messages, self._options[place])
+                one.hear(reply.messages, ids, self._config.max_tokens)
+
+
+def play_episodes(
+    model: Nemotron,
+    tokenizer: Tokenizer,
+    players: Players,
+    tasks: Sequence[Task],
+    config: RolloutConfig,
+    *,
+    copies: int,
+    seed: int,
+    low_effort: Sequence[bool] | None = None,
+    version: int = 0,
+    sampler: Sampler = SideBySide,
+) -> list[Episode]:
+    """Each task played `copies` times to its end by one model."""
+    options = {"copies": copies, "seed": seed, "low_effort": low_effort, "sampler": sampler}
+    playing = Playing(tokenizer, players, tasks, config, **options)
+    while not playing.over:
+        playing.turn(model, version)
+    return playing.finish()
+
+
+class _Unfinished:
+    """An episode while it lasts."""
+
+    def __init__(self, task: Task, prompt: list[int]) -> None:
+        self.task = task
+        self.tokens = list(prompt)
+        self.logprobs = [0.0] * len(prompt)
+        self.turns: list[TurnSpan] = []
+        self.messages: list[dict] = list(task.messages)
+        self.truncated = False
+        self.over = False
+        self._unread: list[int] = []  # tokens that the model has not been fed yet
+
+    def add(self, written: Written, tokenizer: Tokenizer, thinking: bool, version: int) -> dict:
+        """The message that the model has just written."""
+        start = len(self.tokens)
+        self.tokens += written.tokens
+        self.logprobs += written.logprobs
+        text = tokenizer.decode(written.tokens, show_special=True)
+        parsed = parse_turn(text, thinking=thinking, tools=self.task.tools)
+        well_formed, calls = is_well_formed(parsed), len(parsed.calls)
+        stop = len(self.tokens)
+        self.turns.append(TurnSpan(start, stop, well_formed, calls, written.stopped, version))
+        self.truncated |= not written.stopped
+        self.messages.append(parsed.message())
+        return self.messages[-1]
+
+    def hear(self, messages: Sequence[dict], ids: list[int], limit: int) -> None:
+        """Append what the environment said; without room for it and a token more the episode is
+        cut off."""
+        self.messages += messages
+        if len(self.tokens) + len(ids) >= limit:
+            self.truncated = self.over = True
+            return
+        self.tokens += ids
+        self.logprobs += [0.0] * len(ids)
+        self._unread = ids
+
+    def take_unread(self) -> list[int]:
+        """What the model is to be fed now."""
+        unread, self._unread = self._unread, []
+        return unread
+
+    def own_messages(self) -> list[dict]:
+        """The turns in messages format."""
+        said = self.messages[len(self.task.messages) :]
+        return [message for message in said if message["role"] == "assistant"]
+
+    def finished(self, group: int, low_effort: bool, verdict: Verdict) -> Episode:
+        return Episode(
+            task=self.task,
+            group=group,
+            tokens=tuple(self.tokens),
+            logprobs=np.array(self.logprobs, np.float32),
+            turns=tuple(self.turns),
+            truncated=self.truncated or not self.over,
+            verdict=verdict,
+            messages=tuple(self.messages),
+            low_effort=low_effort,
+        )
+
+    def state(self) -> dict[str, Any]:
+        kept = ("tokens", "logprobs", "messages", "truncated", "over")
+        turns = [dataclasses.asdict(turn) for turn in self.turns]
+        return {**{name: getattr(self, name) for name in kept}, "turns": turns}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        prompt = len(self.tokens)
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.turns = [TurnSpan(**turn) for turn in state["turns"]]
+        self._unread = [] if self.over else self.tokens[prompt:]  # a new cache holds nothing of it
+
+
+def _check_prompts(
+    prompts: Sequence[Sequence[int]], tasks: Sequence[Task], config: RolloutConfig
+) -> None:
+    """Raise ValueError for a prompt that leaves no room to answer."""
+    for prompt, task in zip(prompts, tasks, strict=True):
+        if len(prompt) >= config.max_tokens:
+            raise ValueError(
+                f"RolloutConfig.max_tokens={config.max_tokens}: the prompt of {task.id} alone has "
+                f"{len(prompt)} tokens; raise it, or leave {task.environment} out"
+            )
+
+
+def encode_reply(tokenizer: Tokenizer, messages: Sequence[dict], options: ChatOptions) -> list[int]:
+    """The ids between a turn that the model closed and its next one: what it reads in between."""
+    whole = pieces([{"role": "assistant", "content": ""}, *messages], None, options, True)
+    last = max(place for place, piece in enumerate(whole) if piece.turn == 0)
+    return encode_pieces(tokenizer, whole[last + 1 :])
+
+
+def is_well_formed(turn: ParsedTurn) -> bool:
+    """Whether a turn keeps to the chat format: no broken call, no tag where it does not belong."""
+    tags = (CALL, CALL_END, "<function_call>", THINK, ANSWER)
+    text_tags = any(tag in turn.content for tag in tags)
+    thought_tags = any(tag in turn.reasoning for tag in tags)
+    return not (turn.malformed or text_tags or thought_tags)

@@ -1,0 +1,119 @@
+"""Episodes written down: JSONL for programs, a page of HTML for people."""
+
+import dataclasses
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.posttraining.rollout import Episode
+
+JSONL, PAGE = "transcripts.jsonl", "transcripts.html"
+_SHOWN = 200  # episodes of the page, the newest
+
+
+class Transcripts:
+    """The first `keep` groups' worth of episodes of every batch, each batch once.
+
+    A run that goes on drops what a killed one wrote of batches that are to be played again.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._path, self._keep = directory / JSONL, keep
+        self._begun = False
+
+    def add(self, number: int, episodes: Sequence[Episode], rewards: Sequence[float]) -> None:
+        """Write down a batch's episodes and what they were paid."""
+        if not self._begun:
+            self._drop_from(number)
+            self._begun = True
+        with self._path.open("a", encoding="utf-8") as out:
+            for episode, reward in list(zip(episodes, rewards, strict=True))[: self._keep]:
+                line = json.dumps(transcript(number, episode, reward), ensure_ascii=False)
+                out.write(line + "\n")
+
+    def _drop_from(self, number: int) -> None:
+        kept = [line for line in read_transcripts(self._path) if line["batch"] < number]
+        with atomic_writer(self._path) as out:
+            for line in kept:
+                out.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+
+
+def transcript(number: int, episode: Episode, reward: float) -> dict[str, Any]:
+    """An episode as JSON values."""
+    return {
+        "batch": number,
+        "group": episode.group,
+        "task": episode.task.id,
+        "messages": list(episode.messages),
+        "reward": reward,
+        "verdict": dataclasses.asdict(episode.verdict),
+        "truncated": episode.truncated,
+        "turns": [dataclasses.asdict(turn) for turn in episode.turns],
+    }
+
+
+def read_transcripts(path: Path) -> list[dict[str, Any]]:
+    """The episodes of a file, up to a line that a kill has cut short."""
+    found: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def write_page(directory: Path) -> Path:
+    """transcripts.html beside transcripts.jsonl: its newest episodes, one below the other."""
+    newest = read_transcripts(directory / JSONL)[-_SHOWN:]
+    path = directory / PAGE
+    with atomic_writer(path) as out:
+        out.write(page(newest).encode())
+    return path
+
+
+def page(episodes: Sequence[dict[str, Any]]) -> str:
+    """Episodes as one page that needs nothing beside it."""
+    return _PAGE.format(body="\n".join(map(_episode, episodes)), count=len(episodes))
+
+
+def _episode(one: dict[str, Any]) -> str:
+    failure = one["verdict"]["infra_error"]
+    broken = sum(not turn["well_formed"] for turn in one["turns"])
+    notes = [f"reward {one['reward']:.2f}", f"batch {one['batch']}, group {one['group']}"]
+    notes += [f"environment failed: {failure}"] if failure else []
+    notes += ["cut off"] if one["truncated"] else []
+    notes += [f"{broken} malformed turns"] if broken else []
+    messages = "".join(map(_message, one["messages"]))
+    kind = "right" if one["reward"] > 0.5 else "wrong"
+    heading = f"{html.escape(one['task'])} · {html.escape(' · '.join(notes))}"
+    return f'<details class="{kind}"><summary>{heading}</summary>{messages}</details>'
+
+
+def _message(message: dict[str, Any]) -> str:
+    parts = [message.get("reasoning_content") or "", message.get("content") or ""]
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        parts.append(f"{function['name']}({json.dumps(function['arguments'])})")
+    text = html.escape("\n".join(part for part in parts if part))
+    role = html.escape(message["role"])
+    return f'<div class="{role}"><b>{role}</b><pre>{text}</pre></div>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Episodes</title>
+<style>
+body {{ font: 15px sans-serif; max-width: 60em; margin: 2em auto; color: #222 }}
+details {{ border-left: 4px solid #c33; margin: .5em 0; padding-left: .8em }}
+details.right {{ border-color: #393 }}
+summary {{ cursor: pointer }}
+pre {{ white-space: pre-wrap; margin: .2em 0 .8em }}
+.assistant pre {{ background: #eef4ff }} .tool pre {{ background: #f4f4ee }}
+</style>
+<h1>{count} episodes</h1>
+{body}
+</html>
+"""

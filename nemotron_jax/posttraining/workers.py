@@ -1,0 +1,139 @@
+"""Sessions of environments in processes of their own, which may die or hang without harm."""
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from nemotron_jax.environments.base import Task, Verdict
+from nemotron_jax.posttraining.players import Here, Players, Reply
+
+
+class Workers:
+    """Sessions dealt out over processes. Place p lives in process p modulo their number.
+
+    A process that ends or does not answer within `timeout_s` is killed and replaced; its sessions
+    are lost, and their verdicts are infrastructure failures, not zeros. Processes are started
+    afresh, not forked, so that none inherits the accelerator.
+    """
+
+    def __init__(self, count: int, timeout_s: float, make: Callable[[], Players] = Here) -> None:
+        """`make` gives what each process plays with; it is sent there by name."""
+        self._timeout_s, self._make = timeout_s, make
+        self._workers = [_Worker(make) for _ in range(count)]
+        self._lost: dict[int, str] = {}  # by place, why its session is gone
+        self._count = 0
+        self.replaced = 0
+
+    def start(self, tasks: Sequence[Task]) -> None:
+        """Begin with these tasks; earlier sessions are closed."""
+        self._lost, self._count = {}, len(tasks)
+        parts = {w: [tasks[p] for p in self._places(w)] for w in range(len(self._workers))}
+        self._ask({w: ("start", part) for w, part in parts.items() if part})
+
+    def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]:
+        """The answers to the assistant's messages at these places; a lost session is over."""
+        parts: dict[int, dict[int, dict]] = {}
+        for place, turn in turns.items():
+            if place not in self._lost:
+                worker, inner = self._home(place)
+                parts.setdefault(worker, {})[inner] = turn
+        answers = self._ask({w: ("reply", part) for w, part in parts.items()})
+        found = dict.fromkeys(turns, Reply((), over=True))
+        for place in turns:
+            worker, inner = self._home(place)
+            if place not in self._lost:
+                found[place] = answers[worker][inner]
+        return found
+
+    def verify(self) -> list[Verdict]:
+        """Every session's verdict."""
+        wanted = range(min(len(self._workers), self._count))
+        alive = [w for w in wanted if any(p not in self._lost for p in self._places(w))]
+        answers = self._ask({w: ("verify", None) for w in alive})
+        verdicts = []
+        for place in range(self._count):
+            worker, inner = self._home(place)
+            lost = self._lost.get(place)
+            verdicts.append(
+                answers[worker][inner] if lost is None else Verdict(0.0, infra_error=lost)
+            )
+        return verdicts
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+    def _home(self, place: int) -> tuple[int, int]:
+        return place % len(self._workers), place // len(self._workers)
+
+    def _places(self, worker: int) -> range:
+        return range(worker, self._count, len(self._workers))
+
+    def _ask(self, questions: dict[int, tuple[str, Any]]) -> dict[int, Any]:
+        """The answers of the workers, which work at the same time; one that fails is replaced."""
+        deadline = time.monotonic() + self._timeout_s
+        for worker, question in questions.items():
+            self._workers[worker].ask(question)
+        answers = {}
+        for worker in questions:
+            answer, failure = self._workers[worker].answer(deadline - time.monotonic())
+            if failure is None:
+                answers[worker] = answer
+                continue
+            self._lost |= dict.fromkeys(self._places(worker), failure)
+            self._workers[worker].end()
+            self._workers[worker] = _Worker(self._make)
+            self.replaced += 1
+        return answers
+
+
+class _Worker:
+    """One process and the pipe to it."""
+
+    def __init__(self, make: Callable[[], Players]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, make), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, question: tuple[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has died: `answer` finds that out
+            self._pipe.send(question)
+
+    def answer(self, seconds: float) -> tuple[Any, str | None]:
+        """What came back, or why nothing did."""
+        try:
+            if not self._pipe.poll(max(seconds, 0.0)):
+                return None, "an environment's worker did not answer in time"
+            answer, failure = self._pipe.recv()
+        except (EOFError, OSError):
+            return None, f"an environment's worker ended (exit code {self._process.exitcode})"
+        return answer, failure
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def serve(pipe: Connection, make: Callable[[], Players]) -> None:
+    """What a worker's process runs: questions come in and answers go out until the pipe closes."""
+    players = make()
+    while True:
+        try:
+            question, values = pipe.recv()
+        except (EOFError, OSError):
+            players.close()
+            return
+        try:
+            ask = getattr(players, question)
+            answer, failure = (ask() if values is None else ask(values)), None
+        except Exception as error:  # a fault of the environments: their episodes do not count
+            answer, failure = None, f"an environment's worker failed: {error!r}"
+        pipe.send((answer, failure))

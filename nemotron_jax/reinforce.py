@@ -1,0 +1,122 @@
+"""Stage `grpo` of a run: fine-tuning first where it is asked for, then reinforcement learning."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from nemotron_jax.config.run import RunConfig, ScheduleConfig
+from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.posttraining import rl_loop
+from nemotron_jax.posttraining.curriculum import make_pools
+from nemotron_jax.posttraining.engine_sampler import make_sampler
+from nemotron_jax.posttraining.grpo import grpo_objective
+from nemotron_jax.posttraining.result import result, summary
+from nemotron_jax.posttraining.transcripts import Transcripts, write_page
+from nemotron_jax.posttraining.workers import Workers
+from nemotron_jax.pretrained import begin_run, load_pretrained, load_tokenizer
+from nemotron_jax.training import loop
+from nemotron_jax.training.checkpoint import checkpoint_steps
+
+SFT, GRPO, RESULT = "sft", "grpo", "result.json"
+
+
+def run(
+    config: RunConfig, workdir: Path, mesh: Mesh, *, fine_tune: Callable[[RunConfig, Path], int]
+) -> int:
+    """Train in workdir/sft and workdir/grpo and write workdir/result.json; the exit status.
+
+    Whatever is done already is not done again. `fine_tune` trains a run of stage `sft`.
+    """
+    began, cpu_began = time.monotonic(), time.process_time()
+    rl_loop.check_rollouts(config)
+    loop.check_run(config, workdir / GRPO)
+    start = config.init_from
+    if config.warm_start is not None:
+        start, first = str(workdir / SFT), warm_start_run(config)
+        done = checkpoint_steps(workdir / SFT / "checkpoints")
+        if not done or done[-1] < first.training.steps:
+            fine_tune(first, workdir / SFT)
+            done = checkpoint_steps(workdir / SFT / "checkpoints")
+        if not done or done[-1] < first.training.steps:
+            return 0  # stopped by a signal
+    if not start:
+        raise ValueError(
+            "RunConfig.warm_start=None: reinforcement learning begins with a model that can play; "
+            "set warm_start or init_from"
+        )
+    tokenizer = load_tokenizer(start)
+    if config.rl.rollout.rewards == "demonstrations":
+        fine_tune(longer_run(config, start), workdir / GRPO)
+    else:
+        with jax.set_mesh(mesh):
+            _reinforce(config, workdir / GRPO, tokenizer, start, mesh)
+    done = checkpoint_steps(workdir / GRPO / "checkpoints")
+    if not done or done[-1] < config.training.steps:
+        return 0  # stopped by a signal
+    with jax.set_mesh(mesh):
+        before, after = (load_pretrained(path, mesh=mesh) for path in (start, workdir / GRPO))
+        found = result(before, after, tokenizer, config)
+    seconds = {
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - cpu_began,
+    }
+    with atomic_writer(workdir / RESULT) as out:
+        out.write((json.dumps(found | seconds, indent=1) + "\n").encode())
+    print(summary(found, workdir))
+    return 0
+
+
+def warm_start_run(config: RunConfig) -> RunConfig:
+    """The fine-tuning run that comes before."""
+    first = config.warm_start
+    sft = {"stage": "sft", "training": first.training, "data": first.data, "warm_start": None}
+    return dataclasses.replace(config, **sft)
+
+
+def longer_run(config: RunConfig, start: str) -> RunConfig:
+    """The control without rewards: as many more steps of fine-tuning, at its last learning rate."""
+    first = warm_start_run(config)
+    rate, steps = first.training.schedule.final_learning_rate, config.training.steps
+    tokens = steps * first.data.batch_size * first.data.sequence_length
+    training = dataclasses.replace(
+        first.training, steps=steps, schedule=ScheduleConfig(rate, rate, 0, 0, tokens)
+    )
+    data = dataclasses.replace(first.data, tokenizer=start)
+    return dataclasses.replace(first, training=training, data=data, init_from=start)
+
+
+def _reinforce(
+    config: RunConfig, workdir: Path, tokenizer: Tokenizer, start: str, mesh: Mesh
+) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir)
+    first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
+    rates = lambda tasks: rl_loop.success_rates(first(), tokenizer, config)(tasks)
+    workers, timeout_s = config.rl.rollout.workers, config.rl.rollout.timeout_s
+    rollouts = rl_loop.Rollouts(
+        config,
+        tokenizer,
+        sampler=make_sampler(config.rl.rollout),
+        players=Workers(workers, timeout_s) if workers else None,
+        reference=first() if config.rl.objective.kl_weight else None,
+        pools=make_pools(config, rates, workdir / "pools.json"),
+        on_episodes=Transcripts(workdir, config.rl.transcripts).add,
+    )
+    with contextlib.closing(rollouts):
+        loop.run(
+            config,
+            workdir,
+            data=rollouts,
+            evaluators=[rl_loop.success_of_tasks(tokenizer, config)],
+            begin=lambda config: begin_run(dataclasses.replace(config, init_from=start)),
+            objective=grpo_objective,
+        )
+    write_page(workdir)

@@ -1,0 +1,196 @@
+"""Episodes in rows: nothing depends on the packing, and masks leave out what they name."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nemotron_jax.config.rl import ObjectiveConfig
+from nemotron_jax.environments import registry
+from nemotron_jax.environments.base import Verdict
+from nemotron_jax.model.parameters import flatten
+from nemotron_jax.posttraining.grpo import grpo_objective
+from nemotron_jax.posttraining.policy_batch import (
+    place_episodes,
+    policy_batch,
+    rows_needed,
+    token_gains,
+)
+from nemotron_jax.posttraining.rollout import Episode, TurnSpan
+from nemotron_jax.training.state import init_state
+from nemotron_jax.training.step import train_step
+from tests.training.runs import changed, small_run
+
+TASK = registry["arithmetic"].split(0, "train", 0)
+
+
+def episode(length: int, seed: int, **fields) -> Episode:
+    """Two turns of random tokens; the generator's log-probabilities are made up."""
+    generator = np.random.default_rng(seed)
+    cuts = np.sort(generator.choice(np.arange(2, length), 3, replace=False)).tolist()
+    turns = (TurnSpan(cuts[0], cuts[1], True, 1, True), TurnSpan(cuts[2], length, True, 0, True))
+    logprobs = np.zeros(length, np.float32)
+    for turn in turns:
+        logprobs[turn.start : turn.stop] = -6.2 + 0.1 * generator.standard_normal(
+            turn.stop - turn.start
+        )
+    values = {
+        "task": TASK,
+        "group": 0,
+        "tokens": tuple(generator.integers(16, 500, length).tolist()),
+        "logprobs": logprobs,
+        "turns": turns,
+        "truncated": False,
+        "verdict": Verdict(1.0),
+        "messages": (),
+    }
+    return Episode(**values | fields)
+
+
+EPISODES = [episode(length, n) for n, length in enumerate((20, 9, 31, 14, 26, 5, 11))]
+ADVANTAGES = np.array([1, -0.5, 0.3, 2, -1, 0.7, -2], np.float32)
+
+
+@pytest.fixture(scope="module")
+def config():
+    run = changed(
+        small_run("somewhere"),
+        data={"sequence_length": 64, "batch_size": 4},
+        training={"mtp_depths": 0},
+    )
+    # Made-up log-probabilities are far from the model: none is to be left out for that.
+    objective = dataclasses.replace(run.rl.objective, sequence_limit=10.0)
+    rl = dataclasses.replace(run.rl, objective=objective)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, pattern="M*E"), rl=rl)
+
+
+@pytest.fixture(scope="module")
+def state(config):
+    return init_state(config)
+
+
+@pytest.fixture(scope="module")
+def learned(config, state):
+    """The loss and gradients of a batch of this run."""
+    objective = grpo_objective(config)
+
+    @jax.jit
+    def evaluate(model, batch):
+        function = lambda model: objective.loss(model, batch, objective.totals(batch), None)
+        return jax.value_and_grad(function, has_aux=True)(model)
+
+    def run(batch):
+        (loss, sums), gradient = evaluate(state.model, batch)
+        return loss, sums, flatten(gradient)
+
+    return run
+
+
+def packed(episodes, config, state, **data):
+    run = changed(config, data=data)
+    return policy_batch(episodes, ADVANTAGES[: len(episodes)], state.model, run)
+
+
+def assert_same(one, other):
+    np.testing.assert_allclose(one[0], other[0], rtol=2e-5)
+    np.testing.assert_allclose(one[1]["entropy"], other[1]["entropy"], rtol=2e-5)
+    for name, gradient in one[2].items():
+        scale = np.linalg.norm(other[2][name]) + 1e-7
+        assert np.linalg.norm(gradient - other[2][name]) / scale < 5e-4, name
+
+
+def test_packed_episodes_are_the_episodes_apart(config, state, learned) -> None:
+    together, _ = packed(EPISODES, config, state)
+    apart, _ = packed(EPISODES, config, state, sequence_length=32, batch_size=8)
+    assert np.count_nonzero(together.segment_ids.max(axis=1) > 1) >= 2
+    assert_same(learned(together), learned(apart))
+    spoiled = dataclasses.replace(together, advantages=np.roll(together.advantages, 1, axis=1))
+    with pytest.raises(AssertionError):
+        assert_same(learned(spoiled), learned(apart))
+
+
+def test_a_batch_in_parts_is_the_whole_one(config, state) -> None:
+    batch, _ = packed(EPISODES, config, state)
+    step = lambda parts: jax.jit(
+        lambda state: train_step(
+            state,
+            batch,
+            run := changed(config, training={"micro_batches": parts}),
+            grpo_objective(run),
+        )
+    )(state)
+    (whole, told), (parts, said) = step(1), step(2)
+    np.testing.assert_allclose(told["loss"], said["loss"], rtol=1e-5)
+    np.testing.assert_allclose(told["grad_norm"], said["grad_norm"], rtol=1e-4)
+    for name, value in flatten(whole.model).items():
+        np.testing.assert_allclose(value, flatten(parts.model)[name], atol=2e-6, err_msg=name)
+
+
+def test_values_stand_where_their_token_is_predicted(config, state) -> None:
+    batch, mismatches = packed(EPISODES, config, state)
+    places = place_episodes([len(e.tokens) for e in EPISODES], 4, 64)
+    for one, place, gain in zip(EPISODES, places, ADVANTAGES, strict=True):
+        for offset in np.flatnonzero(one.own):
+            here = place.row, place.start + offset - 1
+            assert batch.targets[here] == one.tokens[offset]
+            assert batch.weights[here] == 1 and batch.advantages[here] == gain
+            assert batch.generator_logprobs[here] == one.logprobs[offset]
+            ratio = np.exp(batch.trainer_logprobs[here] - one.logprobs[offset])
+            np.testing.assert_allclose(batch.importance[here], min(ratio, 5), rtol=1e-5)
+    assert batch.weights.sum() == sum(e.own.sum() for e in EPISODES)
+    assert len(mismatches) == len(EPISODES) and min(mismatches) > 1
+
+
+def test_what_does_not_count_weighs_nothing() -> None:
+    config = ObjectiveConfig()
+    weigh = lambda one, mismatch=1.0, config=config: token_gains(one, 1.0, mismatch, config)[1]
+    one = EPISODES[0]
+    np.testing.assert_array_equal(weigh(one), one.own)
+    assert not weigh(episode(20, 0, verdict=Verdict(0.0, infra_error="gone"))).any()
+    assert not weigh(one, mismatch=2.01).any() and weigh(one, mismatch=2.0).any()
+    cut = episode(20, 0, truncated=True)
+    assert weigh(cut).any()
+    assert not weigh(cut, config=ObjectiveConfig(overlong="mask")).any()
+
+
+def test_a_batch_without_a_counted_token_changes_no_weight(config, state, learned) -> None:
+    failed = [dataclasses.replace(e, verdict=Verdict(0.0, infra_error="gone")) for e in EPISODES]
+    loss, _, gradient = learned(packed(failed, config, state)[0])
+    assert loss == 0 and not any(np.any(value) for value in gradient.values())
+
+
+def test_rows_always_suffice_and_too_few_are_named(config) -> None:
+    generator = np.random.default_rng(0)
+    rollout = dataclasses.replace(
+        config.rl.rollout, prompts=10, generations=7, max_tokens=30, environments=("arithmetic",)
+    )
+    run = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=rollout))
+    run = changed(run, data={"sequence_length": 100})
+    assert rows_needed(run) == 24
+    for _ in range(50):
+        lengths = generator.integers(2, 31, 70).tolist()
+        place_episodes(lengths, 24, 100)
+    with pytest.raises(ValueError, match=r"data\.batch_size=5: .* need 7 rows"):
+        place_episodes([60] * 7, 5, 100)
+
+
+def test_the_gradient_raises_what_earned_more(config, state, learned) -> None:
+    batch, _ = packed(EPISODES, config, state)
+    batch = dataclasses.replace(batch, importance=np.ones_like(batch.importance))
+    _, _, gradient = learned(batch)
+    assert all(np.all(np.isfinite(value)) for value in gradient.values())
+    moved = jax.tree.map(lambda p, g: p - 0.05 * g, flatten(state.model), gradient)
+    from nemotron_jax.model.parameters import unflatten
+
+    objective = grpo_objective(
+        dataclasses.replace(
+            config,
+            rl=dataclasses.replace(config.rl, objective=ObjectiveConfig(ratio="clipped")),
+        )
+    )
+    value = lambda table: objective.loss(
+        unflatten(state.model, table), batch, objective.totals(batch), None
+    )[0]
+    assert jnp.float32(value(moved)) < value(flatten(state.model))

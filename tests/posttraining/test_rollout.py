@@ -1,0 +1,203 @@
+"""Episodes keep the tokens that were drawn; what environments say is what training would read."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from nemotron_jax.data.chat.parse import parse_turn
+from nemotron_jax.data.chat.render import END, ChatOptions
+from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
+from nemotron_jax.data.messages import oracle_conversation, oracle_source, played_conversation
+from nemotron_jax.environments.base import Verdict
+from nemotron_jax.posttraining.players import Here, Reply
+from nemotron_jax.posttraining.rollout import Playing, encode_reply, is_well_formed, play_episodes
+from nemotron_jax.posttraining.sampler import Written
+
+NO = ChatOptions(enable_thinking=False)
+ENVIRONMENT, LEVEL = oracle_source("oracle:arithmetic/1")
+TASKS = [ENVIRONMENT.split(0, "train", index, level=LEVEL) for index in range(3)]
+
+
+class Scripted:
+    """A sampler that writes turns given beforehand and notes what it was told to read."""
+
+    def __init__(self, scripts: list[list[list[int]]]) -> None:
+        self.scripts, self.heard, self.turn = scripts, [[] for _ in scripts], 0
+        self.models: list = []
+
+    def __call__(self, model, prompts, copies, *, stop_token, **options) -> "Scripted":
+        self.stop = stop_token
+        self.prompts = [list(p) for p in prompts for _ in range(copies)]
+        return self
+
+    def swap(self, model) -> None:
+        self.models.append(model)
+
+    def read(self, rows) -> None:
+        for heard, row in zip(self.heard, rows, strict=True):
+            heard += row
+
+    def write(self, limits) -> list[Written]:
+        out = []
+        for row, limit in enumerate(limits):
+            script = self.scripts[row]
+            new = tuple(script[self.turn][:limit]) if limit and self.turn < len(script) else ()
+            logprobs = tuple(-0.1 * (n + 1) for n in range(len(new)))
+            out.append(Written(new, logprobs, bool(new) and new[-1] == self.stop))
+            self.heard[row] += new
+        self.turn += 1
+        return out
+
+
+def own_turns(tokenizer, conversation) -> list[list[int]]:
+    """The ids of each assistant's turn, as encode_chat has them."""
+    chat = encode_chat(tokenizer, conversation.messages, conversation.tools, NO)
+    starts = np.flatnonzero(np.diff(chat.learned.astype(int), prepend=0) == 1)
+    stops = np.flatnonzero(np.diff(chat.learned.astype(int), append=0) == -1) + 1
+    return [chat.ids[a:b].tolist() for a, b in zip(starts, stops, strict=True)]
+
+
+def play(tokenizer, config, scripts, tasks=TASKS, players=None, **changes):
+    sampler = Scripted(scripts)
+    settings = dataclasses.replace(config.rl.rollout, **changes)
+    players = players or Here()
+    episodes = play_episodes(
+        None, tokenizer, players, tasks, settings, copies=1, seed=0, sampler=sampler
+    )
+    return episodes, sampler
+
+
+def test_an_oracles_episode_is_its_conversation_token_for_token(phrases, grpo_config) -> None:
+    conversations = [oracle_conversation(ENVIRONMENT, task) for task in TASKS]
+    scripts = [own_turns(phrases, one) for one in conversations]
+    episodes, sampler = play(phrases, grpo_config, scripts)
+    for row, (episode, whole) in enumerate(zip(episodes, conversations, strict=True)):
+        chat = encode_chat(phrases, whole.messages, whole.tools, NO)
+        assert list(episode.tokens) == chat.ids[:-1].tolist()  # less the line end after the last
+        np.testing.assert_array_equal(episode.own, chat.learned[:-1])
+        assert sampler.prompts[row] + sampler.heard[row] == list(episode.tokens)
+        assert np.all(episode.logprobs[episode.own] < 0) and not episode.truncated
+        assert not episode.logprobs[~episode.own].any()
+        assert episode.verdict.reward == 1 and all(turn.well_formed for turn in episode.turns)
+        assert [m["role"] for m in episode.messages] == [m["role"] for m in whole.messages]
+        assert [turn.calls for turn in episode.turns] == [1, 1, 0]
+
+
+def test_an_episode_that_is_interrupted_goes_on_as_it_was(phrases, grpo_config) -> None:
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    whole, _ = play(phrases, grpo_config, scripts)
+    settings = grpo_config.rl.rollout
+    begin = lambda sampler: Playing(
+        phrases, Here(), TASKS, settings, copies=1, seed=0, sampler=sampler
+    )
+    first = begin(Scripted(scripts))
+    first.turn("old", version=3)
+    saved = json.loads(json.dumps(first.state()))
+    later = Scripted(scripts)
+    later.turn = 1
+    second = begin(later)
+    second.restore(saved)
+    while not second.over:
+        second.turn("new", version=4)
+    again = second.finish()
+    for one, other in zip(whole, again, strict=True):
+        assert (one.tokens, one.messages, one.verdict) == (
+            other.tokens,
+            other.messages,
+            other.verdict,
+        )
+        np.testing.assert_allclose(one.logprobs, other.logprobs)
+        assert [turn.version for turn in other.turns] == [3, 4, 4]
+    # A new cache is fed all that the old one held.
+    for row, episode in enumerate(again):
+        assert later.prompts[row] + later.heard[row] == list(episode.tokens)
+    assert later.models == ["new"]  # told again before its second turn
+
+
+def test_a_turn_is_never_encoded_again(phrases, grpo_config) -> None:
+    """A call spelled by single bytes stays so in the episode, and is understood all the same."""
+    task = TASKS[0]
+    scripts = own_turns(phrases, oracle_conversation(ENVIRONMENT, task))
+    text = phrases.decode(scripts[0], show_special=True)
+    pieces = {piece: number for number, piece in enumerate(phrases.token_bytes) if piece}
+    named = {name: number for number, name in phrases.special_names.items()}
+    spelled: list[int] = []
+    while text:
+        name = next((name for name in named if text.startswith(name)), None)
+        spelled.append(named[name] if name else pieces[text[0].encode()])
+        text = text[len(name or text[0]) :]
+    assert len(spelled) > 2 * len(scripts[0])
+    (episode,), _ = play(
+        phrases,
+        grpo_config,
+        [[spelled, *scripts[1:]]],
+        [task],
+        max_tokens=300,
+        max_turn_tokens=100,
+    )
+    first = episode.turns[0]
+    assert list(episode.tokens[first.start : first.stop]) == spelled
+    assert episode.verdict.reward == 1
+
+
+def test_budgets_cut_episodes_off(phrases, grpo_config) -> None:
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    longest = len(scripts[0][0])
+    episodes, _ = play(phrases, grpo_config, scripts, max_turn_tokens=longest - 2)
+    assert episodes[0].truncated and len(episodes[0].turns) == 1
+    assert not episodes[0].turns[0].closed and episodes[0].verdict.reward == 0
+    prompt = len(encode_prompt(phrases, TASKS[0].messages, TASKS[0].tools, NO))
+    room = prompt + longest + 3  # the first turn fits, the reply does not
+    episodes, _ = play(phrases, grpo_config, scripts, max_tokens=room)
+    assert episodes[0].truncated and len(episodes[0].turns) == 1 and episodes[0].turns[0].closed
+    assert all(len(episode.tokens) <= room for episode in episodes)
+    episodes, _ = play(phrases, grpo_config, scripts, max_turns=2)
+    assert [len(episode.turns) for episode in episodes] == [2] * 3
+    assert all(episode.truncated for episode in episodes)
+    with pytest.raises(ValueError, match=r"max_tokens=20: the prompt of arithmetic/train/0/0"):
+        play(phrases, grpo_config, scripts, max_tokens=20)
+
+
+def test_an_environment_that_fails_earns_nothing_rather_than_zero(phrases, grpo_config) -> None:
+    class Failing(Here):
+        def reply(self, turns):
+            return {place: Reply((), over=True) for place in turns}
+
+        def verify(self):
+            return [Verdict(0.0, infra_error="it is gone")] * 3
+
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    episodes, _ = play(phrases, grpo_config, scripts, players=Failing())
+    assert not any(episode.counted for episode in episodes)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Answer: 4", True),
+        (
+            "\n<tool_call>\n<function=calc>\n<parameter=e>\n1+1\n</parameter>\n</function>\n</tool_call>\n",
+            True,
+        ),
+        ("\n<tool_call>\n<function=calc>\n1+1\n</tool_call>\n", False),
+        ("4</tool_call>", False),
+        ("<function_call>calc</function_call>", False),
+        ("4</think>5", False),
+        ("<think>4</think>5", True),  # a turn may open its reasoning itself
+    ],
+)
+def test_turns_that_break_the_format_are_found(text, right) -> None:
+    assert is_well_formed(parse_turn(text + END, tools=TASKS[0].tools)) is right
+
+
+def test_what_follows_a_turn_does_not_depend_on_it(phrases) -> None:
+    """The reply's ids are those between two turns of the whole conversation."""
+    environment, task = ENVIRONMENT, TASKS[1]
+    whole, _ = played_conversation(environment, task, environment.oracle(task))
+    chat = encode_chat(phrases, whole.messages, whole.tools, NO)
+    reply = encode_reply(phrases, [whole.messages[2]], NO)
+    first = own_turns(phrases, whole)[0]
+    start = len(encode_prompt(phrases, task.messages, task.tools, NO)) + len(first)
+    assert chat.ids[start : start + len(reply)].tolist() == reply
