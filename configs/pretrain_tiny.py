@@ -2,8 +2,7 @@
 
 Command:  python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny   (or `make train`)
 Hardware: a CPU; about six minutes on two cores, compilation included.
-Expected: held-out loss 5.02 nats a token, 1.62 below the entropy of single tokens; 2.00 bits a byte
-(gzip: 2.11); samples of Python-like text.
+Expected: 5.02 nats a token and 2.00 bits a byte on 32 held-out rows; samples of Python-like text.
 """
 
 from ml_collections import ConfigDict
