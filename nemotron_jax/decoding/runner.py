@@ -16,8 +16,8 @@ from nemotron_jax.decoding.store import Decoded, DecodeRows, PrefillRows, Store
 from nemotron_jax.model.nemotron import Nemotron
 
 # A table of pages is as wide as the longest row needs, in powers of this: attention reads all of
-# it, and every width compiles a program.
-_WIDTHS_FACTOR = 4
+# it, and every width compiles a program of each kind.
+_WIDTHS_FACTOR, _MOST_WIDTHS = 8, 3
 _SMALLEST_CONTEXT = 512  # tokens; below that one width does for all
 # Few rows decode in a program of a part of the slots: the last ones of a wave, or one alone.
 _FEW_ROWS = 8  # the part is one in this many
@@ -171,7 +171,7 @@ class Runner:
     def _widths(self, tokens: int) -> list[int]:
         """Table widths in pages, of which the widest holds so many tokens."""
         widths = [-(-tokens // self._page_tokens)]
-        while widths[-1] * self._page_tokens > _SMALLEST_CONTEXT:
+        while widths[-1] * self._page_tokens > _SMALLEST_CONTEXT and len(widths) < _MOST_WIDTHS:
             widths.append(-(-widths[-1] // _WIDTHS_FACTOR))
         return widths[::-1]
 
