@@ -17,6 +17,7 @@ from nemotron_jax.config.run import RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data.packing import Row, lookahead_of, make_batch
 from nemotron_jax.decoding.generate import generate, prefill
 from nemotron_jax.evaluation.evaluator import Result, Subject, Table
+from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
 from nemotron_jax.training.state import TrainState
@@ -51,16 +52,19 @@ class Speed:
     Training counts the tokens of one optimizer step, prefill those of one row of a training row's
     length, decoding the new greedy tokens of 1 and of `batch_size` rows. Their prompt is a single
     token, whose prefill is timed with them: it is too short to be told from noise and taken off.
+    `serving` measures the engine.
     """
 
     config: RunConfig | None
     repetitions: int = 3
     new_tokens: int = 128
     seed: int = 0
+    serving: ServingSpeed | None = ServingSpeed()
     name: str = "speed"
 
     def run(self, model: Nemotron) -> Result:
-        """Values `*_tokens_per_second` (best repetition), `*_compile_s` and `peak_memory_mb`."""
+        """Values `*_tokens_per_second` (best repetition), `*_compile_s`, `peak_memory_mb`, and the
+        engine's `serving_*`."""
         config = _config_of(model, self.config)
         rows, length = config.data.batch_size, config.data.sequence_length
         timings = {
@@ -77,8 +81,11 @@ class Speed:
         for name, (_, _, timing) in timings.items():
             values[f"{name}_tokens_per_second"] = timing.best
             values[f"{name}_compile_s"] = timing.compile_s
-        values["peak_memory_mb"] = peak_memory_mb()
+        values["peak_memory_mb"] = peak_memory_mb()  # of these kinds of work; the engine's follows
         tables = (Table("Speed", COLUMNS, table),)
+        if self.serving is not None:
+            found, of_engine = self.serving.run(model)
+            values, tables = values | found, (*tables, of_engine)
         return Result(values, self.repetitions, tables=tables, counted="repetitions")
 
     def _train(self, model: Nemotron, config: RunConfig) -> Timing:

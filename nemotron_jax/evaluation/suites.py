@@ -11,6 +11,7 @@ if typing.TYPE_CHECKING:  # names are checked before anything imports jax
 # Each module has `make(subject) -> Evaluator`.
 SUITES = {
     "acceptance": "nemotron_jax.evaluation.acceptance",
+    "cache_formats": "nemotron_jax.evaluation.cache_formats",
     "perplexity": "nemotron_jax.evaluation.perplexity",
     "speed": "nemotron_jax.evaluation.speed",
 }

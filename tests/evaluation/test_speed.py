@@ -8,18 +8,20 @@ import pytest
 from flax import nnx
 
 from nemotron_jax.evaluation import speed
+from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.model.nemotron import Nemotron
 
 
 @pytest.fixture(scope="module")
 def result(run_config):
-    """Of a model of one layer: what is compiled here is seven programs."""
+    """Of a model of one layer: what is compiled here is seven programs, and the engine's."""
     data = dataclasses.replace(run_config.data, sequence_length=16, batch_size=2)
     sizes = dataclasses.replace(run_config.model, pattern="*", moe=None)
     config = dataclasses.replace(run_config, data=data)
     model = Nemotron(sizes, rngs=nnx.Rngs(0))
     before = [np.array(leaf) for leaf in jax.tree.leaves(model)]
-    found = speed.Speed(config, repetitions=2, new_tokens=16).run(model)
+    serving = ServingSpeed(concurrency=(1, 2), contexts=(8,), new_tokens=12, repetitions=1)
+    found = speed.Speed(config, repetitions=2, new_tokens=16, serving=serving).run(model)
     for leaf, copy in zip(jax.tree.leaves(model), before, strict=True):
         np.testing.assert_array_equal(leaf, copy)  # the step took a copy over, not the model
     return found
@@ -31,11 +33,24 @@ def test_every_kind_of_work_is_timed(result):
         assert result.values[f"{kind}_tokens_per_second"] > 0
         assert result.values[f"{kind}_compile_s"] >= 0
     assert result.values["peak_memory_mb"] > 50
-    (table,) = result.tables
+    table = result.tables[0]
     assert [row[0] for row in table.rows] == list(kinds)
     for _, rows, length, best, median, _ in table.rows:
         assert best >= median > 0
         assert rows * length / best > 1e-4  # no work here takes less than a tenth of a millisecond
+
+
+def test_the_engine_is_timed_by_concurrency_and_context(result):
+    rows = result.tables[1].rows
+    assert [row[:2] for row in rows] == [(1, 8), (2, 8)]
+    for requests, context, rate, first, longest, between in rows:
+        assert result.values[f"serving_{requests}x{context}_tokens_per_second"] == rate > 0
+        assert 0 < first <= longest and between > 0
+        # Eleven gaps after the first token, at this rate for all requests together.
+        assert rate <= 1e3 * 12 * requests / (first + 11 * between) * 1.001
+    for ratio in ("over_one_by_one", "over_batched", "first_token_of_a_known_prefix"):
+        assert result.values[f"serving_{ratio}"] > 0
+    assert result.values["serving_compiled_later"] == 0
 
 
 def test_rates_are_tokens_over_seconds():
