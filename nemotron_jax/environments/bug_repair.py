@@ -114,8 +114,8 @@ class BugRepair(Environment):
         module = _module(functions, sick)
         right, wrong = (_results(text, functions, inputs) for text in (healthy, module))
         failing = [n for n, (a, b) in enumerate(zip(right, wrong)) if a[2] != b[2]]
-        if not failing:
-            raise AssertionError(f"the bug shows on no input:\n{module}")
+        if len({str(right[place][1]) for place in failing}) < 2:
+            return self.draw(draws, level)  # writing down the one visible answer would repair it
         name, numbers, expected = right[failing[0]]
         content = (
             f"This module has one bug:\n\n```python\n{module}```\n\n"
