@@ -2,8 +2,8 @@
 
 Command:  python train.py --config=configs/grpo_tiny.py --workdir=runs/grpo
 Hardware: a CPU, two cores.
-Expected: success on 512 held-out tasks rises from 0.230 to 0.719 (95 % interval of the gain: 0.44 to
-0.53), on those that left-to-right gets right from 0.289 to 0.918; the other 111 stay near 0.
+Expected: success on 512 held-out tasks rises from 0.230 to 0.719 (95 % interval of the gain: 0.44
+to 0.53), on those that left-to-right gets right from 0.289 to 0.918; the other 111 stay near 0.
 """
 
 from ml_collections import ConfigDict

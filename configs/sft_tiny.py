@@ -2,8 +2,8 @@
 
 Command:  python train.py --config=configs/sft_tiny.py --workdir=runs/sft
 Hardware: a CPU, two cores; about 250 seconds of CPU time.
-Expected: held-out loss falls to 0.001 nats a learned token; held-out tasks solved: 0.00, 0.14, 0.75 and
-0.98 after 100, 200, 300 and 400 steps.
+Expected: held-out loss falls to 0.001 nats a learned token; of 64 held-out tasks 0.00, 0.14, 0.75
+and 0.98 are solved after 100, 200, 300 and 400 steps.
 """
 
 from ml_collections import ConfigDict
