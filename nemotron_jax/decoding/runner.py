@@ -1,5 +1,6 @@
 """The engine's device side: what to compile, and calls of whole slots into arrays and back."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -74,7 +75,7 @@ class Runner:
         width = self._width(int(start.max()) + chunk, self._prefill_widths[shape])
         table = _table(slots, range(len(slots)), (rows, width))
         told = PrefillRows(numbers, table, start, tokens, lengths)
-        self._store, hidden = programs.prefill(self.model, self._store, told)
+        hidden = self._prefill(told)
         return lengths, hidden
 
     def decode(self, slots: Sequence[Slot], rounds: int) -> tuple[Decoded, list[int]]:
@@ -108,16 +109,27 @@ class Runner:
             self._store, _int(entry.snapshot), _int(slot.number), *map(_int, pages)
         )
 
+    def _prefill(self, rows: PrefillRows) -> Float[Array, "B T D"]:
+        store, hidden = programs.prefill(self.model, self._without_snapshots(), rows)
+        self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
+        return hidden
+
+    def _without_snapshots(self) -> Store:
+        """What prefill and decoding need of the store: what passes through a program unchanged may
+        come back laid out by another name, for which the next one would be compiled again."""
+        return dataclasses.replace(self._store, snapshots=None)
+
     def _decode(self, rows: DecodeRows, rounds: int) -> Decoded:
-        self._store, given = programs.decode(
+        store, given = programs.decode(
             self.model,
-            self._store,
+            self._without_snapshots(),
             rows,
             np.int32(rounds),
             speculative=self.speculative,
             # The most that one call gives a row: a first token, and all drafts accepted.
             capacity=1 + self.rounds * (self.speculative + 1),
         )
+        self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return given
 
     def _told(
@@ -161,7 +173,7 @@ class Runner:
             for width in widths:
                 table = np.zeros((shape[0], width), np.int32)
                 told = PrefillRows(rows, table, zeros, tokens, zeros)
-                self._store, hidden = programs.prefill(self.model, self._store, told)
+                hidden = self._prefill(told)
             self.score(hidden, tokens)
         for width, rows in itertools.product(self._decode_widths, self._decode_rows):
             self._decode(self._told([], [], (rows, width)), 0)

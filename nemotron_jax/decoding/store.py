@@ -52,7 +52,7 @@ class Store:
     pools: tuple[Pool | None, ...]  # by layer
     mtp_pools: tuple[Pool | None, ...] | None  # of the MTP block; None without speculation
     slots: States
-    snapshots: States
+    snapshots: States | None  # None inside prefill and decoding, which have no use for them
     rounding: str = dataclasses.field(metadata={"static": True})  # of states in few bits
 
     @classmethod

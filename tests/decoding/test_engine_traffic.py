@@ -155,10 +155,11 @@ def test_a_model_that_devices_share_is_served_as_it_is(model, data, fsdp):
         programs = engine.stats().programs
         requests = [engine.submit(PROMPTS[n], max_new_tokens=NEW, **WAYS[n % 3]) for n in range(6)]
         engine.run()
-        requests.append(engine.submit(PROMPTS[0], max_new_tokens=NEW, **WAYS[0]).wait())
+        again = engine.submit(PROMPTS[5], max_new_tokens=NEW, **WAYS[2])  # the newest prefix
+        requests.append(again.wait())
         assert engine.stats().programs == programs and engine.stats().prefix_hits == 1
-    for n, request in enumerate(requests):
-        assert_alone(request, alone(n % 6, n % 3, 2))
+    for n, request in zip((*range(6), 5), requests, strict=True):
+        assert_alone(request, alone(n, n % 3, 2))
     assert_empty(engine)
 
 
