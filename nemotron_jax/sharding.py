@@ -121,6 +121,11 @@ def target_platform() -> str | None:
     return platform if platform in ("cpu", "tpu") else None
 
 
+def is_local() -> bool:
+    """Whether arrays are one device's own here, as inside `local`: kernels of a device can run."""
+    return math.prod(_sizes().values()) == 1
+
+
 def place_batch(batch: Any) -> Any:
     """This process's rows of a batch as global arrays, split by rows over the mesh.
 

@@ -196,6 +196,27 @@ def keeping_operands(function: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def autodiff(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`function` as the forward of an `Op`, and its own derivative as the backward."""
+
+    def backward(operands: Any, cotangent: Any, **options: Any) -> list[Any]:
+        variable = [i for i, o in enumerate(operands) if _differs(o)]
+
+        def of(*variables: Any) -> Any:
+            given = list(operands)
+            for index, array in zip(variable, variables, strict=True):
+                given[index] = array
+            return function(*given, **options)
+
+        gradients: list[Any] = [None] * len(operands)
+        found = jax.vjp(of, *(operands[i] for i in variable))[1](cotangent)
+        for index, gradient in zip(variable, found, strict=True):
+            gradients[index] = gradient
+        return gradients
+
+    return keeping_operands(function), backward
+
+
 def expect_shape(op: str, sizes: dict[str, int], **arrays: tuple[Any, str]) -> None:
     """Checks `name=(array, "B T M")` against `sizes`, adding letters that occur for the first time.
 

@@ -39,7 +39,12 @@ class Spec:
     options: NVFP4Config
     out_dtypes: tuple[jnp.dtype, ...]  # one for each weight
     axes: tuple[tuple[str, ...], ...] = ()  # the weights' logical axes; () where they are whole
-    implementation: str | None = None
+    implementation: str | None = None  # of kernels, as the two things their ops choose by
+    target: str | None = None
+
+    @property
+    def kernel(self) -> dict[str, str | None]:
+        return {"implementation": self.implementation, "target": self.target}
 
     @property
     def step(self) -> int:
@@ -134,9 +139,11 @@ def _grouped_dot(spec, x, weight, group_sizes, words, rows) -> Array:
     left, scale = _operand(spec, x, FPROP, INPUT, draw, groups)
     right, weight_scale = _expert_operand(spec, weight, FPROP)
     y = grouped_matmul(
-        left.astype(x.dtype), right.astype(x.dtype), group_sizes, implementation=spec.implementation
+        *(left.astype(x.dtype), right.astype(x.dtype), group_sizes),
+        scale=scale * weight_scale,
+        **spec.kernel,
     )
-    return (y * _of_rows(scale * weight_scale, groups, x)).astype(spec.out_dtypes[0])
+    return y.astype(spec.out_dtypes[0])
 
 
 def _grouped_forward(spec, *arrays):
@@ -149,17 +156,18 @@ def _grouped_backward(spec, residuals, dy):
     draw = _draw(spec, words, rows, DGRAD, GRADIENT)
     left, scale = _operand(spec, dy, DGRAD, GRADIENT, draw, groups)
     right, weight_scale = _expert_operand(spec, weight, DGRAD)
-    options = {"implementation": spec.implementation}
     dx = grouped_matmul(
-        left.astype(dtype), right.astype(dtype), group_sizes, transpose_rhs=True, **options
+        *(left.astype(dtype), right.astype(dtype), group_sizes),
+        transpose_rhs=True,
+        scale=scale * weight_scale,
+        **spec.kernel,
     )
-    dx = dx * _of_rows(scale * weight_scale, groups, x)
     draw = _draw(spec, words, rows, WGRAD, INPUT)
     left, scale = _operand(spec, x, WGRAD, INPUT, draw, groups)
     draw = _draw(spec, words, rows, WGRAD, GRADIENT)
     right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw, groups)
-    dweight = grouped_outer(left.astype(dtype), right.astype(dtype), group_sizes, **options)
-    dweight = dweight * (scale * gradient_scale)[:, None, None]
+    left, right = left.astype(dtype), right.astype(dtype)
+    dweight = grouped_outer(left, right, group_sizes, scale=scale * gradient_scale, **spec.kernel)
     return dx.astype(dtype), dweight.astype(weight.dtype), None, None, None
 
 
@@ -208,11 +216,6 @@ def _row_groups(spec: Spec, x: Float[Array, "rows _"], group_sizes: Int[Array, "
     of_rows = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right")
     last = group_sizes.shape[0] - 1  # rows past all groups are zeros and belong to any
     return Groups(jnp.minimum(of_rows, last).astype(jnp.int32), group_sizes.shape[0])
-
-
-def _of_rows(values: Float[Array, "E"], groups: Groups, x: Array) -> Float[Array, "rows 1"]:
-    height = x.shape[0] // groups.of_rows.shape[0]
-    return jnp.repeat(values[groups.of_rows], height)[:, None]
 
 
 def _draw(

@@ -87,15 +87,15 @@ def expert_mlp(
     high precision.
     """
     x, sizes = x.astype(context.dtype), order.group_sizes
-    kernel = context.kernel("grouped_matmul")
+    kernel = {"implementation": context.kernel("grouped_matmul"), "target": context.target}
     if not adapters and all(context.format(role) == HIGH for role in EXPERT_ROLES):
-        return grouped_mlp(x, up, down, sizes, implementation=kernel)
+        return grouped_mlp(x, up, down, sizes, **kernel)
     choices = order.entry_row.shape[1]
     tokens = order.entry_row.shape[0]
     numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
     entries = numbers[order.row_token] * choices + order.row_entry % choices
     entries = jnp.where(order.holds, entries, ~jnp.arange(entries.shape[0]))
-    grouped = functools.partial(grouped_matmul, implementation=kernel)
+    grouped = functools.partial(grouped_matmul, **kernel)
     for number, (role, weight) in enumerate(zip(EXPERT_ROLES, (up, down), strict=True)):
         if role == EXPERT_ROLES[1]:
             x = jnp.square(jax.nn.relu(x))
@@ -118,8 +118,8 @@ def _spec(
     axes: tuple[tuple[str, ...], ...] = (),
 ) -> emulated.Spec:
     options = context.execution.precision.nvfp4
-    kernel = context.kernel("grouped_matmul")
-    return emulated.Spec(role, context.format(role), options, out_dtypes, axes, kernel)
+    kernel = context.kernel("grouped_matmul"), context.target
+    return emulated.Spec(role, context.format(role), options, out_dtypes, axes, *kernel)
 
 
 def _words(role: str, rows: Rows) -> Array | None:

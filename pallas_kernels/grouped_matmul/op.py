@@ -1,43 +1,85 @@
 """Grouped matrix products of experts: contract, checks, gradients."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import pallas_tpu, reference, xla
 
 
-def _reference_matmul(lhs, rhs, group_sizes, *, transpose_rhs):
+def _reference_matmul(lhs, rhs, group_sizes, scale, *, transpose_rhs):
     rhs = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
-    return reference.grouped_matmul(lhs, rhs, group_sizes)
+    return reference.grouped_matmul(lhs, rhs, group_sizes, scale)
 
 
-def _reference_mlp_gradients(lhs, up, down, group_sizes, dout):
-    forward = functools.partial(reference.grouped_mlp, group_sizes=group_sizes)
-    return jax.vjp(forward, lhs, up, down)[1](dout)
+def _gradients(matmul: Callable[..., Array], outer: Callable[..., Array]) -> Callable[..., Any]:
+    """The gradient of a grouped product, by two more of them; none of the scale's."""
+
+    def backward(operands: Any, dout: Array, *, transpose_rhs: bool) -> tuple[Array | None, ...]:
+        lhs, rhs, group_sizes, scale = operands
+        dlhs = matmul(dout, rhs, group_sizes, scale, transpose_rhs=not transpose_rhs)
+        left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
+        drhs = outer(left, right, group_sizes, scale).astype(rhs.dtype)
+        return dlhs, drhs, None, None if scale is None else jnp.zeros_like(scale)
+
+    return backward
 
 
-MATMUL = {
-    "reference": dispatch.Implementation(_reference_matmul),
-    "xla": dispatch.Implementation(xla.matmul),
-    "pallas_tpu": dispatch.Implementation(pallas_tpu.matmul, unsupported=pallas_tpu.unsupported),
-}
-OUTER = {
-    "reference": dispatch.Implementation(reference.grouped_outer),
-    "xla": dispatch.Implementation(xla.outer),
-    "pallas_tpu": dispatch.Implementation(pallas_tpu.outer, unsupported=pallas_tpu.unsupported),
-}
-MLP = {
-    "reference": dispatch.Implementation(reference.grouped_mlp, _reference_mlp_gradients),
-    "xla": dispatch.Implementation(xla.mlp, xla.mlp_gradients),
-    "pallas_tpu": dispatch.Implementation(
-        pallas_tpu.mlp, pallas_tpu.mlp_gradients, pallas_tpu.unsupported
-    ),
-}
+def mlp_gradients(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(operands: Any, dout: Array) -> tuple[Array | None, ...]:
+        _, up, down, _ = operands
+        dlhs, dup, ddown = gradients(*operands, dout)
+        return dlhs, dup.astype(up.dtype), ddown.astype(down.dtype), None
+
+    return backward
+
+
+# Operands: (lhs, rhs, group_sizes, scale), where scale is None or a number for each expert.
+MATMUL = dispatch.Op(
+    "grouped_matmul",
+    {
+        name: dispatch.Implementation(
+            dispatch.keeping_operands(matmul), _gradients(matmul, outer), *limits
+        )
+        for name, matmul, outer, *limits in (
+            ("reference", _reference_matmul, reference.grouped_outer),
+            ("xla", xla.matmul, xla.outer),
+            ("pallas_tpu", pallas_tpu.matmul, pallas_tpu.outer, pallas_tpu.unsupported, ("tpu",)),
+        )
+    },
+)
+# Operands: (lhs, dout, group_sizes, scale).
+OUTER = dispatch.Op(
+    "grouped_outer",
+    {
+        name: dispatch.Implementation(dispatch.keeping_operands(outer), None, *limits)
+        for name, outer, *limits in (
+            ("reference", reference.grouped_outer),
+            ("xla", xla.outer),
+            ("pallas_tpu", pallas_tpu.outer, pallas_tpu.unsupported, ("tpu",)),
+        )
+    },
+)
+# Operands: (lhs, up, down, group_sizes).
+MLP = dispatch.Op(
+    "grouped_mlp",
+    {
+        "reference": dispatch.Implementation(*dispatch.autodiff(reference.grouped_mlp)),
+        "xla": dispatch.Implementation(
+            dispatch.keeping_operands(xla.mlp), mlp_gradients(xla.mlp_gradients)
+        ),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(pallas_tpu.mlp),
+            mlp_gradients(pallas_tpu.mlp_gradients),
+            pallas_tpu.unsupported,
+            ("tpu",),
+        ),
+    },
+)
 
 
 def grouped_matmul(
@@ -46,7 +88,9 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     *,
     transpose_rhs: bool = False,
+    scale: Float[Array, "E"] | None = None,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> Float[Array, "rows N"]:
     """Each row times the matrix of its group, in lhs's dtype with float32 accumulation.
 
@@ -55,6 +99,8 @@ def grouped_matmul(
     then has a gradient of exact zeros. `transpose_rhs` multiplies by the transposed matrices of
     rhs [E, N, K]. The gradient of rhs is accumulated in float32 and returned in rhs's dtype;
     `grouped_outer` gives it in float32. Sizes that sum to more than the rows are cut off there.
+    `scale` multiplies each expert's products in float32, before the only rounding; it is a constant
+    and gets no gradient. `target` is the platform that the program is compiled for, if known.
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     """
     axes = "E N K" if transpose_rhs else "E K N"
@@ -63,12 +109,14 @@ def grouped_matmul(
         lhs=(lhs, "rows K"),
         rhs=(rhs, axes),
         group_sizes=(group_sizes, "E"),
+        **_scales(scale),
     )
-    operands = lhs, rhs, group_sizes
-    names = dispatch.choose(
-        "grouped_matmul", MATMUL, implementation, *operands, transpose_rhs=transpose_rhs
+    return MATMUL(
+        *(lhs, rhs, group_sizes, _constant(scale)),
+        transpose_rhs=transpose_rhs,
+        implementation=implementation,
+        target=target,
     )
-    return _matmul(names, transpose_rhs, *operands)
 
 
 def grouped_outer(
@@ -76,12 +124,14 @@ def grouped_outer(
     dout: Float[Array, "rows N"],
     group_sizes: Int[Array, "E"],
     *,
+    scale: Float[Array, "E"] | None = None,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> Float[Array, "E K N"]:
     """Sum over each group's rows of lhsᵀ dout, in float32: the weight gradient of `grouped_matmul`.
 
-    Exact zeros for an empty group; rows past the sum of the sizes do not count. It has no
-    derivative of its own.
+    `scale` multiplies each expert's sum. Exact zeros for an empty group; rows past the sum of the
+    sizes do not count. It has no derivative of its own.
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     """
     _check(
@@ -89,9 +139,11 @@ def grouped_outer(
         lhs=(lhs, "rows K"),
         dout=(dout, "rows N"),
         group_sizes=(group_sizes, "E"),
+        **_scales(scale),
     )
-    names = dispatch.choose("grouped_outer", OUTER, implementation, lhs, dout, group_sizes)
-    return dispatch.run(OUTER, names, "forward", lhs, dout, group_sizes)
+    return OUTER(
+        *(lhs, dout, group_sizes, _constant(scale)), implementation=implementation, target=target
+    )
 
 
 def grouped_mlp(
@@ -101,6 +153,7 @@ def grouped_mlp(
     group_sizes: Int[Array, "E"],
     *,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> Float[Array, "rows L"]:
     """Each row through its group's MLP, down(relu(up(row))²), in lhs's dtype.
 
@@ -115,48 +168,15 @@ def grouped_mlp(
         down=(down, "E F L"),
         group_sizes=(group_sizes, "E"),
     )
-    names = dispatch.choose("grouped_mlp", MLP, implementation, lhs, up, down, group_sizes)
-    return _mlp(names, lhs, up, down, group_sizes)
+    return MLP(lhs, up, down, group_sizes, implementation=implementation, target=target)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(names: tuple[str, ...], transpose_rhs: bool, lhs, rhs, group_sizes) -> Array:
-    return dispatch.run(
-        MATMUL, names, "forward", lhs, rhs, group_sizes, transpose_rhs=transpose_rhs
-    )
+def _scales(scale: Array | None) -> dict[str, tuple[Array, str]]:
+    return {} if scale is None else {"scale": (scale, "E")}
 
 
-def _matmul_forward(names: tuple[str, ...], transpose_rhs: bool, *operands: Any) -> Any:
-    return _matmul(names, transpose_rhs, *operands), operands
-
-
-def _matmul_backward(names: tuple[str, ...], transpose_rhs: bool, operands: Any, dout) -> Any:
-    lhs, rhs, group_sizes = operands
-    dlhs = _matmul(names, not transpose_rhs, dout, rhs, group_sizes)
-    left, right = (dout, lhs) if transpose_rhs else (lhs, dout)
-    drhs = dispatch.run(OUTER, names, "forward", left, right, group_sizes)
-    return dlhs, drhs.astype(rhs.dtype), None
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp(names: tuple[str, ...], lhs, up, down, group_sizes) -> Array:
-    return dispatch.run(MLP, names, "forward", lhs, up, down, group_sizes)
-
-
-def _mlp_forward(names: tuple[str, ...], *operands: Any) -> Any:
-    return _mlp(names, *operands), operands
-
-
-def _mlp_backward(names: tuple[str, ...], operands: Any, dout) -> Any:
-    _, up, down, _ = operands
-    dlhs, dup, ddown = dispatch.run(MLP, names, "backward", *operands, dout)
-    return dlhs, dup.astype(up.dtype), ddown.astype(down.dtype), None
-
-
-_mlp.defvjp(_mlp_forward, _mlp_backward)
+def _constant(scale: Array | None) -> Array | None:
+    return None if scale is None else lax.stop_gradient(scale.astype(jnp.float32))
 
 
 def _check(op: str, **arrays: Any) -> None:

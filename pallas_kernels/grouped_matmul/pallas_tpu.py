@@ -24,6 +24,7 @@ from pallas_kernels.grouped_matmul.visits import Visits, by_expert, by_tile
 ALIGN = 16  # rows: a tile of bfloat16 is 16 high, so pieces start at multiples of it
 STEP = 32  # rows: pieces are multiples of it; less saves no time, a product's start costs that
 LARGE = 256  # rows of a whole piece: enough to hide that a matrix unit loads its weights
+NARROWEST = 128  # rows and columns of a matrix unit: what is smaller leaves most of it empty
 TILE_ROWS = (1024, 512, 256, 128)  # heights of a tile, the highest that fits being taken
 # Of fast memory, in bytes: the least any supported chip has (TPU v7x, 64 MiB) less the compiler's.
 VMEM_LIMIT = 60 * 2**20
@@ -36,9 +37,9 @@ def matmul(
     lhs: Float[Array, "rows K"],
     rhs: Float[Array, "E K N"],
     group_sizes: Int[Array, "E"],
+    scale: Float[Array, "E"] | None = None,
     *,
     transpose_rhs: bool,
-    scale: Float[Array, "E"] | None = None,
     activation: str | None = None,
     interpret: Interpret = False,
 ) -> Float[Array, "rows N"]:
@@ -78,8 +79,8 @@ def outer(
     lhs: Float[Array, "rows K"],
     dout: Float[Array, "rows N"],
     group_sizes: Int[Array, "E"],
-    *,
     scale: Float[Array, "E"] | None = None,
+    *,
     interpret: Interpret = False,
 ) -> Float[Array, "E K N"]:
     """Each group's lhsᵀ dout in float32, times its number of `scale`; zeros for an empty group."""
@@ -163,18 +164,18 @@ def mlp_gradients(
     return dlhs, dup, outer(hidden, dout, group_sizes, interpret=interpret)
 
 
-def unsupported(lhs: Array, rhs: Array, *operands: Array, **options: Any) -> str | None:
-    """Why these operands cannot run, or None: two float dtypes, matrices that fast memory holds."""
-    for array in (lhs, rhs):
-        if array.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"an operand is {array.dtype}; the kernel takes bfloat16 and float32"
-    rows, depth = lhs.shape
-    if rhs.ndim == 2:  # the weight gradient: an expert's float32 sums stay in fast memory
-        blocks = 2 * 4 * depth * rhs.shape[1] + TILE_ROWS[-1] * (depth + rhs.shape[1]) * 12
-    else:
-        both = 2 if operands and operands[0].ndim == 3 else 1  # an MLP's backward holds two
-        sides = rhs.shape[1] + rhs.shape[2]
-        blocks = both * (2 * rhs[0].size + 2 * TILE_ROWS[-1] * sides) * rhs.dtype.itemsize
+def unsupported(lhs: Array, rhs: Array, *operands: Array | None, **options: Any) -> str | None:
+    """Why these operands cannot run, or None: their dtypes, or a matrix too small or too large."""
+    if others := {lhs.dtype, rhs.dtype} - {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
+        return f"an operand is {others.pop()}; the kernel takes bfloat16 and float32"
+    sides = (lhs.shape[1], rhs.shape[1]) if rhs.ndim == 2 else rhs.shape[1:]
+    if min(sides) < NARROWEST:
+        return f"an expert's matrix is {sides[0]} x {sides[1]}; sides of {NARROWEST} are the least"
+    # The weight gradient keeps an expert's float32 sums, and an MLP's backward pass two matrices.
+    blocks = 2 * 4 * sides[0] * sides[1] + TILE_ROWS[-1] * sum(sides) * 12
+    if operands and operands[0].ndim == 3:
+        both = 4 * (sides[0] * sides[1] + TILE_ROWS[-1] * sum(sides)) * rhs.dtype.itemsize
+        blocks = max(blocks, both)
     if blocks > VMEM_BLOCKS:
         return (
             f"an expert's matrix and its rows need {blocks / 2**20:.0f} MiB of fast memory, and "

@@ -13,19 +13,27 @@ def _membership(group_sizes: Int[Array, "E"], rows: int) -> Float[Array, "E rows
 
 
 def grouped_matmul(
-    lhs: Float[Array, "rows K"], rhs: Float[Array, "E K N"], group_sizes: Int[Array, "E"]
+    lhs: Float[Array, "rows K"],
+    rhs: Float[Array, "E K N"],
+    group_sizes: Int[Array, "E"],
+    scale: Float[Array, "E"] | None = None,
 ) -> Float[Array, "rows N"]:
-    """Each row of lhs times its group's matrix; zeros past the last group."""
+    """Each row of lhs times its group's matrix and scale; zeros past the last group."""
     member = _membership(group_sizes, lhs.shape[0])
+    member = member if scale is None else member * scale[:, None]
     wide = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
     return jnp.einsum("er,rk,ekn->rn", member, *wide, precision="highest").astype(lhs.dtype)
 
 
 def grouped_outer(
-    lhs: Float[Array, "rows K"], dout: Float[Array, "rows N"], group_sizes: Int[Array, "E"]
+    lhs: Float[Array, "rows K"],
+    dout: Float[Array, "rows N"],
+    group_sizes: Int[Array, "E"],
+    scale: Float[Array, "E"] | None = None,
 ) -> Float[Array, "E K N"]:
-    """Each group's lhsᵀ dout in float32; zeros for an empty group."""
+    """Each group's lhsᵀ dout in float32, times its scale; zeros for an empty group."""
     member = _membership(group_sizes, lhs.shape[0])
+    member = member if scale is None else member * scale[:, None]
     wide = lhs.astype(jnp.float32), dout.astype(jnp.float32)
     return jnp.einsum("er,rk,rn->ekn", member, *wide, precision="highest")
 

@@ -19,29 +19,35 @@ def matmul(
     lhs: Float[Array, "rows K"],
     rhs: Float[Array, "E K N"],
     group_sizes: Int[Array, "E"],
+    scale: Float[Array, "E"] | None = None,
     *,
     transpose_rhs: bool,
 ) -> Float[Array, "rows N"]:
-    """Rows times their expert's matrix, or its transpose without making a copy of it."""
+    """Rows times their expert's matrix, or its transpose without making a copy of it, and scale."""
     contracting, columns = (1, 0) if transpose_rhs else (0, 1)
 
     def step(start: Array, mask: Array, expert: Array, out: Array) -> Array:
         tile = _rows(lhs, start, mask)
-        return _put(out, _dot(tile, _expert(rhs, expert), 1, contracting), start, mask)
+        product = _scaled(_dot(tile, _expert(rhs, expert), 1, contracting), scale, expert)
+        return _put(out, product, start, mask)
 
     out = jnp.zeros((lhs.shape[0], rhs.shape[1 + columns]), lhs.dtype)
     return _over_tiles(step, out, lhs.shape[0], group_sizes, rhs[0].size)
 
 
 def outer(
-    lhs: Float[Array, "rows K"], dout: Float[Array, "rows N"], group_sizes: Int[Array, "E"]
+    lhs: Float[Array, "rows K"],
+    dout: Float[Array, "rows N"],
+    group_sizes: Int[Array, "E"],
+    scale: Float[Array, "E"] | None = None,
 ) -> Float[Array, "E K N"]:
-    """Each group's lhsᵀ dout, accumulated and returned in float32; an empty group stays zero."""
+    """Each group's lhsᵀ dout and scale, accumulated and returned in float32; an empty group stays
+    zero."""
 
     def step(start: Array, mask: Array, expert: Array, total: Array) -> Array:
         # Both sides are masked: a row outside the group may hold infinities, and inf * 0 is NaN.
         left, right = (jnp.where(mask, _rows(a, start, mask), 0) for a in (lhs, dout))
-        return _accumulate(total, _dot(left, right, 0, 0), expert)
+        return _accumulate(total, _scaled(_dot(left, right, 0, 0), scale, expert), expert)
 
     shape = (group_sizes.shape[0], lhs.shape[1], dout.shape[1])
     total = jnp.zeros(shape, jnp.float32)
@@ -121,6 +127,10 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
     return lax.dot_general(
         left.astype(dtype), right.astype(dtype), axes, preferred_element_type=jnp.float32
     )
+
+
+def _scaled(product: Array, scale: Array | None, expert: Array) -> Array:
+    return product if scale is None else product * scale[expert]
 
 
 def _put(out: Array, product: Array, start: Array, mask: Array) -> Array:

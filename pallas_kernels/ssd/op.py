@@ -1,13 +1,12 @@
 """The selective state-space scan of Mamba-2: contract, checks, gradients."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.ssd import cpu, pallas_tpu, reference, xla
+from pallas_kernels.ssd.step import step
 
 
 def _recurrence(x, dt, A, B, C, D, state, documents, *, chunk):
@@ -15,10 +14,9 @@ def _recurrence(x, dt, A, B, C, D, state, documents, *, chunk):
     return reference.ssd_scan(x, dt, A, B, C, D, initial_state=state, segment_ids=documents)
 
 
-def _recurrence_gradients(operands, cotangents, *, chunk):
-    *variables, documents = operands
-    scan = functools.partial(_recurrence, documents=documents, chunk=chunk)
-    return *jax.vjp(scan, *variables)[1](cotangents), None
+def _recurrence_step(*operands, every_state):
+    y, states = reference.ssd_step(*operands)
+    return y, states if every_state else states[:, -1]
 
 
 def _cpu_gradients(operands, cotangents, *, chunk):
@@ -30,9 +28,7 @@ def _cpu_gradients(operands, cotangents, *, chunk):
 SCAN = dispatch.Op(
     "ssd_scan",
     {
-        "reference": dispatch.Implementation(
-            dispatch.keeping_operands(_recurrence), _recurrence_gradients
-        ),
+        "reference": dispatch.Implementation(*dispatch.autodiff(_recurrence)),
         "xla": dispatch.Implementation(dispatch.keeping_operands(xla.forward), xla.backward),
         "cpu": dispatch.Implementation(
             dispatch.keeping_operands(cpu.forward), _cpu_gradients, platforms=("cpu",)
@@ -44,6 +40,15 @@ SCAN = dispatch.Op(
             platforms=("tpu",),
             outputs=pallas_tpu.outputs,
         ),
+    },
+)
+
+# Operands: (x, dt, A, B, C, D, state); results are (y, the state after each token or the last).
+STEP = dispatch.Op(
+    "ssd_step",
+    {
+        "reference": dispatch.Implementation(*dispatch.autodiff(_recurrence_step)),
+        "xla": dispatch.Implementation(*dispatch.autodiff(step)),
     },
 )
 
@@ -102,34 +107,27 @@ def ssd_step(
     *,
     lengths: Int[Array, "B"] | None = None,
     every_state: bool = True,
+    implementation: str | None = None,
+    target: str | None = None,
 ) -> tuple[Float[Array, "B T M P"], Float[Array, "B T M P N"] | Float[Array, "B M P N"]]:
     """Outputs of a few tokens and the float32 state after each, or after the last alone.
 
     The recurrence of `ssd_scan` token by token, for decoding one token or verifying a few drafts.
     Without `every_state` the states in between are not kept. Tokens at or past `lengths` give y = 0
-    and repeat the state before them. Raises ValueError for shapes that disagree.
+    and repeat the state before them. Raises ValueError for shapes that disagree and for an
+    implementation that cannot run.
     """
     _check("ssd_step", x, dt, A, B, C, D, state, None, lengths)
-    groups, valid, tokens = B.shape[2], _valid(x, lengths), x.shape[1]
+    valid = _valid(x, lengths)
     if valid is not None:
         dt = jnp.where(valid[..., None], dt, 0)
-
-    def split(array: Array) -> Array:  # [B T M ...] -> [B T G R ...], with R heads sharing B and C
-        return array.reshape(*array.shape[:2], groups, -1, *array.shape[3:]).astype(jnp.float32)
-
-    x_f32, dt = split(x), split(dt)
-    decay = jnp.exp(dt * A.reshape(groups, -1))[..., None, None]
-    update = (x_f32 * dt[..., None])[..., None] * B.astype(jnp.float32)[:, :, :, None, None, :]
-    S = state.astype(jnp.float32).reshape(update.shape[0], *update.shape[2:])
-    states, outputs = [], []
-    for t in range(tokens):
-        S = decay[:, t] * S + update[:, t]
-        outputs.append(jnp.einsum("bgrpn,bgn->bgrp", S, C[:, t].astype(jnp.float32)))
-        states.append(S.reshape(state.shape))
-    y = jnp.stack(outputs, axis=1).reshape(x.shape) + D[:, None] * x.astype(jnp.float32)
-    if valid is not None:
-        y = jnp.where(valid[..., None, None], y, 0)
-    return y.astype(x.dtype), jnp.stack(states, axis=1) if every_state else states[-1]
+    y, states = STEP(
+        *(x, dt, A, B, C, D, state.astype(jnp.float32)),
+        implementation=implementation,
+        target=target,
+        every_state=every_state,
+    )
+    return y if valid is None else jnp.where(valid[..., None, None], y, 0), states
 
 
 def ssd_state(

@@ -48,3 +48,22 @@ def ssd_scan(
     by_token = [jnp.moveaxis(a, 1, 0) for a in (x, dt, B, C, starts, valid)]
     state, y = jax.lax.scan(step, initial_state.astype(jnp.float32), by_token)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), state
+
+
+def ssd_step(
+    x: Float[Array, "B T M P"],
+    dt: Float[Array, "B T M"],
+    A: Float[Array, "M"],
+    B: Float[Array, "B T G N"],
+    C: Float[Array, "B T G N"],
+    D: Float[Array, "M"],
+    state: Float[Array, "B M P N"],
+) -> tuple[Float[Array, "B T M P"], Float[Array, "B T M P N"]]:
+    """Outputs of the recurrence and the state after each token."""
+    outputs, states = [], []
+    for t in range(x.shape[1]):
+        token = [array[:, t : t + 1] for array in (x, dt, B, C)]
+        y, state = ssd_scan(*token[:2], A, *token[2:], D, initial_state=state)
+        outputs.append(y[:, 0])
+        states.append(state)
+    return jnp.stack(outputs, axis=1), jnp.stack(states, axis=1)

@@ -43,6 +43,17 @@ def test_grouped_mlp_and_gradients_equal_the_definition(case):
     check(grouped_mlp, reference.grouped_mlp, case.mlp_arrays(), tolerance=F32)
 
 
+def test_each_expert_has_a_scale_that_is_a_constant():
+    case = specs.EDGE_CASES[5]
+    scale = jnp.asarray([2.0, 0.5, -3, 7, 11, 0], jnp.float32)
+    op = functools.partial(grouped_matmul, scale=scale)
+    scaled = functools.partial(reference.grouped_matmul, scale=scale)
+    check(op, scaled, case.matmul_arrays(), tolerance=F32)
+    arrays = {name: jnp.asarray(a) for name, a in case.matmul_arrays().items()}
+    total = lambda scale: jnp.sum(grouped_matmul(**arrays, scale=scale))
+    assert not np.any(jax.grad(total)(scale))
+
+
 def test_the_definitions_run_as_implementations():
     case = specs.EDGE_CASES[3]
     op = functools.partial(grouped_matmul, implementation="reference")

@@ -158,24 +158,22 @@ def test_summaries_of_shards_compose_to_the_state_of_the_whole() -> None:
 
 
 @pytest.mark.parametrize("lengths", [None, (0, 2, 5)])
-def test_steps_equal_the_scan_and_return_every_state(lengths: tuple[int, ...] | None) -> None:
+def test_steps_equal_the_recurrence_and_return_every_state(lengths: tuple[int, ...] | None) -> None:
     case = specs.Case("steps", 3, 5, **specs.SMALL, lengths=lengths, initial_state=True)
 
-    def steps(initial_state: jax.Array, **arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, states = ssd_step(**arrays, state=initial_state, **case.rows())
-        return y, states
+    def steps(initial_state: jax.Array, implementation: str | None = None, **arrays) -> tuple:
+        return ssd_step(**arrays, state=initial_state, implementation=implementation, **case.rows())
 
-    def scans(**arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scan = functools.partial(reference.ssd_scan, **arrays)
-        reached = [jnp.minimum(n + 1, jnp.asarray(lengths or (5, 5, 5))) for n in range(5)]
-        states = [scan(lengths=tokens)[1] for tokens in reached]
-        return scan(**case.rows())[0], jnp.stack(states, axis=1)
-
-    check(steps, scans, case.arrays(), outputs=("y", "states"), tolerance=ROUNDING)
+    defined = functools.partial(steps, implementation="reference")
+    check(steps, defined, case.arrays(), outputs=("y", "states"), tolerance=ROUNDING)
     arrays = operands(case)
+    y, states = steps(**arrays)
+    expected = reference.ssd_scan(**arrays, **case.rows())
+    assert_close(y, expected[0], ROUNDING, "y")
+    assert_close(states[:, -1], expected[1], ROUNDING, "last state")
     state = arrays.pop("initial_state")
     last = ssd_step(**arrays, state=state, every_state=False, **case.rows())[1]
-    np.testing.assert_array_equal(last, ssd_step(**arrays, state=state, **case.rows())[1][:, -1])
+    np.testing.assert_array_equal(last, states[:, -1])
 
 
 @pytest.mark.parametrize(
