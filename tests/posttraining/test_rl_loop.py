@@ -140,7 +140,7 @@ def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> No
 
 def tiny_run(grpo_config, **rl):
     """Four steps of a model of the tiniest sizes."""
-    model = dataclasses.replace(grpo_config.model, width=32, pattern="M*")
+    model = dataclasses.replace(grpo_config.model, width=32, pattern="M")
     rollout = dataclasses.replace(
         grpo_config.rl.rollout, prompts=2, generations=2, max_tokens=96, max_turn_tokens=8
     )
