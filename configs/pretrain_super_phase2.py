@@ -11,6 +11,7 @@ Source:   Nemotron 3 Super report, arXiv:2604.12374.
 from ml_collections import ConfigDict
 
 from configs import pretrain_super_phase1
+from nemotron_jax.config.convert import to_config_dict
 
 
 def get_config() -> ConfigDict:
@@ -18,6 +19,8 @@ def get_config() -> ConfigDict:
     config = pretrain_super_phase1.get_config()
     config.data.sources = ("hf:/data/phase2",)
     config.training.steps = 993_411
+    # The schedule is that of both phases and does not stretch with these steps.
+    config.training.schedule = to_config_dict(pretrain_super_phase1.SCHEDULE)
     config.logging.merge_window = (
         10  # 500 B tokens at 50 B a checkpoint, the released base's window
     )

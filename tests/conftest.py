@@ -1,8 +1,13 @@
 """Every test runs on the CPU unless told otherwise, and compiled programs are kept between runs."""
 
+import gc
 import importlib.util
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,3 +25,20 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 collect_ignore = [] if importlib.util.find_spec("torch") else ["hf"]
+
+# Each compiled program takes a few memory mappings, of which Linux gives a process 65,530; past
+# them a compilation fails or crashes. No test file makes half as many as are left here.
+_FEW_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Lets go of compiled programs after a test file that leaves too many behind."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if "jax" in sys.modules and mappings.exists():
+        with mappings.open() as lines:
+            many = sum(1 for _ in lines) > _FEW_MAPPINGS
+        if many:
+            sys.modules["jax"].clear_caches()
+            gc.collect()

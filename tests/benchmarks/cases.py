@@ -38,6 +38,11 @@ CASES = {
         Case("prefill_1x32768", "prefill", batch=1, length=32768, repetitions=1),
         Case("decode_1x64", "decode", batch=1, length=128, new_tokens=64, repetitions=5),
         Case("decode_8x64", "decode", batch=8, length=128, new_tokens=64, repetitions=5),
+        # How a token's cost grows with what came before it.
+        *(
+            Case(f"decode_1x64_at_{length}", "decode", 1, length, new_tokens=64, repetitions=2)
+            for length in (1024, 4096, 16384, 65536)
+        ),
     )
 }
 DEFAULT_CASES = ("train_8x512", "prefill_1x512", "prefill_1x32768", "decode_1x64", "decode_8x64")

@@ -144,6 +144,20 @@ def test_nothing_is_compiled_again_within_a_bucket(model, greedy, caplog):
     assert not found
 
 
+@pytest.mark.slow
+def test_fifty_calls_compile_once_a_bucket():
+    """Rows, prompts and new tokens are rounded up to powers of two, of at least 1, 16 and 64."""
+    model, generator, decode = tiny_model("*-"), np.random.default_rng(0), generate_module._decode
+    power = lambda count: 1 << (count - 1).bit_length()  # noqa: E731
+    before, buckets = decode._cache_size(), set()
+    for _ in range(50):
+        rows, longest, new_tokens = (int(generator.integers(1, most)) for most in (4, 200, 100))
+        lengths = [longest, *generator.integers(1, longest + 1, rows - 1)]
+        nj.generate(model, [generator.integers(0, VOCABULARY, n) for n in lengths], new_tokens)
+        buckets.add((power(rows), max(16, power(longest)), max(64, power(new_tokens))))
+    assert decode._cache_size() - before == len(buckets) < 30
+
+
 @pytest.mark.parametrize(
     "prompts, options, message",
     [
