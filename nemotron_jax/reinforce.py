@@ -20,7 +20,7 @@ from nemotron_jax.posttraining.engine_sampler import make_sampler
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.result import result, summary
 from nemotron_jax.posttraining.transcripts import Transcripts, write_page
-from nemotron_jax.posttraining.workers import Workers
+from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.pretrained import begin_run, load_pretrained, load_tokenizer
 from nemotron_jax.training import loop
 from nemotron_jax.training.checkpoint import checkpoint_steps
@@ -100,12 +100,11 @@ def _reinforce(
     tokenizer.save(workdir)
     first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
     rates = lambda tasks: rl_loop.success_rates(first(), tokenizer, config)(tasks)
-    workers, timeout_s = config.rl.rollout.workers, config.rl.rollout.timeout_s
     rollouts = rl_loop.Rollouts(
         config,
         tokenizer,
         sampler=make_sampler(config.rl.rollout),
-        players=Workers(workers, timeout_s) if workers else None,
+        players=make_players(config.rl.rollout),
         reference=first() if config.rl.objective.kl_weight else None,
         pools=make_pools(config, rates, workdir / "pools.json"),
         on_episodes=Transcripts(workdir, config.rl.transcripts).add,

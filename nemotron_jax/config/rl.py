@@ -16,6 +16,7 @@ RATIOS = ("one", "clipped")
 INVALID_TURNS = ("penalise", "mask")
 OVERLONG = ("keep", "mask")
 SAMPLERS = ("side_by_side", "engine")
+WORKER_KINDS = ("processes", "ray")
 REWARDS = ("earned", "permuted", "demonstrations")
 
 
@@ -80,7 +81,8 @@ class RolloutConfig:
     thinking: bool = False  # whether prompts open the reasoning
     low_effort: float = 0.0  # share of prompts that ask for low effort, with its length reward
     low_effort_tokens: int = 3000  # of reasoning and answer at which that reward turns negative
-    workers: int = 0  # processes that play environments; 0 plays them in this one
+    workers: int = 0  # that play environments; 0 plays them in this process
+    worker_kind: str = "processes"  # or "ray": actors of a cluster (extra `rl`)
     timeout_s: float = 60.0  # after which a worker counts as hung
     rewards: str = "earned"  # or a control: see RolloutConfig
 
@@ -97,6 +99,7 @@ class RolloutConfig:
         check(self, "shares", valid and matched, rule)
         at_least_one(self, "slots")
         one_of(self, "sampler", SAMPLERS)
+        one_of(self, "worker_kind", WORKER_KINDS)
         one_of(self, "rewards", REWARDS)
 
 

@@ -1,28 +1,57 @@
-"""Sessions of environments in processes of their own, which may die or hang without harm."""
+"""Sessions of environments with workers of their own, which may die or hang without harm."""
 
 import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
+from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.posttraining.players import Here, Players, Reply
 
 
-class Workers:
-    """Sessions dealt out over processes. Place p lives in process p modulo their number.
+class Worker(Protocol):
+    """A place where sessions live, which answers one question at a time."""
 
-    A process that ends or does not answer within `timeout_s` is killed and replaced; its sessions
-    are lost, and their verdicts are infrastructure failures, not zeros. Processes are started
-    afresh, not forked, so that none inherits the accelerator.
+    def ask(self, question: tuple[str, Any]) -> None: ...
+
+    def answer(self, seconds: float) -> tuple[Any, str | None]: ...
+
+    def end(self) -> None: ...
+
+
+def make_players(config: RolloutConfig) -> Players:
+    """What a config plays with: this process, others beside it, or actors of a Ray cluster."""
+    if not config.workers:
+        return Here()
+    if config.worker_kind == "processes":
+        return Workers(config.workers, config.timeout_s)
+    from nemotron_jax.posttraining.ray_workers import RayWorker  # an optional package
+
+    return Workers(config.workers, config.timeout_s, begin=RayWorker)
+
+
+class Workers:
+    """Sessions dealt out over workers. Place p lives with worker p modulo their number.
+
+    A worker that ends or does not answer within `timeout_s` is killed and replaced; its sessions
+    are lost, and their verdicts are infrastructure failures, not zeros.
     """
 
-    def __init__(self, count: int, timeout_s: float, make: Callable[[], Players] = Here) -> None:
-        """`make` gives what each process plays with; it is sent there by name."""
+    def __init__(
+        self,
+        count: int,
+        timeout_s: float,
+        make: Callable[[], Players] = Here,
+        begin: Callable[[Callable[[], Players]], Worker] | None = None,
+    ) -> None:
+        """`make` gives what each worker plays with, and is sent there by name; `begin` makes a
+        worker, by default a process of this machine."""
         self._timeout_s, self._make = timeout_s, make
-        self._workers = [_Worker(make) for _ in range(count)]
+        self._begin = begin or Process
+        self._workers = [self._begin(make) for _ in range(count)]
         self._lost: dict[int, str] = {}  # by place, why its session is gone
         self._count = 0
         self.replaced = 0
@@ -87,13 +116,16 @@ class Workers:
                 continue
             self._lost |= dict.fromkeys(self._places(worker), failure)
             self._workers[worker].end()
-            self._workers[worker] = _Worker(self._make)
+            self._workers[worker] = self._begin(self._make)
             self.replaced += 1
         return answers
 
 
-class _Worker:
-    """One process and the pipe to it."""
+class Process:
+    """A worker that is a process of this machine, and the pipe to it.
+
+    It is started afresh, not forked, so that it inherits neither the accelerator nor threads.
+    """
 
     def __init__(self, make: Callable[[], Players]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -131,9 +163,13 @@ def serve(pipe: Connection, make: Callable[[], Players]) -> None:
         except (EOFError, OSError):
             players.close()
             return
-        try:
-            ask = getattr(players, question)
-            answer, failure = (ask() if values is None else ask(values)), None
-        except Exception as error:  # a fault of the environments: their episodes do not count
-            answer, failure = None, f"an environment's worker failed: {error!r}"
-        pipe.send((answer, failure))
+        pipe.send(answered(players, question, values))
+
+
+def answered(players: Players, question: str, values: Any) -> tuple[Any, str | None]:
+    """What players answer to a question by the name of their method, or why they cannot."""
+    try:
+        ask = getattr(players, question)
+        return (ask() if values is None else ask(values)), None
+    except Exception as error:  # a fault of the environments: their episodes do not count
+        return None, f"an environment's worker failed: {error!r}"

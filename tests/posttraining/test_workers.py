@@ -1,17 +1,21 @@
-"""Processes play as this one does; one that dies or hangs costs its episodes, and no others."""
+"""Workers play as this process does; one that dies or hangs costs its episodes, and no others."""
 
 import os
+import sys
 import time
 
 import pytest
 
+from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.data.messages import oracle_source
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.posttraining.players import Here
-from nemotron_jax.posttraining.workers import Workers
+from nemotron_jax.posttraining.ray_workers import RayWorker
+from nemotron_jax.posttraining.workers import Workers, make_players
 
 ENVIRONMENT, LEVEL = oracle_source("oracle:arithmetic/1")
 TASKS = [ENVIRONMENT.split(0, "train", index, level=LEVEL) for index in range(5)]
+PATIENCE_S = 60.0  # a worker that begins imports the environments, on a machine that may be busy
 
 
 class Fragile(Here):
@@ -26,9 +30,14 @@ class Fragile(Here):
         return super().reply(turns)
 
 
-@pytest.fixture(scope="module")
-def workers():
-    made = Workers(2, timeout_s=20.0, make=Fragile)
+@pytest.fixture(scope="module", params=["processes", pytest.param("ray", marks=pytest.mark.slow)])
+def workers(request):
+    if request.param == "processes":
+        made = Workers(2, PATIENCE_S, make=Fragile)
+    else:
+        ray = pytest.importorskip("ray")
+        made = Workers(2, PATIENCE_S, make=Fragile, begin=RayWorker)
+        request.addfinalizer(ray.shutdown)
     yield made
     made.close()
 
@@ -38,15 +47,20 @@ def turn_of(task, number: int) -> dict:
     return Turn.of(turns[number]).message()
 
 
-def through(players, words: dict[int, str]) -> tuple:
-    """All replies and verdicts of the oracle's turns, with some first turns replaced by a word."""
+def through(players, words: dict[int, str], patience_s: float = PATIENCE_S) -> tuple:
+    """All replies and verdicts of the oracle's turns, with some first turns replaced by a word.
+
+    Workers that start anew have their time; turns have `patience_s`.
+    """
     players.start(TASKS)
     heard = []
+    players._timeout_s = patience_s
     for number in range(3):
         turns = {place: turn_of(task, number) for place, task in enumerate(TASKS)}
         if number == 0:
             turns |= {p: {"role": "assistant", "content": word} for p, word in words.items()}
         heard.append(players.reply(turns))
+    players._timeout_s = PATIENCE_S
     return heard, players.verify()
 
 
@@ -60,18 +74,26 @@ def test_processes_play_as_this_one_does(workers) -> None:
 def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_do_not_count(workers) -> None:
     for word, reason in (("die", "worker ended"), ("hang", "did not answer in time")):
         before = workers.replaced
-        workers._timeout_s = 3.0 if word == "hang" else 20.0
-        _, verdicts = through(workers, {1: word})
+        _, verdicts = through(workers, {1: word}, 2.0 if word == "hang" else PATIENCE_S)
         lost = [verdict.infra_error for verdict in verdicts]
         assert [reason in (why or "") for why in lost] == [False, True, False, True, False]
         assert [v.reward for v in verdicts if v.infra_error is None] == [1, 1, 1]
         assert workers.replaced == before + 1
-    workers._timeout_s = 20.0
     assert [verdict.reward for verdict in through(workers, {})[1]] == [1] * 5
 
 
 def test_one_that_dies_between_turns_is_noticed(workers) -> None:
     workers.start(TASKS)
-    workers._workers[0]._process.kill()
+    first = workers._workers[0]
+    first.end() if isinstance(first, RayWorker) else first._process.kill()
     verdicts = workers.verify()
     assert [v.infra_error is None for v in verdicts] == [False, True, False, True, False]
+
+
+def test_a_config_names_its_workers(monkeypatch) -> None:
+    assert isinstance(make_players(RolloutConfig()), Here)
+    with pytest.raises(ValueError, match=r"worker_kind='threads'"):
+        RolloutConfig(worker_kind="threads")
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"worker_kind='ray': .* is not installed; pip install"):
+        make_players(RolloutConfig(workers=1, worker_kind="ray"))
