@@ -94,14 +94,22 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """What has been handed out and what is in flight, for a checkpoint."""
-        playing = self._in_flight
-        return {"step": self._step, "in_flight": None if playing is None else playing.state()}
+        playing, batch = self._in_flight, self._batch
+        begun = batch is not None and self._step % self._config.rl.updates > 0
+        return {
+            "step": self._step,
+            "in_flight": None if playing is None else playing.state(),
+            "batch": _as_lists(batch) if begun else None,  # more updates are to come of it
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after what `state` counts."""
         self._step, self._batch, self._in_flight = state["step"], None, None
+        if state["batch"] is not None:
+            self._batch = _of_lists(state["batch"])
         if state["in_flight"] is not None:
-            self._in_flight = self._begin(self._step // self._config.rl.updates)
+            following = -(-self._step // self._config.rl.updates)
+            self._in_flight = self._begin(following)
             self._in_flight.restore(state["in_flight"])
 
     def close(self) -> None:
@@ -144,6 +152,20 @@ class Rollouts:
         if self._on_episodes is not None:
             self._on_episodes(number, episodes, rewards.tolist())
         return batch
+
+
+def _as_lists(batch: PolicyBatch) -> dict[str, Any]:
+    """A batch as JSON values, to the last digit."""
+    arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {
+        name: None if array is None else [str(np.asarray(array).dtype), np.asarray(array).tolist()]
+        for name, array in arrays.items()
+    }
+
+
+def _of_lists(values: dict[str, Any]) -> PolicyBatch:
+    arrays = {n: None if v is None else np.array(v[1], v[0]) for n, v in values.items()}
+    return PolicyBatch(**arrays)
 
 
 def judged(episodes: Sequence[Episode], config: PreferenceConfig, judge: Judge) -> list[Episode]:

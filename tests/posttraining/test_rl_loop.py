@@ -5,7 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
+from nemotron_jax.config.rl import ObjectiveConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
@@ -155,6 +157,9 @@ def tiny_run(grpo_config, **rl):
     )
 
 
+TWO_UPDATES = {"updates": 2, "objective": ObjectiveConfig(ratio="clipped")}
+
+
 class Stop(Exception):
     pass
 
@@ -162,8 +167,6 @@ class Stop(Exception):
 @pytest.mark.parametrize("max_age", [0, 1])
 def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path, max_age) -> None:
     config = tiny_run(grpo_config, max_age=max_age)
-    from flax import nnx
-
     begin = lambda config: first_state(config, Nemotron(config.model, rngs=nnx.Rngs(0)))
     counts = {"whole": [], "cut": []}
 
@@ -191,5 +194,26 @@ def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path
     groups = [sorted(number for number, _ in counts[name]) for name in counts]
     assert groups[0] == groups[1]
     state = Rollouts(config, phrases)
-    assert json.loads(json.dumps(state.state())) == {"step": 0, "in_flight": None}
+    assert json.loads(json.dumps(state.state())) == {"step": 0, "in_flight": None, "batch": None}
     assert isinstance(grpo_objective(config), Objective)
+
+
+@pytest.mark.parametrize("max_age", [0, 1])
+def test_a_batch_of_two_updates_is_taken_up_between_them(grpo_config, phrases, max_age) -> None:
+    config = tiny_run(grpo_config, max_age=max_age, **TWO_UPDATES)
+    model = Nemotron(config.model, rngs=nnx.Rngs(0))
+    played = []
+    note = lambda number, episodes, rewards: played.append(
+        (number, [(e.task.id, e.tokens) for e in episodes])
+    )
+    first, second = (Rollouts(config, phrases, on_episodes=note) for _ in range(2))
+    first.next_with(model)
+    second.restore(json.loads(json.dumps(first.state())))
+    played.clear()
+    one, other = first.next_with(model), second.next_with(model)
+    assert not played  # neither plays the batch again
+    for field in dataclasses.fields(one):
+        assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
+    first.next_with(model)
+    second.next_with(model)
+    assert played[0][0] == 1 and played[0] == played[1]

@@ -1,0 +1,117 @@
+"""Reinforcement learning that is killed at any step is in the end the run that was never killed."""
+
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nemotron_jax.posttraining.transcripts import read_transcripts
+from tests.posttraining.kill_config import GENERATIONS, PROMPTS, STEPS
+from tests.training.runs import comparable
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = ROOT / "tests/posttraining/kill_config.py"
+CLIPPED = "--config.rl.objective.ratio=clipped"
+KINDS = {
+    "synchronous": [],
+    "two_updates": ["--config.rl.updates=2", CLIPPED, "--config.logging.checkpoint_every=1"],
+    "asynchronous": ["--config.rl.max_age=1"],
+}
+KILLS = 4
+
+
+def start(workdir, flags):
+    command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+
+
+def children(pid: int) -> list[int]:
+    """Processes that it started, theirs included."""
+    found = []
+    for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, file.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z " not in pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def kill_after(process, log, steps: int, wait_s: float) -> None:
+    """Kill the run when it has written that many more steps, and a moment; its workers end too."""
+    before = len(lines(log))
+    while process.poll() is None and len(lines(log)) < before + steps:
+        time.sleep(0.01)
+    time.sleep(wait_s)
+    assert process.poll() is None, process.communicate()[0]
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert workers
+    deadline = time.monotonic() + 60
+    while any(map(alive, workers)):
+        assert time.monotonic() < deadline, "workers outlive the run"
+        time.sleep(0.05)
+
+
+def lines(log) -> list[str]:
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def told(workdir) -> tuple[list[dict], list[dict], dict]:
+    """Records, episodes and result of a run, without what the clock says."""
+    records = [json.loads(line) for line in lines(workdir / "grpo/metrics.jsonl")]
+    names = ("reward", "surprise", "mismatch", "age", "infra_errors", "success")
+    own = [{name: record.get(name) for name in names} for record in records]
+    kept = [one | two for one, two in zip(comparable(records), own, strict=True)]
+    result = json.loads((workdir / "result.json").read_text())
+    result = {name: value for name, value in result.items() if "seconds" not in name}
+    return kept, read_transcripts(workdir / "grpo/transcripts.jsonl"), result
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds workers in /proc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_killed_at_any_step_counts_every_rollout_once(tmp_path, kind) -> None:
+    generator = random.Random(kind)
+    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", KINDS[kind]
+    finish(start(whole, flags))
+    for _ in range(KILLS):
+        process = start(cut, flags)
+        log = cut / "grpo/metrics.jsonl"
+        kill_after(process, log, generator.randint(1, 3), generator.uniform(0, 0.5))
+    finish(start(cut, flags))
+    (records, episodes, result), (cut_records, cut_episodes, cut_result) = told(whole), told(cut)
+    assert [record["step"] for record in cut_records] == list(range(1, STEPS + 1))
+    batches = STEPS // (2 if kind == "two_updates" else 1)
+    of_batches = [number for number in range(batches) for _ in range(PROMPTS * GENERATIONS)]
+    assert [episode["batch"] for episode in cut_episodes] == of_batches
+    assert any(record["grad_norm"] > 0 for record in records)
+    assert [e["task"] for e in cut_episodes] == [e["task"] for e in episodes]
+    if kind != "asynchronous":  # bit for bit
+        assert cut_records == records and cut_episodes == episodes and cut_result == result
+        return
+    # What was in flight is read into a new cache by newer weights, so later draws may differ.
+    assert [record["age"] for record in cut_records] == [0, *[1.0] * (STEPS - 1)]
+    assert all(math.isfinite(record["loss"]) for record in cut_records)
+    versions = [[turn["version"] for turn in episode["turns"]] for episode in cut_episodes]
+    for batch, played in zip(of_batches, versions, strict=True):
+        assert played[0] == max(batch - 1, 0) and set(played[1:]) <= {batch}
