@@ -19,6 +19,7 @@ SHORT = {
 EXPECTED = {
     "generate": ("nats per token in 3 steps", "tokens/s", "fullest expert"),
     "speculative": ("same tokens: True", "tokens a verification", "times plain"),
+    "grpo": ("held-out success", "advantage", "tokens written by the model"),
     "finetune": ("180 conversations", "in 3 steps", "31 blue? ->", "adapter/adapter_model"),
 }
 
