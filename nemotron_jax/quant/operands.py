@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.precision import MXFP8, NVFP4, NVFP4Config
-from nemotron_jax.sharding import max_over_devices
+from nemotron_jax.sharding import is_local, max_over_devices, target_platform
 from pallas_kernels import nvfp4
 
 FPROP, DGRAD, WGRAD = "fprop", "dgrad", "wgrad"
@@ -109,24 +109,31 @@ def quantized(
     Sizes are multiples of `alignment`. `amax` is the largest magnitude to scale by: that of `x`, or
     of each group, unless given. It is all devices' together, inside `local` too.
     """
-    if treatment.hadamard:
-        x = nvfp4.hadamard_rows(x)
     if treatment.format == MXFP8:
         ones = jnp.ones(() if groups is None else groups.count, jnp.float32)
         return nvfp4.round_trip_mxfp8(x, block=treatment.block), ones
     if groups is None:
-        found = of_blocks = max_over_devices(largest([x])) if amax is None else amax
+        if amax is None:
+            amax = max_over_devices(largest([x], hadamard=treatment.hadamard))
+        found = of_strips = amax
     else:
-        rows = jnp.max(jnp.abs(x).reshape(groups.of_rows.shape[0], -1), axis=1)
+        turned = nvfp4.hadamard_rows(x) if treatment.hadamard else x
+        rows = jnp.max(jnp.abs(turned).reshape(groups.of_rows.shape[0], -1), axis=1)
         found = jax.ops.segment_max(
             rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
         )
         found = max_over_devices(jnp.maximum(found, 0))  # an empty group's maximum is -inf
-        height = x.shape[0] // groups.of_rows.shape[0] // treatment.block[0]
-        of_blocks = jnp.repeat(found[groups.of_rows], height)[:, None]
+        of_strips = found[groups.of_rows][:, None]  # of 16 rows each
     draws = {} if draw is None else {"words": draw.words, "rows": draw.rows}
     operand = nvfp4.round_trip(
-        x, block=treatment.block, rounding=treatment.rounding, amax=of_blocks, **draws
+        x,
+        block=treatment.block,
+        rounding=treatment.rounding,
+        amax=of_strips,
+        hadamard=treatment.hadamard,
+        implementation=None if is_local() else "xla",
+        target=target_platform(),
+        **draws,
     )
     return operand, found / 2688
 

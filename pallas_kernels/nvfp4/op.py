@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels.nvfp4 import random, reference, xla
+from pallas_kernels.nvfp4 import pallas_tpu, random, reference, xla
 
 BLOCKS = ((1, 16), (16, 1), (16, 16))
 MXFP8_BLOCKS = ((1, 32), (32, 1))
@@ -32,27 +32,57 @@ class Quantized:
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # without its padding
 
 
-def _reference_round_trip(x, block, random, amax):
-    codes, scales, _ = reference.quantize(x, block, random, amax)
+def _drawn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A form that takes random numbers, as one that takes what they are drawn from."""
+
+    def forward(x, words, rows, amax, **options):
+        numbers = None if words is None else random.uniform(words, rows, x.shape[1])
+        return function(x, options.pop("block"), numbers, amax, **options)
+
+    return dispatch.keeping_operands(forward)
+
+
+def _reference_round_trip(x, block, numbers, amax, *, hadamard):
+    x = reference.hadamard(x).T if hadamard else x
+    amax = jnp.repeat(amax, 16, axis=0) if amax.ndim and block[0] == 1 else amax
+    codes, scales, _ = reference.quantize(x, block, numbers, amax)
     return reference.dequantize(codes, scales, 2688, block)
 
 
-QUANTIZE = {
-    "reference": dispatch.Implementation(lambda *a: reference.quantize(*a)[:2]),
-    "xla": dispatch.Implementation(xla.quantize),
-}
-ROUND_TRIP = {
-    "reference": dispatch.Implementation(_reference_round_trip),
-    "xla": dispatch.Implementation(xla.round_trip),
-}
-HADAMARD = {
-    "reference": dispatch.Implementation(reference.hadamard),
-    "xla": dispatch.Implementation(xla.hadamard),
-}
-MXFP8 = {
-    "reference": dispatch.Implementation(reference.quantize_mxfp8),
-    "xla": dispatch.Implementation(xla.quantize_mxfp8),
-}
+# Operands: (x, words, rows, amax); without words rounding is to the nearest.
+QUANTIZE = dispatch.Op(
+    "quantize",
+    {
+        "reference": dispatch.Implementation(_drawn(lambda *a: reference.quantize(*a)[:2])),
+        "xla": dispatch.Implementation(_drawn(xla.quantize)),
+    },
+)
+ROUND_TRIP = dispatch.Op(
+    "round_trip",
+    {
+        "reference": dispatch.Implementation(_drawn(_reference_round_trip)),
+        "xla": dispatch.Implementation(_drawn(xla.round_trip)),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(pallas_tpu.round_trip),
+            unsupported=pallas_tpu.unsupported,
+            platforms=("tpu",),
+        ),
+    },
+)
+HADAMARD = dispatch.Op(
+    "hadamard",
+    {
+        "reference": dispatch.Implementation(dispatch.keeping_operands(reference.hadamard)),
+        "xla": dispatch.Implementation(dispatch.keeping_operands(xla.hadamard)),
+    },
+)
+MXFP8 = dispatch.Op(
+    "quantize_mxfp8",
+    {
+        "reference": dispatch.Implementation(dispatch.keeping_operands(reference.quantize_mxfp8)),
+        "xla": dispatch.Implementation(dispatch.keeping_operands(xla.quantize_mxfp8)),
+    },
+)
 
 
 def quantize(
@@ -79,11 +109,9 @@ def quantize(
     _check_sizes("quantize", x, block)
     if x.shape[1] % 2:
         raise ValueError(f"quantize: C={x.shape[1]} is odd, and two columns make a byte; pad it")
-    numbers = _uniform(key, jnp.arange(x.shape[0]), x) if rounding == "stochastic" else None
     amax = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    names = dispatch.choose("quantize", QUANTIZE, implementation, x)
-    bound = _bound(QUANTIZE, block, numbers)
-    codes, scales = dispatch.run(bound, names, "forward", x, amax)
+    drawn = _random(x, rounding, key, None)
+    codes, scales = QUANTIZE(x, *drawn, amax, block=block, implementation=implementation)
     return Quantized(pack(codes), scales, amax, block, shape)
 
 
@@ -102,24 +130,38 @@ def round_trip(
     words: Array | None = None,
     rows: Int[Array, "R"] | None = None,
     amax: Array | None = None,
+    hadamard: bool = False,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> Float[Array, "R C"]:
     """`dequantize(quantize(x)) / (amax / 2688)` in float32, without making the codes.
 
     Every element is an E2M1 number times its block's scale, exact in bfloat16, so a product of two
     such matrices in bfloat16 with float32 sums is NVFP4's own; the two factors amax / 2688 belong
-    to the result. `amax` is the tensor's (x's own by default), or one for each row of blocks
-    [R/r, 1] where several tensors lie one after another. `rows` are the numbers by which rows draw
-    their random bits, 0, 1, … by default. Raises ValueError as `quantize` does.
+    to the result. `amax` is the tensor's (x's own by default), or one for each 16 rows [R/16, 1]
+    where several tensors lie one after another. `rows` are the numbers by which rows draw their
+    random bits, 0, 1, … by default. With `hadamard` it is `hadamard_rows(x)` that is quantised, and
+    amax is that matrix's. `target` is the platform that the program is compiled for, if known.
+    Raises ValueError as `quantize` does.
     """
     _check_options("round_trip", x, block, BLOCKS, rounding, words)
     _check_sizes("round_trip", x, block)
-    numbers = None
-    if rounding == "stochastic":
-        numbers = _uniform(words, jnp.arange(x.shape[0]) if rows is None else rows, x)
-    amax = jnp.max(jnp.abs(x)).astype(jnp.float32) if amax is None else amax
-    names = dispatch.choose("round_trip", ROUND_TRIP, implementation, x)
-    return dispatch.run(_bound(ROUND_TRIP, block, numbers), names, "forward", x, amax)
+    if hadamard and block != (16, 1):
+        raise ValueError(
+            f"round_trip: block={block}; the Hadamard transform mixes the rows of blocks (16, 1)"
+        )
+    if amax is None:
+        amax = jnp.max(jnp.abs(xla.hadamard_rows(x) if hadamard else x)).astype(jnp.float32)
+    elif amax.ndim:
+        strips = {"R/16": x.shape[0] // 16, "1": 1}
+        dispatch.expect_shape("round_trip", strips, amax=(amax, "R/16 1"))
+    return ROUND_TRIP(
+        *(x, *_random(x, rounding, words, rows), amax),
+        block=block,
+        hadamard=hadamard,
+        implementation=implementation,
+        target=target,
+    )
 
 
 def hadamard(x: Float[Array, "R C"], *, implementation: str | None = None) -> Array:
@@ -131,8 +173,7 @@ def hadamard(x: Float[Array, "R C"], *, implementation: str | None = None) -> Ar
     """
     dispatch.expect_shape("hadamard", {}, x=(x, "R C"))
     _check_sizes("hadamard", x, (16, 1))
-    names = dispatch.choose("hadamard", HADAMARD, implementation, x)
-    return dispatch.run(HADAMARD, names, "forward", x)
+    return HADAMARD(x, implementation=implementation)
 
 
 def hadamard_rows(x: Float[Array, "R C"]) -> Float[Array, "R C"]:
@@ -151,8 +192,7 @@ def quantize_mxfp8(
     """
     dispatch.expect_shape("quantize_mxfp8", {}, x=(x, "R C"))
     _check_sizes("quantize_mxfp8", x, (1, 32))
-    names = dispatch.choose("quantize_mxfp8", MXFP8, implementation, x)
-    return dispatch.run(MXFP8, names, "forward", x)
+    return MXFP8(x, implementation=implementation)
 
 
 def round_trip_mxfp8(x: Float[Array, "R C"], *, block: tuple[int, int]) -> Float[Array, "R C"]:
@@ -174,20 +214,13 @@ def unpack(packed: UInt8[Array, "R C/2"]) -> UInt8[Array, "R C"]:
     return pairs.reshape(*packed.shape[:-1], -1)
 
 
-def _bound(implementations: Any, block: tuple[int, int], numbers: Array | None) -> Any:
-    """The implementations as functions of x and amax alone."""
-
-    def bind(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, amax: forward(x, block, numbers, amax)
-
-    return {
-        name: dataclasses.replace(entry, forward=bind(entry.forward))
-        for name, entry in implementations.items()
-    }
-
-
-def _uniform(key: Array, rows: Array, x: Array) -> Float[Array, "R C"]:
-    return random.uniform(random.key_words(key), rows, x.shape[1])
+def _random(
+    x: Array, rounding: str, key: Array | None, rows: Array | None
+) -> tuple[Array | None, Array | None]:
+    """Words and numbers of the rows to draw random bits by; None where nothing is drawn."""
+    if rounding != "stochastic":
+        return None, None
+    return random.key_words(key), jnp.arange(x.shape[0]) if rows is None else rows
 
 
 def _check_options(

@@ -6,9 +6,11 @@ rounded. Places are global, so that the same elements get the same bits on every
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 _GOLDEN = 0x9E3779B9
+COLUMN = 0x85EBCA6B  # what columns are multiplied by; odd, as the other: no two collide
 
 
 def key_words(key: Array) -> UInt32[Array, "2"]:
@@ -32,11 +34,19 @@ def fold(words: UInt32[Array, "2"], number: Array | int) -> UInt32[Array, "2"]:
 
 def uniform(words: UInt32[Array, "2"], rows: Array, columns: int) -> Float[Array, "rows columns"]:
     """Uniform in [0, 1) in steps of 2**-24, by the global number of each row and by column."""
-    row = _mix(rows.astype(jnp.uint32) * jnp.uint32(_GOLDEN) + words[0])[:, None]
-    column = jnp.arange(columns, dtype=jnp.uint32)[None] * jnp.uint32(0x85EBCA6B) + words[1]
-    # Rows are hashed on their own: a sum of two counters would repeat along diagonals.
-    bits = _mix(row ^ column)
-    return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)
+    column = jnp.arange(columns, dtype=jnp.uint32)[None] * jnp.uint32(COLUMN) + words[1]
+    return uniform_of(hashed_rows(words, rows)[:, None], column)
+
+
+def hashed_rows(words: UInt32[Array, "2"], rows: Array) -> UInt32[Array, "rows"]:
+    """A word of each row. Hashed on its own: a sum of two counters would repeat along diagonals."""
+    return _mix(rows.astype(jnp.uint32) * jnp.uint32(_GOLDEN) + words[0])
+
+
+def uniform_of(row: Array, column: Array) -> Float[Array, "rows columns"]:
+    """Uniform in [0, 1) from the words of a row and a column, uint32 or int32 of the same bits."""
+    bits = jax.lax.shift_right_logical(_mix(row ^ column), jnp.asarray(8, row.dtype))
+    return bits.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def _mix(word: Array) -> Array:
@@ -44,8 +54,10 @@ def _mix(word: Array) -> Array:
 
     Source: constants of C. Wellons' hash prospector (lowbias32).
     """
-    word ^= word >> 16
-    word *= jnp.uint32(0x7FEB352D)
-    word ^= word >> 15
-    word *= jnp.uint32(0x846CA68B)
-    return word ^ (word >> 16)
+    constant = lambda bits: np.uint32(bits).astype(word.dtype)  # the same bits, if signed
+    down = lambda word, by: jax.lax.shift_right_logical(word, jnp.asarray(by, word.dtype))
+    word ^= down(word, 16)
+    word *= constant(0x7FEB352D)
+    word ^= down(word, 15)
+    word *= constant(0x846CA68B)
+    return word ^ down(word, 16)

@@ -11,16 +11,16 @@ from jaxtyping import Array, Float, UInt8
 BLOCK = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # of the Hadamard transform
 LARGEST = 3.4028235e38
-_ROUNDING = 1.5 * 2**23  # floats of this size are one apart, and so they are down to its negative
+ROUNDING = 1.5 * 2**23  # floats of this size are one apart, and so they are down to its negative
 
 
 def quantize(
     x: Float[Array, "R C"], block: tuple[int, int], random: Array | None, amax: Array
 ) -> tuple[UInt8[Array, "R C"], Array]:
     """Codes 0..15 and float8 block scales, as the reference defines them."""
-    scales, factor = block_scales(block_amax(x, block), amax)
+    scales, factor = block_scales(block_amax(x, block), encoding(amax))
     scaled = x.astype(jnp.float32) * spread(factor, block)
-    value = jnp.abs(_nearest(scaled) if random is None else _stochastic(scaled, random))
+    value = jnp.abs(nearest(scaled) if random is None else stochastic(scaled, random))
     # Twice the value is 0..4, 6, 8 or 12; comparing is cheaper than looking up.
     code = jnp.where(value < 2, 2 * value, jnp.where(value < 4, value + 2, value / 2 + 4))
     sign = jnp.where(jnp.signbit(scaled), 8, 0)
@@ -35,16 +35,25 @@ def values(codes: UInt8[Array, "R C"]) -> Float[Array, "R C"]:
 
 
 def round_trip(
-    x: Float[Array, "R C"], block: tuple[int, int], random: Array | None, amax: Array
+    x: Float[Array, "R C"],
+    block: tuple[int, int],
+    random: Array | None,
+    amax: Array,
+    *,
+    hadamard: bool,
 ) -> Float[Array, "R C"]:
     """What quantising and dequantising leaves of x, but for the factor amax / 2688: float32.
 
     Each element is an E2M1 number times a block scale: exact in bfloat16, as are its products.
-    `amax` is one number, or one for each row of blocks [R/r, 1].
+    `amax` is one number, or one for each 16 rows [R/16, 1].
     """
-    scales, factor = block_scales(block_amax(x, block), amax)
+    x = hadamard_rows(x) if hadamard else x
+    # Divided before they are repeated: XLA multiplies by the inverse of what is repeated, and errs.
+    encode = encoding(amax)
+    encode = jnp.repeat(encode, BLOCK, axis=0) if amax.ndim and block[0] == 1 else encode
+    scales, factor = block_scales(block_amax(x, block), encode)
     scaled = x.astype(jnp.float32) * spread(factor, block)
-    value = _nearest(scaled) if random is None else _stochastic(scaled, random)
+    value = nearest(scaled) if random is None else stochastic(scaled, random)
     return value * spread(scales.astype(jnp.float32), block)
 
 
@@ -55,12 +64,17 @@ def block_amax(x: Float[Array, "R C"], block: tuple[int, int]) -> Float[Array, "
     return jnp.max(tiles, axis=(1, 3)).astype(jnp.float32)
 
 
-def block_scales(blocks: Float[Array, "r c"], amax: Array) -> tuple[Array, Float[Array, "r c"]]:
-    """float8 scales of blocks with these largest magnitudes, and what to multiply elements by."""
-    encode = jnp.minimum(2688 / amax, LARGEST)
-    encode = jnp.where((amax == 0) | (encode == 0), 1.0, encode)
+def block_scales(blocks: Float[Array, "r c"], encode: Array) -> tuple[Array, Float[Array, "r c"]]:
+    """float8 scales of blocks with these largest magnitudes, and what to multiply elements by;
+    `encode` is their tensors' `encoding`."""
     scales = jnp.minimum(blocks * (encode * jnp.float32(1 / 6)), 448).astype(jnp.float8_e4m3fn)
     return scales, jnp.minimum(1 / (scales.astype(jnp.float32) * (1 / encode)), LARGEST)
+
+
+def encoding(amax: Array) -> Array:
+    """The factor that brings a tensor of this largest magnitude within the format's 6 times 448."""
+    encode = jnp.minimum(2688 / amax, LARGEST)
+    return jnp.where((amax == 0) | (encode == 0), 1.0, encode)
 
 
 def spread(blocks: Float[Array, "r c"], block: tuple[int, int]) -> Float[Array, "R C"]:
@@ -95,26 +109,28 @@ def round_trip_mxfp8(x: Float[Array, "R C"], block: tuple[int, int]) -> Float[Ar
     scaled = jnp.clip(x.astype(jnp.float32) * spread(_power(-exponent), block), -448, 448)
     # Four significant bits, and no finer than 2**-9: the same trick at a spacing for each binade.
     binade = jnp.maximum(_binade(scaled), jnp.float32(2**-6))
-    large = binade * jnp.float32(2**-3 * _ROUNDING)
+    large = binade * jnp.float32(2**-3 * ROUNDING)
     return ((scaled + large) - large) * spread(_power(exponent), block)
 
 
-def _nearest(scaled: Array) -> Array:
+def nearest(scaled: Array) -> Array:
     """Signed E2M1 numbers nearest to `scaled`, ties to even, ±6 beyond; NaN stays."""
     magnitude = jnp.minimum(jnp.abs(scaled), 6)
     step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
-    large = step * _ROUNDING
+    large = step * ROUNDING
     return jnp.copysign((magnitude + large) - large, scaled)
 
 
-def _stochastic(scaled: Array, random: Array) -> Array:
+def stochastic(scaled: Array, random: Array) -> Array:
     """Signed E2M1 numbers below or above `scaled`, unbiased for uniform `random` in [0, 1)."""
     magnitude = jnp.minimum(jnp.abs(scaled), 6)
     step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
     raised = magnitude + random * step
-    # Down to the grid: the step may have grown on the way up, so it is looked up again.
+    # Down to the grid: the step may have grown on the way up, so it is looked up again. Its inverse
+    # too: a device's division need not be exact.
     step = jnp.where(raised < 2, 0.5, jnp.where(raised < 4, 1.0, 2.0))
-    return jnp.copysign(jnp.minimum(jnp.floor(raised / step) * step, 6), scaled)
+    inverse = jnp.where(raised < 2, 2.0, jnp.where(raised < 4, 1.0, 0.5))
+    return jnp.copysign(jnp.minimum(jnp.floor(raised * inverse) * step, 6), scaled)
 
 
 def _butterfly(blocks: Float[Array, "n 16 C"]) -> Float[Array, "n 16 C"]:

@@ -1,5 +1,6 @@
 """NVFP4 and MXFP8 equal the golden arrays bit for bit, and keep the bounds of their arithmetic."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -142,11 +143,19 @@ def test_a_round_trip_is_quantising_and_dequantising(rounding, implementation):
     np.testing.assert_array_equal(operand * (q.amax / 2688), nvfp4.dequantize(q))
 
 
-def test_tensors_lying_one_after_another_keep_their_own_scales():
-    a, b = data((32, 32), 1), data((16, 32), 2, scale=100.0)
-    amax = np.repeat([np.abs(a).max(), np.abs(b).max()], [2, 1])[:, None]
-    both = nvfp4.round_trip(np.concatenate([a, b]), block=(16, 1), amax=jnp.asarray(amax))
-    apart = [nvfp4.round_trip(x, block=(16, 1)) for x in (a, b)]
+@pytest.mark.parametrize("block", [(1, 16), (16, 1)])
+def test_tensors_lying_one_after_another_keep_their_own_scales(block):
+    """Compiled, where XLA would divide by a number that is repeated as if by its inverse."""
+    sizes = (30, 7, 13, 900)  # largest magnitudes whose inverses are not exact
+    # In bfloat16, where elements lie at ties.
+    tensors = [jnp.asarray(data((32, 256), seed), jnp.bfloat16) for seed in range(len(sizes))]
+    amax = jnp.repeat(jnp.float32(sizes), 2)[:, None]
+    trip = functools.partial(nvfp4.round_trip, block=block, implementation="xla")
+    both = jax.jit(lambda x, amax: trip(x, amax=amax))(jnp.concatenate(tensors), amax)
+    apart = [
+        nvfp4.round_trip(x, block=block, amax=jnp.float32(size), implementation="reference")
+        for x, size in zip(tensors, sizes, strict=True)
+    ]
     np.testing.assert_array_equal(both, np.concatenate(apart))
 
 
