@@ -153,3 +153,24 @@ def speculative() -> ModelConfig:
         mtp=MTPConfig(),
         init_std=0.056,  # Super's 0.014 scaled by the square root of the widths' ratio
     )
+
+
+def kernel_tiny() -> ModelConfig:
+    """The smallest model whose scan and experts the TPU kernels take: published head and state
+    sizes, and matrices that fill a matrix unit."""
+    return ModelConfig(
+        vocab_size=128,
+        width=128,
+        pattern="M*E",
+        mamba=MambaConfig(num_heads=4, head_dim=64, state_size=128, num_groups=1),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=64),
+        moe=MoEConfig(
+            num_experts=4,
+            experts_per_token=2,
+            expert_width=128,
+            shared_width=128,
+            latent_width=128,
+            weight_scale=2.0,
+        ),
+        init_std=0.079,
+    )

@@ -30,6 +30,7 @@ MODELS = (
     models.tiny,
     models.agent,
     models.speculative,
+    models.kernel_tiny,
 )
 
 
