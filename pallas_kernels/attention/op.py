@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import few, reference, xla
+from pallas_kernels.attention import few, reference, splash, xla
 from pallas_kernels.attention.masks import Masks
 
 
@@ -48,6 +48,13 @@ ATTENTION = dispatch.Op(
     {
         "reference": dispatch.Implementation(_definition, _definition_gradients),
         "xla": dispatch.Implementation(_xla, _xla_gradients),
+        "pallas_tpu": dispatch.Implementation(
+            splash.forward,
+            splash.backward,
+            splash.unsupported,
+            platforms=("tpu",),
+            outputs=splash.outputs,
+        ),
     },
 )
 

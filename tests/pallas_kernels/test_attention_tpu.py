@@ -1,0 +1,65 @@
+"""What this op adds around JAX's kernel, interpreted, equals the definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import attention, dispatch
+from pallas_kernels.attention import op, reference, specs, splash
+from pallas_kernels.testing import check
+
+CASE = specs.Case(
+    *("segments and lengths", 2, 150),
+    **{"heads": 4, "kv_heads": 2, "head_dim": 128},
+    starts=((1, 30, 128, 140), (60,)),
+    lengths=(150, 70),
+)
+
+
+def test_whole_rows_and_gradients_equal_the_definition(monkeypatch):
+    run, outputs = (
+        functools.partial(function, interpret=True) for function in (splash.forward, splash.outputs)
+    )
+    entry = dispatch.Implementation(run, splash.backward, outputs=outputs)
+    monkeypatch.setitem(op.ATTENTION.implementations, "interpreted", entry)
+    kernel = functools.partial(attention, implementation="interpreted")
+    arrays = {**CASE.arrays(), **CASE.rows()}
+    check(kernel, reference.attention, arrays, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 64}, "C=64"),
+        ({"causal": False}, "causal rows without a cache"),
+        ({"keys": 512, "q_offset": (3,)}, "causal rows without a cache"),
+        ({"dtype": np.float32}, "it takes bfloat16"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_said(change, reason):
+    dtype = change.pop("dtype", jnp.bfloat16)
+    sizes = {"batch": 1, "tokens": 256, "heads": 4, "kv_heads": 2, "head_dim": 128}
+    case = specs.Case("shape", **(sizes | change))
+    arrays = {**case.arrays(dtype=dtype), **case.rows()}
+    call = functools.partial(attention, causal=case.causal, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match=f"attention: .*cannot run here: .*{reason}"):
+        jax.eval_shape(call, **arrays)
+
+
+def test_a_scanned_recomputed_program_for_a_tpu_holds_the_kernels():
+    case = specs.Case("shape", 1, 256, heads=4, kv_heads=2, head_dim=128)
+    arrays = case.arrays(dtype=jnp.bfloat16)
+    ids = jnp.zeros((1, 256), jnp.int32)
+
+    def loss(q, k, v):
+        @jax.checkpoint
+        def layer(q, _):
+            return attention(q, k, v, segment_ids=ids, target="tpu"), None
+
+        return jnp.sum(jax.lax.scan(layer, q, None, length=2)[0].astype(jnp.float32))
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(*arrays.values()))
+    assert "splash_mha_fwd" in program and "splash_mha_dkv" in program
