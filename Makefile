@@ -17,7 +17,9 @@ PYTHON_LATEST ?= $(call first_python,12,python3.13 python3.12 python3 \
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_HF ?= .venv-hf
+VENV_TPU ?= .venv-tpu
 REQUIREMENTS := requirements.txt pyproject.toml constraints-py311.txt constraints-latest.txt
+comma := ,
 # Two workers: a test is mostly compilation, which one core does.
 WORKERS := --numprocesses 2 --dist loadfile
 FAST := -m "not slow and not hf and not prove_tpu" --ignore=tests/hf $(WORKERS)
@@ -48,12 +50,12 @@ test-latest: $(VENV_LATEST)/.installed  ## run the fast tests on Python >= 3.12 
 	@$(VENV_LATEST)/bin/python -m pytest $(FAST)
 
 .PHONY: prove
-prove: $(VENV)/.libtpu  ## compile every TPU kernel for v5p, v5e, v6e and tpu7x; no TPU is needed
-	@$(VENV)/bin/python -m pallas_kernels.prove --target=v5p,v5e,v6e,tpu7x $(PROVE)
+prove: $(VENV_TPU)/.installed  ## compile every TPU kernel for v5p, v5e, v6e and tpu7x; no TPU is needed
+	@$(VENV_TPU)/bin/python -m pallas_kernels.prove --target=v5p,v5e,v6e,tpu7x $(PROVE)
 
 .PHONY: prove-v5p
-prove-v5p: $(VENV)/.libtpu  ## the same as a test, for v5p alone (within 10 minutes on two cores)
-	@$(VENV)/bin/python -m pytest tests/pallas_kernels/test_prove.py -m prove_tpu --numprocesses 2
+prove-v5p: $(VENV_TPU)/.installed  ## the same as a test, for v5p alone (within 10 minutes on two cores)
+	@$(VENV_TPU)/bin/python -m pytest tests/pallas_kernels/test_prove.py -m prove_tpu --numprocesses 2
 
 .PHONY: sandbox
 sandbox: $(VENV)/.installed  ## say which sandbox runs model-written code here, and what would better it
@@ -70,7 +72,7 @@ lint: $(VENV)/.installed  ## check style and formatting
 
 .PHONY: clean
 clean:  ## remove environments and caches; runs/ is kept
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_HF) build .jax_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_HF) $(VENV_TPU) build .jax_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,environment,interpreter,packages): jax and flax pair up by Python version, so the
@@ -91,17 +93,9 @@ endef
 $(VENV)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV),$(PYTHON),--editable '.[dev]')
 
-# The compiler for TPUs, which only the proofs need.
-$(VENV)/.libtpu: $(VENV)/.installed
-	@echo "make: installing libtpu, the compiler for TPUs, into $(VENV)" >&2
-	@constraints=constraints-py311.txt; \
-	if $(VENV)/bin/python $(call is_new,12); then constraints=constraints-latest.txt; fi; \
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --editable '.[tpu]' --constraint $$constraints || { \
-	    echo "make: libtpu could not be installed, so no kernel can be compiled for a TPU" >&2; \
-	    exit 1; \
-	}
-	@touch $@
+# Apart from the others: where libtpu is installed, jax looks for a TPU at every start.
+$(VENV_TPU)/.installed: $(REQUIREMENTS)
+	$(call install,$(VENV_TPU),$(PYTHON),--editable '.[dev$(comma)tpu]')
 
 $(VENV_HF)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 transformers==5.23.0)

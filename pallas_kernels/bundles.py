@@ -12,7 +12,6 @@ from collections.abc import Sequence
 # Bundles: what is shorter and jumped over (the start of a copy, the end of a kernel) counts with
 # what is around it, as if it were never jumped over.
 FEWEST = 100
-LARGE = 230  # bundles: a part with fewer of its own needs no count
 DELAY = 4  # bundles behind a branch that run whether it is taken or not
 
 _BUNDLE = re.compile(r"^ *0x([0-9a-f]+)\s")
@@ -46,26 +45,53 @@ def parts(listing: str) -> list[Part]:
     return _tree(spans)
 
 
-def cycles(found: Sequence[Part], steps: float, counts: Sequence[float]) -> float:
-    """Bundles times the times that each part runs.
+def cycles(found: Sequence[Part], steps: float, branches: Sequence[Sequence[float]] = ()) -> float:
+    """Bundles times the times that they run.
 
-    `counts` are those of the parts with LARGE bundles or more, in program order; a smaller one runs
-    at most at every one of the grid's `steps`, and is taken to. Raises ValueError where there are
-    not as many counts as large parts.
+    The grid takes `steps`, and without branches all that is not the kernel's own runs at each. A
+    branch is a condition or loop directly in a step: how often it runs in all, and the mean trips
+    of the loops in it, from the outside in (a loop that is itself the branch is the first of them).
+    Raises ValueError where there are not as many branches as the compiler made.
     """
-    large = [part for part in found[1:] if part.bundles >= LARGE]
-    if len(counts) != len(large):
+    if not branches:
+        return found[0].bundles + steps * sum(part.bundles for part in found[1:])
+    place, children = 0, _children(found, 0)
+    total = found[0].bundles * 1.0
+    while len(children) == 1:
+        place = children[0]
+        total += steps * found[place].bundles
+        children = _children(found, place)
+    if len(children) != len(branches):
         raise ValueError(
-            f"cycles: {len(counts)} counts for {len(large)} large parts; they are {describe(large)}"
+            f"cycles: {len(branches)} branches for a kernel of {len(children)}; its parts are "
+            f"{describe(found)}"
         )
-    small = sum(part.bundles for part in found[1:] if part.bundles < LARGE)
-    counted = sum(part.bundles * count for part, count in zip(large, counts, strict=True))
-    return found[0].bundles + small * steps + counted
+    for child, (count, *trips) in zip(children, branches, strict=True):
+        total += _executed(found, child, count, trips)
+    return total
+
+
+def _executed(found: Sequence[Part], place: int, count: float, trips: Sequence[float]) -> float:
+    if found[place].kind == "loop":
+        count, trips = count * (trips[0] if trips else 1), trips[1:]
+    inside = sum(_executed(found, child, count, trips) for child in _children(found, place))
+    return count * found[place].bundles + inside
+
+
+def _children(found: Sequence[Part], place: int) -> list[int]:
+    """Places of the parts directly inside one."""
+    depth, children = found[place].depth, []
+    for other in range(place + 1, len(found)):
+        if found[other].depth <= depth:
+            break
+        if found[other].depth == depth + 1:
+            children.append(other)
+    return children
 
 
 def describe(found: Sequence[Part]) -> str:
     """The parts of a kernel in one line."""
-    return ", ".join(f"{'>' * part.depth}{part.kind} {part.bundles}" for part in found)
+    return ", ".join(f"{'>' * part.depth}{part.kind} {part.bundles}" for part in found[1:])
 
 
 def _read(listing: str) -> tuple[dict[str, int], list[tuple[int, str]], int]:

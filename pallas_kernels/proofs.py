@@ -12,9 +12,9 @@ class Proof:
     """One kernel in one direction at one shape.
 
     `flops` and `bytes` are what the operation asks for: each operand read and each result written
-    once, no padding. `steps` are those of the grid, and `counts` how often each large part of the
-    program runs (see `bundles.cycles`), both of all cores together and for typical operands;
-    without counts no cycles are told. `plain` is the same operation without the kernel.
+    once, no padding. `steps` are those of the grid and `branches` how often its parts run (see
+    `bundles.cycles`), of all cores together and for typical operands; without steps no cycles are
+    told. `plain` is the same operation without the kernel.
     """
 
     kernel: str  # the name that its pallas_call has
@@ -25,7 +25,7 @@ class Proof:
     flops: int
     bytes: int
     steps: float = 0
-    counts: Sequence[float] | None = None
+    branches: Sequence[Sequence[float]] = ()
     multiplied_flops: int | None = None  # with padding; None: those asked for
     plain: Callable[..., Any] | None = None
 

@@ -211,10 +211,10 @@ def _static(proof: Any, chip: Chip, folder: Path) -> dict:
         "matrix unit": multiplied / chip.tflops / 1e3,
         "memory": proof.bytes / chip.gbytes_per_s,
     }
-    if listing is not None and proof.counts is not None:
+    if listing is not None and proof.steps:
         parts = bundles.parts(listing.read_text())
         try:
-            cycles = bundles.cycles(parts, proof.steps, proof.counts) / chip.cores
+            cycles = bundles.cycles(parts, proof.steps, proof.branches) / chip.cores
         except ValueError as error:
             return {**found, "why": str(error)}
         found["cycles"] = round(cycles)

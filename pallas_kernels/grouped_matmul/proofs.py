@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def _product(name, direction, lhs, rhs, groups, sizes, *, transpose_rhs=False, a
         flops=2 * lhs.size * width,
         bytes=nbytes(lhs, rhs, out),
         steps=len(visits),
-        counts=(len({tile for tile, _, _ in visits}), *_piece_counts(visits, height, width)),
+        branches=_branches(visits, height, len({tile for tile, _, _ in visits}), (width,)),
         multiplied_flops=2 * _multiplied_rows(visits, height) * lhs.shape[1] * width,
         plain=plain if activation is None else None,
     )
@@ -77,6 +77,7 @@ def _outer(name, lhs, dout, groups, sizes):
         flops=2 * rows * depth * width,
         bytes=nbytes(lhs, dout, out),
         steps=len(visits),
+        branches=_branches(visits, height, len(sizes), (depth, width)),
         multiplied_flops=2 * _multiplied_rows(visits, height) * depth * width,
         plain=functools.partial(op.grouped_outer, implementation="xla"),
     )
@@ -97,7 +98,7 @@ def _hidden(name, operands, sizes):
         flops=4 * rows * width * hidden,
         bytes=nbytes(operands, out, out),
         steps=len(visits),
-        counts=(len({tile for tile, _, _ in visits}), *_piece_counts(visits, height, hidden)),
+        branches=_branches(visits, height, len({tile for tile, _, _ in visits}), (hidden,)),
         multiplied_flops=4 * _multiplied_rows(visits, height) * width * hidden,
     )
 
@@ -135,12 +136,15 @@ def _multiplied_rows(visits: list, height: int) -> int:
     )
 
 
-def _piece_counts(visits: list, height: int, width: int) -> list[float]:
-    """How often the loops over columns run, of whole pieces and of each height of the rest."""
+def _branches(
+    visits: list, height: int, opened: int, sides: Sequence[int]
+) -> tuple[tuple[float, ...], ...]:
+    """Of a step: a block that is opened is cleared, whole pieces are looped over, and one piece of
+    some height takes the rest; a piece loops over blocks of each side."""
     whole, rests = _pieces(visits, height)
-    block = next((w for w in (512, 384, 256) if width % w == 0), min(512, width))
-    blocks, counts = width // block, []
-    for number in (whole, *rests):
-        # Columns that no whole block holds stand beside the loop, and run once a piece.
-        counts += [number, number * blocks] if width % block else [number * blocks]
-    return counts
+    blocks = []
+    for side in sides:
+        block = next((w for w in (512, 384, 256) if side % w == 0), min(512, side))
+        blocks.append(side // block)  # what is left stands beside the loop
+    pieces = (len(visits), whole / len(visits), *blocks)
+    return (opened,), pieces, *((count, *blocks) for count in rests)

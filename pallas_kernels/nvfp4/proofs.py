@@ -42,7 +42,7 @@ def proofs() -> Iterator[Proof]:
             flops=0,
             bytes=nbytes(x, x),
             steps=steps,
-            counts=(steps * tiles,) * strips,
+            branches=((steps, tiles),) * strips,
             plain=functools.partial(run, kernel=False),
         )
 

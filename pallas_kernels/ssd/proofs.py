@@ -41,7 +41,6 @@ def proofs() -> Iterator[Proof]:
             flops=2 * tokens * (pairs[0] + pairs[1] + states),
             bytes=nbytes(operands, x, state, kept),
             steps=steps,
-            counts=(steps, steps),
             plain=functools.partial(_plain, case),
         )
         yield Proof(
@@ -53,7 +52,6 @@ def proofs() -> Iterator[Proof]:
             flops=2 * tokens * (3 * pairs[0] + 2 * pairs[1] + 2 * states),
             bytes=nbytes(operands, kept, x, state, operands[:6], state),
             steps=steps,
-            counts=(steps, steps),
         )
 
 

@@ -35,15 +35,14 @@ def test_parts_of_a_listing_are_its_loops_and_long_conditions() -> None:
     assert kernel.bundles + outer.bundles + condition.bundles + inner.bundles == 0x110
 
 
-def test_cycles_are_bundles_times_trips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundles, "LARGE", 110)
+def test_cycles_are_bundles_times_trips() -> None:
     found = bundles.parts(listing())
     kernel, outer, condition, inner = (part.bundles for part in found)
-    # The inner loop is small, so it is taken to run at every step.
-    counted = bundles.cycles(found, 50, (50, 4))
-    assert counted == kernel + 50 * outer + 4 * condition + 50 * inner
-    with pytest.raises(ValueError, match="1 counts for 2 large parts; they are >loop 117, >>cond"):
-        bundles.cycles(found, 50, (50,))
+    assert bundles.cycles(found, 50) == kernel + 50 * (outer + condition + inner)
+    counted = bundles.cycles(found, 50, ((4,), (50, 2.5)))
+    assert counted == kernel + 50 * outer + 4 * condition + 125 * inner
+    with pytest.raises(ValueError, match="1 branches for a kernel of 2; its parts are >loop 117"):
+        bundles.cycles(found, 50, ((4,),))
 
 
 def test_counted_visits_are_those_of_the_kernel() -> None:
