@@ -17,6 +17,8 @@ PYTHON_LATEST ?= $(call first_python,12,python3.13 python3.12 python3 \
 VENV ?= .venv
 VENV_LATEST ?= .venv-latest
 VENV_HF ?= .venv-hf
+# The tests also hold for 5.24.0; name another VENV_HF with it.
+TRANSFORMERS ?= 5.23.0
 VENV_TPU ?= .venv-tpu
 REQUIREMENTS := requirements.txt pyproject.toml constraints-py311.txt constraints-latest.txt
 comma := ,
@@ -42,7 +44,7 @@ test-all: $(VENV)/.installed  ## run the slow tests too
 	@$(VENV)/bin/python -m pytest $(ALL)
 
 .PHONY: test-hf
-test-hf: $(VENV_HF)/.installed  ## compare with Hugging Face transformers, in an environment of its own
+test-hf: $(VENV_HF)/.installed  ## compare with Hugging Face transformers and PEFT, in an environment of its own
 	@$(VENV_HF)/bin/python -m pytest tests/hf -m hf
 
 .PHONY: test-latest
@@ -98,7 +100,8 @@ $(VENV_TPU)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV_TPU),$(PYTHON),--editable '.[dev$(comma)tpu]')
 
 $(VENV_HF)/.installed: $(REQUIREMENTS)
-	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 transformers==5.23.0)
+	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 \
+	    transformers==$(TRANSFORMERS) peft==0.21.2)
 
 $(VENV_LATEST)/.installed: $(REQUIREMENTS)
 	@if [ -z "$(PYTHON_LATEST)" ]; then \

@@ -1,14 +1,17 @@
 """Adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors.
 
-Linears have the hub's names, routed experts the per-expert names that vLLM reads. PEFT's own layout
-of experts, `target_parameters`, is neither written nor read.
+Linears have the hub's names. The factors of a layer's routed experts are two fused arrays a matrix,
+which PEFT puts on the parameters that `target_parameters` names, or one pair an expert, which vLLM
+reads. Both are written and read.
 """
 
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
@@ -27,8 +31,14 @@ from nemotron_jax.model.parameters import flatten
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# The hub's names begin with backbone., transformers' modules with model.
-_KEY = re.compile(r"base_model\.model\.(?:backbone|model)\.(layers\..+)\.lora_([AB])\.weight")
+LAYOUTS = ("peft", "vllm")
+# The hub's names begin with backbone., transformers' modules with model. PEFT wraps a module once
+# for each of its parameters, the first innermost, as `base_layer` of the next.
+_KEY = re.compile(
+    r"base_model\.model\.(?:backbone|model)\.(layers\..+?)((?:\.base_layer)*)\.lora_([AB])\.weight"
+)
+_EXPERT = re.compile(r"(.+\.mixer\.experts)\.(\d+)\.(\w+)")
+_EXPERT_PARAMETERS = ("up_proj", "down_proj")  # in the order of transformers' module
 # Settings of PEFT that change what an adapter computes, with the values that are understood.
 _PLAIN = {
     "peft_type": ("LORA",),
@@ -38,30 +48,59 @@ _PLAIN = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "modules_to_save": ([], None),
-    "target_parameters": ([], None),
     "layer_replication": ([], None),
     "lora_bias": (False, None),
+    "alora_invocation_tokens": ([], None),
+    "trainable_token_indices": ([], None),
 }
 
 
-def save_adapter(model: Nemotron, path: str | os.PathLike, *, base: str = "") -> None:
+def save_adapter(
+    model: Nemotron, path: str | os.PathLike, *, base: str = "", layout: str = "peft"
+) -> None:
     """Write a model's adapters into the directory `path`; `base` names the model they belong to.
 
-    Raises ValueError when the model has none.
+    `layout` is that of routed experts: "peft" fuses them, "vllm" names each. PEFT loads no adapter
+    of a Mamba layer's output projection (target `mamba_out`) onto this family: a warning. Raises
+    ValueError when the model has no adapters.
     """
+    known = layout in LAYOUTS
+    check_value("save_adapter", "layout", layout, known, f"must be one of {', '.join(LAYOUTS)}")
     sites = {s.name: s for s in adapter_sites(model) if getattr(s.module, s.adapter)}
     if not sites:
         raise ValueError("save_adapter: the model has no adapters; add some, or save the model")
-    tensors, modules = {}, set()
+    tensors: dict[str, np.ndarray] = {}
+    modules, parameters = set(), set()
     for tensor in _adapted(model, sites):
         owner = tensor.name.removesuffix(".weight")
-        modules.add(owner.rsplit(".", 1)[1])
         first = _factors(sites, tensor.parameters[0])[0]
         seconds = [_factors(sites, name)[1] for name in tensor.parameters]
+        expert = _EXPERT.fullmatch(owner)
+        if layout == "peft" and expert is not None:
+            parameters.add(f"mixer.experts.{expert[3]}")
+            if expert[2] == "0":
+                layer = tensor.index[0]
+                tensors |= _fused(expert[1], expert[3], first[layer], seconds[0][layer])
+            continue
+        modules.add(_target(owner) if layout == "peft" else owner.rsplit(".", 1)[1])
         tensors[f"{PREFIX}{owner}.lora_A.weight"] = _array(first[tensor.index].T)
         joined = np.concatenate([_array(b[tensor.index]) for b in seconds], axis=-1)
         tensors[f"{PREFIX}{owner}.lora_B.weight"] = _array(joined.T)
-    site = next(iter(sites.values()))
+    if layout == "peft" and "out_proj" in modules:
+        warnings.warn(
+            "save_adapter: PEFT refuses adapters of a Mamba layer's out_proj on this family; merge "
+            "them, or train without the target mamba_out, to load the model there",
+            stacklevel=2,
+        )
+    target = Path(path)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / TENSOR_FILE, metadata={"format": "pt"})
+    config = _config(next(iter(sites.values())), base, modules, parameters)
+    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _config(site: Site, base: str, modules: set[str], parameters: set[str]) -> dict[str, Any]:
+    """adapter_config.json of adapters that are all like the site's."""
     adapter = getattr(site.module, site.adapter)
     rank = adapter.b.shape[-2]
     config = {
@@ -76,10 +115,7 @@ def save_adapter(model: Nemotron, path: str | os.PathLike, *, base: str = "") ->
         "inference_mode": True,
         "target_modules": sorted(modules),
     }
-    target = Path(path)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / TENSOR_FILE, metadata={"format": "pt"})
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return config | ({"target_parameters": sorted(parameters)} if parameters else {})
 
 
 def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
@@ -91,12 +127,8 @@ def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
     directory = Path(path)
     config = _read_config(directory / CONFIG_FILE)
     file = SafetensorsFile(directory / TENSOR_FILE)
-    found: dict[str, dict[str, str]] = {}
-    for key in file.entries:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{file.path}: {key!r} is no LoRA factor of a layer's module")
-        found.setdefault(f"backbone.{match[1]}.weight", {})[match[2]] = key
+    num_experts = model.config.moe.num_experts if model.config.moe else 0
+    found = _found(file, config, num_experts)
     all_sites = {site.name: site for site in adapter_sites(model)}
     tensors = {t.name: t for t in _adapted(model, all_sites) if t.name in found}
     if unknown := sorted(found.keys() - tensors.keys()):
@@ -109,7 +141,7 @@ def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
     for name, tensor in tensors.items():
         if found[name].keys() != {"A", "B"}:
             raise ValueError(f"{file.path}: {name!r} has one factor and not both")
-        a, b = (file.read(found[name][part]).astype(np.float32).T for part in "AB")
+        a, b = (found[name][part]().astype(np.float32).T for part in "AB")
         _fill(new, tensor, a, b, file.path)
     for name, (a, b) in new.items():
         adapter = getattr(sites[name].module, sites[name].adapter)
@@ -117,6 +149,79 @@ def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
             adapter.a = nnx.Param(jnp.asarray(a), axes=adapter.a.axes)
         adapter.b = nnx.Param(jnp.asarray(b), axes=adapter.b.axes)
     return model
+
+
+_Readers = dict[str, dict[str, Callable[[], np.ndarray]]]
+
+
+def _found(file: SafetensorsFile, config: dict[str, Any], num_experts: int) -> _Readers:
+    """By the hub's tensor, what reads its factors; those of fused experts one by one."""
+    found: _Readers = {}
+    read = functools.lru_cache(maxsize=4)(file.read)  # of a fused factor every expert reads a part
+    for key in file.entries:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{file.path}: {key!r} is no LoRA factor of a layer's module")
+        module, part, depth = match[1], match[3], match[2].count(".base_layer")
+        if not module.endswith(".mixer.experts"):
+            if depth:
+                raise ValueError(f"{file.path}: {key!r} adapts a module twice; merge it with PEFT")
+            found.setdefault(f"backbone.{module}.weight", {})[part] = functools.partial(read, key)
+            continue
+        name = _fused_parameter(config["target_parameters"], f"model.{module}", depth)
+        shape, rank = file.entries[key].shape, config["r"]
+        if name is None or shape["AB".index(part)] != rank * num_experts:
+            raise ValueError(
+                f"{file.path}: {key!r} of shape {shape} does not fit target_parameters="
+                f"{config['target_parameters']}, {num_experts} experts and rank {rank}"
+            )
+        for expert in range(num_experts):
+            owner = f"backbone.{module}.{expert}.{name}.weight"
+            found.setdefault(owner, {})[part] = functools.partial(
+                _of_expert, read, key, part, expert, num_experts
+            )
+    return found
+
+
+def _fused_parameter(targets: Sequence[str], module: str, depth: int) -> str | None:
+    """Which of a module's parameters PEFT adapts `depth` wrappers below the outermost."""
+    wrapped = [
+        name
+        for name in _EXPERT_PARAMETERS
+        if any(f".{module}.{name}".endswith(f".{target}") for target in targets)
+    ]
+    return wrapped[-1 - depth] if depth < len(wrapped) else None
+
+
+def _fused(module: str, name: str, a: Any, b: Any) -> dict[str, np.ndarray]:
+    """The two factors of all of a layer's experts as PEFT has them: A counts experts slowest, B
+    fastest."""
+    depth = len(_EXPERT_PARAMETERS) - 1 - _EXPERT_PARAMETERS.index(name)
+    owner = f"{PREFIX}{module}{'.base_layer' * depth}"
+    experts, inputs, rank = a.shape
+    return {
+        f"{owner}.lora_A.weight": _array(
+            np.transpose(a, (0, 2, 1)).reshape(experts * rank, inputs)
+        ),
+        f"{owner}.lora_B.weight": _array(np.transpose(b, (2, 1, 0)).reshape(-1, rank * experts)),
+    }
+
+
+def _of_expert(read: Callable, key: str, part: str, expert: int, experts: int) -> np.ndarray:
+    """One expert's factor, output-first, of a fused one."""
+    factor = read(key)
+    if part == "A":
+        return factor.reshape(experts, -1, factor.shape[1])[expert]
+    return factor.reshape(factor.shape[0], -1, experts)[:, :, expert]
+
+
+def _target(owner: str) -> str:
+    """A module's name for PEFT's target_modules, which match ends of names.
+
+    Dense layers and shared experts both have an up_proj, of which only one may have adapters.
+    """
+    parts = owner.split(".")
+    return ".".join(parts[-2:] if parts[-1] in _EXPERT_PARAMETERS else parts[-1:])
 
 
 def _fill(new: dict, tensor: HubTensor, a: np.ndarray, b: np.ndarray, path: Path) -> None:
@@ -166,5 +271,9 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {name}={config[name]!r} is not understood; merge the adapter with PEFT "
                 "and load the merged model"
             )
+    fused = config.get("target_parameters") or []
+    if not (isinstance(fused, list) and all(isinstance(name, str) for name in fused)):
+        raise ValueError(f"{path}: target_parameters={fused!r} must be a list of names")
     # rank-stabilised LoRA divides by the root; as an alpha of ours that is alpha · √r / r
-    return {"r": rank, "alpha": alpha * math.sqrt(rank) if config.get("use_rslora") else alpha}
+    alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return {"r": rank, "alpha": alpha, "target_parameters": fused}

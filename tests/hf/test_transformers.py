@@ -1,7 +1,6 @@
 """transformers reads what is exported here, and what it writes is read here; both say the same."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -14,47 +13,17 @@ from tests.tiny_models import VOCABULARY, tiny_config, tiny_model
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from transformers import NemotronHForCausalLM  # noqa: E402
+from tests.hf.theirs import (  # noqa: E402
+    NEW,
+    load_theirs,
+    our_logits,
+    some_tokens,
+    their_greedy,
+    their_logits,
+)
 
 pytestmark = pytest.mark.hf
 PATTERN = "ME*-M"
-NEW = 12
-
-
-def load_theirs(directory):
-    """Their model with their plainest kernels, its time steps as free in prefill as in decode.
-
-    Their prefill clamps steps from below at time_step_min; their own decode does not, nor do the
-    family's other implementations.
-    """
-    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    network = NemotronHForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
-    mixers = [module for module in network.modules() if hasattr(module, "time_step_limit")]
-    assert len(mixers) == network.config.layers_block_type.count("linear_attention")
-    for mixer in mixers:
-        mixer.time_step_limit = (0.0, math.inf)
-    return network.eval()
-
-
-def their_logits(network, tokens):
-    with torch.no_grad():
-        return network(torch.tensor(tokens), use_cache=False).logits.numpy()
-
-
-def our_logits(network, tokens):
-    return np.asarray(network.logits(network(tokens).hidden))
-
-
-def their_greedy(network, prompts):
-    with torch.no_grad():
-        found = network.generate(
-            torch.tensor(prompts), max_new_tokens=NEW, do_sample=False, eos_token_id=None
-        )
-    return found[:, prompts.shape[1] :].numpy()
-
-
-def some_tokens(vocabulary, *shape):
-    return np.random.default_rng(0).integers(3, vocabulary, shape)
 
 
 def assert_both_say_the_same(ours, network, vocabulary):

@@ -37,7 +37,15 @@ def adapted(base):
 @pytest.fixture(scope="module")
 def written(adapted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(adapted, folder, base="some/model")
+    save_adapter(adapted, folder, base="some/model", layout="vllm")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fused(adapted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fused")
+    with pytest.warns(UserWarning, match="PEFT refuses adapters of a Mamba layer's out_proj"):
+        save_adapter(adapted, folder)
     return folder
 
 
@@ -63,10 +71,58 @@ def test_the_files_say_what_merging_does(base, adapted, written) -> None:
     assert {"in_proj", "q_proj", "fc1_latent_proj"} < set(config["target_modules"])
 
 
-def test_reading_gives_back_what_was_written(base, adapted, written) -> None:
-    again = flatten(load_adapter(base, written))
+def test_fused_experts_say_what_merging_does(base, adapted, fused, written) -> None:
+    """By PEFT's formula of a parameter's change, the einsum of its ParamWrapper."""
+    config = json.loads((fused / CONFIG_FILE).read_text())
+    factors, single = load_file(fused / TENSOR_FILE), load_file(written / TENSOR_FILE)
+    before, after = hub_table(base), hub_table(merge_adapters(adapted))
+    assert config["target_parameters"] == ["mixer.experts.down_proj", "mixer.experts.up_proj"]
+    assert {"mixer.up_proj", "shared_experts.up_proj"} < set(config["target_modules"])
+    inner = {"up_proj": ".base_layer", "down_proj": ""}
+    for layer, name in ((1, "up_proj"), (1, "down_proj"), (5, "up_proj"), (5, "down_proj")):
+        module = f"layers.{layer}.mixer.experts"
+        owner = f"base_model.model.backbone.{module}{inner[name]}"
+        a, b = (factors.pop(f"{owner}.lora_{part}.weight") for part in "AB")
+        experts = base.config.moe.num_experts
+        a, b = a.reshape(experts, 3, -1), b.reshape(-1, 3, experts)
+        change = 5.0 / 3 * np.einsum("ore,eri->eoi", b, a)
+        for expert in range(experts):
+            tensor = f"backbone.{module}.{expert}.{name}.weight"
+            np.testing.assert_allclose(after[tensor], before[tensor] + change[expert], atol=1e-5)
+    for key, factor in factors.items():
+        assert np.array_equal(factor, single[key]), key
+
+
+@pytest.mark.parametrize("layout", ["written", "fused"])
+def test_reading_gives_back_what_was_written(base, adapted, layout, request) -> None:
+    again = flatten(load_adapter(base, request.getfixturevalue(layout)))
     for name, leaf in flatten(adapted).items():
         assert np.array_equal(again[name], leaf), name
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        ({"target_parameters": ["experts.down_proj"]}, None, "does not fit target_parameters"),
+        ({"target_parameters": "experts.down_proj"}, None, "must be a list of names"),
+        ({"r": 2}, None, "does not fit target_parameters=.*6 experts and rank 2"),
+        (
+            {},
+            lambda t: {k.replace("q_proj", "q_proj.base_layer"): v for k, v in t.items()},
+            "adapts a module twice",
+        ),
+    ],
+)
+def test_fused_experts_that_are_not_understood_are_refused(
+    base, fused, tmp_path, config, tensors, words
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_adapter(base, rewritten(fused, tmp_path, config, tensors))
+
+
+def test_an_unknown_layout_is_named(adapted, tmp_path) -> None:
+    with pytest.raises(ValueError, match="layout='hub': must be one of peft, vllm"):
+        save_adapter(adapted, tmp_path, layout="hub")
 
 
 def rewritten(written, folder, change_config=None, change_tensors=None):
@@ -101,7 +157,7 @@ def test_an_adapter_of_some_modules_under_transformers_names_is_read(
     [
         ({"use_dora": True}, None, "use_dora=True is not understood"),
         ({"rank_pattern": {"q_proj": 8}}, None, "rank_pattern"),
-        ({"target_parameters": ["experts.up_proj"]}, None, "target_parameters"),
+        ({"alora_invocation_tokens": [3]}, None, "alora_invocation_tokens"),
         ({"r": 4}, None, "the model and rank need"),
         ({"r": "x"}, None, "cannot be read"),
         ({}, lambda t: t | {"base_model.model.lm_head.weight": np.ones(2)}, "is no LoRA factor"),
