@@ -18,12 +18,14 @@ from nemotron_jax.posttraining import rl_loop
 from nemotron_jax.posttraining.curriculum import make_pools
 from nemotron_jax.posttraining.engine_sampler import make_sampler
 from nemotron_jax.posttraining.grpo import grpo_objective
+from nemotron_jax.posttraining.plots import draw_result
 from nemotron_jax.posttraining.result import result, summary
 from nemotron_jax.posttraining.transcripts import Transcripts, write_page
 from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.pretrained import begin_run, load_pretrained, load_tokenizer
 from nemotron_jax.training import loop
 from nemotron_jax.training.checkpoint import checkpoint_steps
+from nemotron_jax.training.metrics import FILE_NAME as METRICS
 
 SFT, GRPO, RESULT = "sft", "grpo", "result.json"
 
@@ -31,9 +33,10 @@ SFT, GRPO, RESULT = "sft", "grpo", "result.json"
 def run(
     config: RunConfig, workdir: Path, mesh: Mesh, *, fine_tune: Callable[[RunConfig, Path], int]
 ) -> int:
-    """Train in workdir/sft and workdir/grpo and write workdir/result.json; the exit status.
+    """Train in workdir/sft and workdir/grpo; write workdir/result.json and plots/result.png.
 
-    Whatever is done already is not done again. `fine_tune` trains a run of stage `sft`.
+    Whatever is done already is not done again. `fine_tune` trains a run of stage `sft`. Gives the
+    exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
     rl_loop.check_rollouts(config)
@@ -70,6 +73,8 @@ def run(
     }
     with atomic_writer(workdir / RESULT) as out:
         out.write((json.dumps(found | seconds, indent=1) + "\n").encode())
+    lines = (workdir / GRPO / METRICS).read_text("utf-8").splitlines()
+    draw_result(found, [json.loads(line) for line in lines], workdir)
     print(summary(found, workdir))
     return 0
 
