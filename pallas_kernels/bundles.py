@@ -51,13 +51,14 @@ def cycles(found: Sequence[Part], steps: float, branches: Sequence[Sequence[floa
     The grid takes `steps`, and without branches all that is not the kernel's own runs at each. A
     branch is a condition or loop directly in a step: how often it runs in all, and the mean trips
     of the loops in it, from the outside in (a loop that is itself the branch is the first of them).
+    One branch alone is the grid's own loop.
     Raises ValueError where there are not as many branches as the compiler made.
     """
     if not branches:
         return found[0].bundles + steps * sum(part.bundles for part in found[1:])
     place, children = 0, _children(found, 0)
     total = found[0].bundles * 1.0
-    while len(children) == 1:
+    while len(children) == 1 and len(branches) > 1:
         place = children[0]
         total += steps * found[place].bundles
         children = _children(found, place)

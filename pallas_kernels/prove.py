@@ -148,7 +148,7 @@ def listings() -> Iterator[Path]:
 def heading(target: str) -> str:
     """The table's first line."""
     names = ("compiled", "VMEM", "spills", "GFLOP", "MB", "cycles", "µs", "bound", "temporaries")
-    return f"{target:36}{'shape':8}" + "".join(f"{name:>12}" for name in names)
+    return f"{target:60}{'shape':8}" + "".join(f"{name:>12}" for name in names)
 
 
 def line(row: dict) -> str:
@@ -165,11 +165,11 @@ def line(row: dict) -> str:
         row["bound"] or "",
         show(row["temporaries"], 1e6, 1),
     )
-    text = f"{row['kernel'] + ' ' + row['direction']:36}{row['shape']:8}"
+    text = f"{row['kernel'] + ' ' + row['direction']:60}{row['shape']:8}"
     text += "".join(f"{cell:>12}" for cell in cells)
     if "xla" in row:
         xla = row["xla"]
-        text += f"\n{'  in plain XLA':44}" + "".join(
+        text += f"\n{'  in plain XLA':68}" + "".join(
             f"{cell:>12}" for cell in ("yes" if xla["compiled"] else "no", *[""] * 7)
         )
         text += f"{show(xla['temporaries'], 1e6, 1):>12}"

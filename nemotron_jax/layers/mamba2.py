@@ -71,6 +71,7 @@ class CausalConv(nnx.Module):
                 lengths=lengths,
                 every_tail=context.every_state,
                 implementation=context.kernel("causal_conv1d"),
+                target=context.target,
             )
 
         weight = self.weight[...].astype(x.dtype)

@@ -1,14 +1,12 @@
 """The causal depthwise convolution before Mamba-2's scan: contract, checks, gradients."""
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.causal_conv1d import reference, xla
+from pallas_kernels.causal_conv1d import pallas_tpu, reference, xla
 
 ACTIVATIONS = ("silu", None)
 
@@ -19,17 +17,25 @@ def _definition(x, weight, bias, tail, documents, *, activation):
     return reference.causal_conv1d(x, weight, bias, **options)[0]
 
 
-def _definition_gradients(x, weight, bias, tail, documents, dy, *, activation):
-    conv = functools.partial(_definition, documents=documents, activation=activation)
-    return jax.vjp(lambda *operands: conv(*operands), x, weight, bias, tail)[1](dy)
+def _xla_gradients(operands, dy, *, activation):
+    return *xla.backward(*operands, dy, activation=activation), None
 
 
-# Forward: (x, weight, bias, tail, documents, *, activation) -> y, where bias and tail may be None;
-# documents is None or counts the document starts along each row. Backward takes dy after them.
-IMPLEMENTATIONS = {
-    "reference": dispatch.Implementation(_definition, _definition_gradients),
-    "xla": dispatch.Implementation(xla.forward, xla.backward),
-}
+# Operands: (x, weight, bias, tail, documents). Bias, tail and documents may be None; documents are
+# counted, from the row's first token.
+CONVOLVE = dispatch.Op(
+    "causal_conv1d",
+    {
+        "reference": dispatch.Implementation(*dispatch.autodiff(_definition)),
+        "xla": dispatch.Implementation(dispatch.keeping_operands(xla.forward), _xla_gradients),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(xla.forward),
+            pallas_tpu.backward,
+            pallas_tpu.unsupported,
+            platforms=("tpu",),
+        ),
+    },
+)
 
 
 def causal_conv1d(
@@ -43,6 +49,7 @@ def causal_conv1d(
     activation: Literal["silu"] | None = "silu",
     every_tail: bool = False,
     implementation: str | None = None,
+    target: str | None = None,
 ) -> tuple[Float[Array, "B T channels"], Float[Array, "B *each W-1 channels"]]:
     """Outputs y in x's dtype, and the tail: the last W - 1 inputs, where the next piece goes on.
 
@@ -53,6 +60,7 @@ def causal_conv1d(
     and receive no gradient. The returned tail reaches into the given one where the row is shorter
     than W - 1, and is 0 where it would leave the document of the last token. With `every_tail` it
     is the tail after each token, [B, T, W-1, channels], for the few tokens of a verification.
+    `target` is the platform that the program is compiled for, where the caller knows it.
     Raises ValueError for shapes that disagree, an unknown activation or implementation.
     """
     _check(x, weight, bias, tail, segment_ids, lengths, activation)
@@ -60,10 +68,7 @@ def causal_conv1d(
     tail = None if tail is None else tail.astype(x.dtype)
     documents = None if segment_ids is None else _documents(segment_ids)
     operands = (x, weight, bias, tail, documents)
-    names = dispatch.choose(
-        "causal_conv1d", IMPLEMENTATIONS, implementation, *operands, activation=activation
-    )
-    y = _convolve(names, activation, *operands)
+    y = CONVOLVE(*operands, implementation=implementation, target=target, activation=activation)
     if lengths is not None:
         y = jnp.where((jnp.arange(tokens) < lengths[:, None])[..., None], y, 0)
     if tail is None:
@@ -78,27 +83,6 @@ def causal_conv1d(
         return y, _last(x, tail)
     ends = jnp.full((batch,), tokens) if lengths is None else jnp.minimum(lengths, tokens)
     return y, _tails(x, tail, documents, ends[:, None])[:, 0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _convolve(names: tuple[str, ...], activation: str | None, *operands: Any) -> Array:
-    return dispatch.run(IMPLEMENTATIONS, names, "forward", *operands, activation=activation)
-
-
-def _convolve_forward(names: tuple[str, ...], activation: str | None, *operands: Any) -> Any:
-    return _convolve(names, activation, *operands), operands
-
-
-def _convolve_backward(
-    names: tuple[str, ...], activation: str | None, operands: Any, dy: Array
-) -> Any:
-    gradients = dispatch.run(
-        IMPLEMENTATIONS, names, "backward", *operands, dy, activation=activation
-    )
-    return *gradients, None
-
-
-_convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

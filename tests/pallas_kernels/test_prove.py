@@ -41,8 +41,10 @@ def test_cycles_are_bundles_times_trips() -> None:
     assert bundles.cycles(found, 50) == kernel + 50 * (outer + condition + inner)
     counted = bundles.cycles(found, 50, ((4,), (50, 2.5)))
     assert counted == kernel + 50 * outer + 4 * condition + 125 * inner
-    with pytest.raises(ValueError, match="1 branches for a kernel of 2; its parts are >loop 117"):
-        bundles.cycles(found, 50, ((4,),))
+    alone = bundles.cycles(found, 50, ((1, 50, 2.5),))
+    assert alone == kernel + 50 * outer + 50 * condition + 125 * inner
+    with pytest.raises(ValueError, match="3 branches for a kernel of 2; its parts are >loop 117"):
+        bundles.cycles(found, 50, ((4,), (50, 2.5), (1,)))
 
 
 def test_counted_visits_are_those_of_the_kernel() -> None:
@@ -82,4 +84,5 @@ def test_a_kernel_compiles_for_v5p(proof: Any) -> None:
     device = SingleDeviceSharding(absent.tpu_devices("v5p:2x2x1")[0])
     row = prove.row_of(proof, "v5p", device, None)  # cycles take listings, which take half the time
     assert row["compiled"], row["why"]
-    assert 0 < row["vmem_bytes"] < 128 * 2**20
+    # The compiler does not tell it of a kernel that sets no limit: JAX's own attention.
+    assert row["vmem_bytes"] is None or 0 < row["vmem_bytes"] < 128 * 2**20
