@@ -198,7 +198,8 @@ class Engine:
                 "Engine.replace_weights: the model differs from the engine's in its configuration, "
                 "shapes or dtypes; make another engine for it"
             )
-        self._runner.model, self.version = model, version
+        self._runner.put_model(model)
+        self.version = version
         self._scheduler.expire()
 
     def stats(self) -> Stats:

@@ -13,7 +13,7 @@ from nemotron_jax.decoding import store as programs
 from nemotron_jax.decoding.prefix_cache import Entry
 from nemotron_jax.decoding.request import MOST_STOP_TOKENS
 from nemotron_jax.decoding.scheduler import Slot
-from nemotron_jax.decoding.store import Decoded, DecodeRows, PrefillRows, Store
+from nemotron_jax.decoding.store import Decoded, DecodeRows, FlatModel, PrefillRows, Store
 from nemotron_jax.model.nemotron import Nemotron
 
 # A table of pages is as wide as the longest row needs, in powers of this: attention reads all of
@@ -42,7 +42,8 @@ class Runner:
         rounds: int,
         prefill_shapes: Sequence[tuple[int, int]],
     ) -> None:
-        self.model, self.slots, self.rounds = model, slots, rounds
+        self.put_model(model)
+        self.slots, self.rounds = slots, rounds
         self.speculative, self._page_tokens = speculative, page_tokens
         self._decode_widths = self._widths(max_length + speculative + 1)
         few = [max(slots // _FEW_ROWS, 1)] if slots > _MOST_SLOTS_WHOLE else []
@@ -60,6 +61,10 @@ class Runner:
             mtp=speculative > 0,
         )
         self._compile()
+
+    def put_model(self, model: Nemotron) -> None:
+        """Run this model from now on; one of another shape would compile the programs anew."""
+        self.model, self._weights = model, FlatModel.of(model)
 
     def prefill(
         self, slots: Sequence[Slot], shape: tuple[int, int]
@@ -94,7 +99,7 @@ class Runner:
         self, hidden: Float[Array, "B T D"], targets: Int[np.ndarray, "B T"]
     ) -> Float[np.ndarray, "B T"]:
         """Log-probability of the token that follows each hidden state."""
-        return np.asarray(programs.score(self.model, hidden, targets))
+        return np.asarray(programs.score(self._weights, hidden, targets))
 
     def save(self, slot: Slot, entry: Entry) -> None:
         """Keep the slot's states in the entry's snapshot."""
@@ -110,7 +115,7 @@ class Runner:
         )
 
     def _prefill(self, rows: PrefillRows) -> Float[Array, "B T D"]:
-        store, hidden = programs.prefill(self.model, self._without_snapshots(), rows)
+        store, hidden = programs.prefill(self._weights, self._without_snapshots(), rows)
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return hidden
 
@@ -121,7 +126,7 @@ class Runner:
 
     def _decode(self, rows: DecodeRows, rounds: int) -> Decoded:
         store, given = programs.decode(
-            self.model,
+            self._weights,
             self._without_snapshots(),
             rows,
             np.int32(rounds),

@@ -25,6 +25,38 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.sharding import current_mesh, shard
 
 
+class _Structure:
+    """A tree's structure that is hashed once, and compared by identity where it can be."""
+
+    def __init__(self, tree: jax.tree_util.PyTreeDef) -> None:
+        self.tree, self._hash = tree, hash(tree)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Structure) and self.tree == other.tree)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FlatModel:
+    """A model as a tuple of arrays. A program that is called with a model takes it apart in Python
+    first, module by module: 4 ms of host time for 135 modules, at every call."""
+
+    leaves: tuple[Array, ...]
+    structure: _Structure = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, model: Nemotron) -> "FlatModel":
+        leaves, tree = jax.tree.flatten(model)
+        return cls(tuple(leaves), _Structure(tree))
+
+    def model(self) -> Nemotron:
+        """The model again."""
+        return jax.tree.unflatten(self.structure.tree, self.leaves)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
@@ -146,7 +178,7 @@ class Decoded:
 
 @functools.partial(jax.jit, donate_argnums=1)
 def prefill(
-    model: Nemotron, store: Store, rows: PrefillRows
+    weights: FlatModel, store: Store, rows: PrefillRows
 ) -> tuple[Store, Float[Array, "B T D"]]:
     """The store after one chunk of a few slots' prompts, and the hidden states of its tokens.
 
@@ -156,7 +188,7 @@ def prefill(
     taken = _taken(store.slots, rows.slot)
     empty = lambda a: jnp.where((start == 0).reshape(-1, *(1,) * (a.ndim - 1)), 0, a)
     before = _cache(store, jax.tree.map(empty, taken), rows.table, start)
-    cache, hidden = prefill_chunk(model, before, rows.tokens, lengths)
+    cache, hidden = prefill_chunk(weights.model(), before, rows.tokens, lengths)
     cache = keep_states(cache, before, store.rounding)
     states = States(
         _mamba_states(cache), jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), 0)
@@ -166,7 +198,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnames=("speculative", "capacity"), donate_argnums=1)
 def decode(
-    model: Nemotron,
+    weights: FlatModel,
     store: Store,
     rows: DecodeRows,
     rounds: Int[Array, ""],
@@ -176,6 +208,7 @@ def decode(
 ) -> tuple[Store, Decoded]:
     """The store after first tokens where they are due and then at most `rounds` rounds, and what
     they gave: at most `capacity` tokens a row."""
+    model = weights.model()
     whole = len(rows.slot) == len(store.slots.hidden)
     states = store.slots if whole else _taken(store.slots, rows.slot)
     cache = _cache(store, states, rows.table, rows.length)
@@ -234,10 +267,10 @@ def load_snapshot(
 
 @jax.jit
 def score(
-    model: Nemotron, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+    weights: FlatModel, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """Log-probability of the token that follows each hidden state."""
-    logits = model.logits(hidden)
+    logits = weights.model().logits(hidden)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
