@@ -107,7 +107,7 @@ class Engine:
         pages = slots * -(-max_length // page_tokens) if pages is None else pages
         held = {"slots": slots, "pages": pages, "page_tokens": page_tokens, "snapshots": snapshots}
         self._prefix = PrefixCache(page_tokens) if prefix_cache else None
-        self._scheduler = Scheduler(prefix=self._prefix, **held)
+        self._scheduler = Scheduler(prefix=self._prefix, drafts=speculative > 0, **held)
         self._runner = Runner(
             for_decoding(model),
             max_length=max_length,
@@ -262,7 +262,7 @@ class Engine:
             slot, entry = started
             if entry is None:
                 continue
-            self._runner.load(entry, slot)
+            self._runner.load(entry, slot, len(self._scheduler.shared_pages(entry)))
             if slot.job.group is not None:
                 self._scheduler.release_group(slot.job.group)
 

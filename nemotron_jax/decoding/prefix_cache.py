@@ -56,7 +56,8 @@ class PrefixCache:
         return iter(self._places)
 
     def find(self, tokens: Sequence[int], hashes: Sequence[bytes]) -> Entry | None:
-        """The longest entry that the tokens begin with and that can serve them.
+        """The longest entry that the tokens begin with and that can serve them; it becomes the
+        newest.
 
         `hashes` are the tokens' own. All tokens but the last must do where an entry has no hidden
         state to draw the next one from.
@@ -70,16 +71,17 @@ class PrefixCache:
                 if rest[: len(tail)] == tail and (entry.complete or entry.length < len(tokens))
             ]
             if fitting:
-                return max(fitting, key=lambda entry: entry.length)
+                found = max(fitting, key=lambda entry: entry.length)
+                self._places.move_to_end(found)
+                return found
         return None
 
     def count(self, entry: Entry | None) -> None:
-        """Count that a request started, and what from; the entry becomes the newest."""
+        """Count that a request started, and what from."""
         self.queries += 1
         if entry in self._places:
             self.hits += 1
             self.hit_tokens += entry.length
-            self._places.move_to_end(entry)
 
     def place(self, tokens: Sequence[int], length: int, hashes: Sequence[bytes]) -> Place:
         """Where an entry of the first `length` tokens belongs; `hashes` are of all tokens."""

@@ -105,11 +105,11 @@ class Runner:
         """Keep the slot's states in the entry's snapshot."""
         self._store = programs.save_snapshot(self._store, _int(slot.number), _int(entry.snapshot))
 
-    def load(self, entry: Entry, slot: Slot) -> None:
-        """Let the slot stand where the entry ends; its last page, if not full, is the slot's own
-        copy."""
-        full, rest = divmod(entry.length, self._page_tokens)
-        pages = (entry.pages[full], slot.pages[full]) if rest else (0, 0)
+    def load(self, entry: Entry, slot: Slot, shared: int) -> None:
+        """Let the slot stand where the entry ends; a page after those that the two share is the
+        slot's own copy."""
+        copied = len(entry.pages) > shared
+        pages = (entry.pages[shared], slot.pages[shared]) if copied else (0, 0)
         self._store = programs.load_snapshot(
             self._store, _int(entry.snapshot), _int(slot.number), *map(_int, pages)
         )

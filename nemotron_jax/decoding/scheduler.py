@@ -94,7 +94,9 @@ class Slot:
 class Scheduler:
     """Slots, pages, snapshots and the queue. It decides; the engine tells the device.
 
-    Entries of the prefix cache go, the oldest first, where a request wants what they hold.
+    Entries of the prefix cache go, the oldest first, where a request wants what they hold. With
+    `drafts` a page is shared only once the token after it is known too: the MTP block's keys are
+    made of a token and of the one that follows.
     """
 
     def __init__(
@@ -105,8 +107,9 @@ class Scheduler:
         page_tokens: int,
         snapshots: int,
         prefix: PrefixCache | None = None,
+        drafts: bool = False,
     ) -> None:
-        self.page_tokens = page_tokens
+        self.page_tokens, self._drafts = page_tokens, drafts
         self.pages, self.prefix = Pages(pages), prefix
         self.waiting: collections.deque[Job] = collections.deque()
         self.slots: list[Slot | None] = [None] * slots
@@ -131,6 +134,11 @@ class Scheduler:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_tokens)
 
+    def shared_pages(self, entry: Entry) -> tuple[int, ...]:
+        """The pages of an entry that nobody writes to any more; a request that starts from it has
+        its own copy of one that may follow."""
+        return entry.pages[: (entry.length - self._drafts) // self.page_tokens]
+
     def start_next(self) -> tuple[Slot, Entry | None] | None:
         """The next request in a slot of its own, and the entry that it starts from; None where
         nothing can start now.
@@ -146,7 +154,7 @@ class Scheduler:
                 continue
             entry = self._start_of(job)
             needed = self.pages_for(len(job.request.prompt) + job.request.wanted.max_new_tokens)
-            shared = () if entry is None else entry.pages[: entry.length // self.page_tokens]
+            shared = () if entry is None else self.shared_pages(entry)
             self.pages.share(shared)
             if not self._make_room(needed - len(shared), entry):
                 self.pages.release(shared)

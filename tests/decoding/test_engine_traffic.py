@@ -60,6 +60,19 @@ def test_a_prefix_is_read_once_and_changes_no_answer(model, speculative):
     assert_empty(engine)
 
 
+def test_texts_that_go_on_differently_from_a_full_page_keep_their_own_drafts(model):
+    engine = make(model, 2, prefix_cache=True)
+    assert len(PROMPTS[0]) % 8 == 0
+    engine.submit(PROMPTS[0], max_new_tokens=1, **GREEDY).wait()
+    ways = (1, 2, 0)
+    requests = [engine.submit(PROMPTS[0], max_new_tokens=NEW, **WAYS[way]) for way in ways]
+    engine.run()
+    assert engine.stats().prefix_hits == 3
+    for way, request in zip(ways, requests, strict=True):
+        assert_alone(request, alone(0, way, 2))
+    assert_empty(engine)
+
+
 def test_formats_of_the_cache_change_little_and_not_nothing(model):
     """Of pages in 8 bits and states in 16; the exact engine's figures are `alone`'s."""
     formats = CacheConfig(kv="float8_e4m3fn", states="float16")

@@ -167,8 +167,8 @@ def test_a_prefix_is_found_where_tokens_agree_and_nowhere_else():
     assert find(text[:13]) is known[11], "the next token cannot be drawn from the one of 13"
     assert find([*text[:10], 0, 0, 0]) is known[8]
     assert find([*text[:5], 0]) is known[4] and find([0, *text]) is None and find([50]) is None
-    cache.count(known[4])
-    assert [cache.pop_oldest() for _ in range(6)] == [*(known[n] for n in (8, 11, 13, 20, 4)), None]
+    by_use = [known[n] for n in (20, 13, 11, 8, 4)]
+    assert [cache.pop_oldest() for _ in range(6)] == [*by_use, None]
     assert find(text) is None and not len(cache)
 
 

@@ -177,9 +177,9 @@ def test_formats_switch_at_their_step(texts, tmp_path, monkeypatch):
     compiled = []
     compile_step = loop.compile_train_step
 
-    def keep(config, state, batch):
+    def keep(config, state, *rest):
         compiled.append((int(state.step), config.execution.precision))
-        return compile_step(config, state, batch)
+        return compile_step(config, state, *rest)
 
     monkeypatch.setattr(loop, "compile_train_step", keep)
     recipe = dataclasses.replace(nemotron3_nvfp4(num_last_layers_high=1), switch_step=2)
@@ -196,8 +196,8 @@ def test_the_step_compiles_once(finished_run, tmp_path, monkeypatch):
     compiled = []
     compile_step = loop.compile_train_step
 
-    def count(config, state, batch):
-        compiled.append(compile_step(config, state, batch))
+    def count(*values):
+        compiled.append(compile_step(*values))
         return compiled[-1]
 
     monkeypatch.setattr(loop, "compile_train_step", count)
