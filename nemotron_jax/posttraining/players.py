@@ -1,7 +1,7 @@
 """Sessions of environments, played where they are; what a worker process does is the same."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from nemotron_jax.environments import registry
@@ -16,10 +16,16 @@ class Reply:
     over: bool
 
 
+# Waits for the answers to turns that were given before; nothing else is asked meanwhile.
+Replies = Callable[[], dict[int, Reply]]
+
+
 class Players(Protocol):
     """Sessions by their place, each playing one task."""
 
     def start(self, tasks: Sequence[Task]) -> None: ...
+
+    def begin_reply(self, turns: dict[int, dict[str, Any]]) -> "Replies": ...
 
     def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]: ...
 
@@ -38,6 +44,10 @@ class Here:
         """Begin with these tasks; earlier sessions are closed."""
         self.close()
         self._sessions = [_started(task) for task in tasks]
+
+    def begin_reply(self, turns: dict[int, dict[str, Any]]) -> Replies:
+        """What gives the answers; there is nobody else to work on them before it is asked."""
+        return lambda: self.reply(turns)
 
     def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]:
         """The answers to the assistant's messages at these places."""

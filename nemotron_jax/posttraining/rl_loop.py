@@ -39,8 +39,8 @@ class Rollouts:
     Tasks, draws and everything else of step n are functions of the config and of n, so a run that
     goes on from a checkpoint plays what it would have played. With `rl.max_age` = 1 the next
     batch's first turns are played before the step, by weights one step older than those that play
-    the rest: environments work on them while the step is computed. `state` counts what was handed
-    out and holds what is in flight.
+    the rest: workers play their environments while the step is computed. `state` counts what was
+    handed out and holds what is in flight.
     """
 
     def __init__(

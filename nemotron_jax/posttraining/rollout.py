@@ -19,7 +19,7 @@ from nemotron_jax.data.chat.tokens import encode_pieces, encode_prompt
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.posttraining.players import Players
+from nemotron_jax.posttraining.players import Players, Replies
 from nemotron_jax.posttraining.sampler import Conversations, Sampler, SideBySide, Written
 
 
@@ -73,6 +73,7 @@ class Playing:
     """Tasks while they are played, each `copies` times, next to each other.
 
     `turn` lets every episode that goes on write one turn; the model may be another at each turn.
+    What environments say to it is waited for only when it is needed.
     """
 
     def __init__(
@@ -105,15 +106,18 @@ class Playing:
         self._episodes = [_Unfinished(tasks[p], self._prompts[p]) for p in self._places]
         self._sampler: Conversations | None = None
         self._turns = 0
+        self._replies: Replies | None = None  # to the last turns, if they were not heard yet
         players.start([one.task for one in self._episodes])
 
     @property
     def over(self) -> bool:
         """Whether no episode goes on."""
+        self._hear()
         return self._turns >= self._config.max_turns or all(one.over for one in self._episodes)
 
     def turn(self, model: Nemotron, version: int = 0) -> None:
-        """Every episode that goes on writes a turn and hears what its environment says to it."""
+        """Every episode that goes on hears its environment and writes a turn for it."""
+        self._hear()
         config, going = self._config, self._episodes
         if self._sampler is None:
             self._sampler = self._new_sampler(model)
@@ -127,11 +131,12 @@ class Playing:
             for place, (one, new) in enumerate(zip(going, written, strict=True))
             if not one.over
         }
-        self._hear(turns)
+        self._replies = self._players.begin_reply(turns)
         self._turns += 1
 
     def finish(self) -> list[Episode]:
         """The episodes with their verdicts; group numbers are the tasks' places."""
+        self._hear()
         verdicts = self._players.verify()
         found = zip(self._episodes, self._places, self._options, verdicts, strict=True)
         return [
@@ -140,7 +145,8 @@ class Playing:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What has been written so far, as JSON values."""
+        """What has been written and heard so far, as JSON values."""
+        self._hear()
         return {"turns": self._turns, "episodes": [one.state() for one in self._episodes]}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -165,8 +171,10 @@ class Playing:
             seed=self._seed,
         )
 
-    def _hear(self, turns: dict[int, dict]) -> None:
-        for place, reply in self._players.reply(turns).items():
+    def _hear(self) -> None:
+        """Take in what environments have said to the last turns."""
+        replies, self._replies = self._replies, None
+        for place, reply in replies().items() if replies else ():
             one = self._episodes[place]
             one.over = reply.over or not one.turns[-1].closed
             if not one.over:

@@ -3,13 +3,13 @@
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.environments.base import Task, Verdict
-from nemotron_jax.posttraining.players import Here, Players, Reply
+from nemotron_jax.posttraining.players import Here, Players, Replies, Reply
 
 
 class Worker(Protocol):
@@ -62,20 +62,30 @@ class Workers:
         parts = {w: [tasks[p] for p in self._places(w)] for w in range(len(self._workers))}
         self._ask({w: ("start", part) for w, part in parts.items() if part})
 
-    def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]:
-        """The answers to the assistant's messages at these places; a lost session is over."""
+    def begin_reply(self, turns: dict[int, dict[str, Any]]) -> Replies:
+        """Let the workers answer the assistant's messages at these places; gives what waits for
+        them. A lost session is over."""
         parts: dict[int, dict[int, dict]] = {}
         for place, turn in turns.items():
             if place not in self._lost:
                 worker, inner = self._home(place)
                 parts.setdefault(worker, {})[inner] = turn
-        answers = self._ask({w: ("reply", part) for w, part in parts.items()})
-        found = dict.fromkeys(turns, Reply((), over=True))
-        for place in turns:
-            worker, inner = self._home(place)
-            if place not in self._lost:
-                found[place] = answers[worker][inner]
-        return found
+        self._put({w: ("reply", part) for w, part in parts.items()})
+
+        def wait() -> dict[int, Reply]:
+            answers = self._take(parts)
+            found = dict.fromkeys(turns, Reply((), over=True))
+            for place in turns:
+                worker, inner = self._home(place)
+                if place not in self._lost:
+                    found[place] = answers[worker][inner]
+            return found
+
+        return wait
+
+    def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]:
+        """The answers to the assistant's messages at these places; a lost session is over."""
+        return self.begin_reply(turns)()
 
     def verify(self) -> list[Verdict]:
         """Every session's verdict."""
@@ -104,12 +114,17 @@ class Workers:
         return range(worker, self._count, len(self._workers))
 
     def _ask(self, questions: dict[int, tuple[str, Any]]) -> dict[int, Any]:
-        """The answers of the workers, which work at the same time; one that fails is replaced."""
-        deadline = time.monotonic() + self._timeout_s
+        self._put(questions)
+        return self._take(questions)
+
+    def _put(self, questions: dict[int, tuple[str, Any]]) -> None:
         for worker, question in questions.items():
             self._workers[worker].ask(question)
-        answers = {}
-        for worker in questions:
+
+    def _take(self, asked: Collection[int]) -> dict[int, Any]:
+        """The answers of the workers, which work at the same time; one that fails is replaced."""
+        deadline, answers = time.monotonic() + self._timeout_s, {}
+        for worker in asked:
             answer, failure = self._workers[worker].answer(deadline - time.monotonic())
             if failure is None:
                 answers[worker] = answer

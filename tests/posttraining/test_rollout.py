@@ -116,6 +116,28 @@ def test_an_episode_that_is_interrupted_goes_on_as_it_was(phrases, grpo_config) 
     assert later.models == ["new"]  # told again before its second turn
 
 
+def test_environments_are_waited_for_only_when_they_are_needed(phrases, grpo_config) -> None:
+    done = []
+
+    class Slow(Here):
+        def begin_reply(self, turns):
+            done.append("asked")
+            waits = super().begin_reply(turns)
+            return lambda: done.append("heard") or waits()
+
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    options = {"copies": 1, "seed": 0, "sampler": Scripted(scripts)}
+    playing = Playing(phrases, Slow(), TASKS, grpo_config.rl.rollout, **options)
+    playing.turn(None)
+    assert done == ["asked"]  # a train step may come here
+    assert playing.state()["episodes"][0]["messages"][-1]["role"] == "tool"
+    playing.turn(None)
+    assert done == ["asked", "heard", "asked"] and not playing.over
+    playing.turn(None)
+    assert [episode.verdict.reward for episode in playing.finish()] == [1] * 3
+    assert done == ["asked", "heard"] * 3
+
+
 def test_a_turn_is_never_encoded_again(phrases, grpo_config) -> None:
     """A call spelled by single bytes stays so in the episode, and is understood all the same."""
     task = TASKS[0]
