@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels.nvfp4 import pallas_tpu, random, reference, xla
+from pallas_kernels.nvfp4 import pallas_tpu, random, reference, tpu_codes, xla
 
 BLOCKS = ((1, 16), (16, 1), (16, 16))
 MXFP8_BLOCKS = ((1, 32), (32, 1))
@@ -42,6 +42,24 @@ def _drawn(function: Callable[..., Any]) -> Callable[..., Any]:
     return dispatch.keeping_operands(forward)
 
 
+def _packing(quantize: Callable[..., Any]) -> Callable[..., Any]:
+    def packed(*arguments: Any) -> tuple[Array, Array]:
+        codes, scales, *_ = quantize(*arguments)
+        return _pack(codes), scales
+
+    return packed
+
+
+def _pack(codes: UInt8[Array, "... C"]) -> UInt8[Array, "... C/2"]:
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def _unpack(packed: UInt8[Array, "... C/2"]) -> UInt8[Array, "... C"]:
+    pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)
+
+
 def _reference_round_trip(x, block, numbers, amax, *, hadamard):
     x = reference.hadamard(x).T if hadamard else x
     amax = jnp.repeat(amax, 16, axis=0) if amax.ndim and block[0] == 1 else amax
@@ -53,8 +71,13 @@ def _reference_round_trip(x, block, numbers, amax, *, hadamard):
 QUANTIZE = dispatch.Op(
     "quantize",
     {
-        "reference": dispatch.Implementation(_drawn(lambda *a: reference.quantize(*a)[:2])),
-        "xla": dispatch.Implementation(_drawn(xla.quantize)),
+        "reference": dispatch.Implementation(_drawn(_packing(reference.quantize))),
+        "xla": dispatch.Implementation(_drawn(_packing(xla.quantize))),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(tpu_codes.quantize),
+            unsupported=tpu_codes.unsupported,
+            platforms=("tpu",),
+        ),
     },
 )
 ROUND_TRIP = dispatch.Op(
@@ -65,6 +88,28 @@ ROUND_TRIP = dispatch.Op(
         "pallas_tpu": dispatch.Implementation(
             dispatch.keeping_operands(pallas_tpu.round_trip),
             unsupported=pallas_tpu.unsupported,
+            platforms=("tpu",),
+        ),
+    },
+)
+PACK = dispatch.Op(
+    "pack",
+    {
+        "xla": dispatch.Implementation(dispatch.keeping_operands(_pack)),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(tpu_codes.pack),
+            unsupported=tpu_codes.unsupported_packing,
+            platforms=("tpu",),
+        ),
+    },
+)
+UNPACK = dispatch.Op(
+    "unpack",
+    {
+        "xla": dispatch.Implementation(dispatch.keeping_operands(_unpack)),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(tpu_codes.unpack),
+            unsupported=tpu_codes.unsupported_unpacking,
             platforms=("tpu",),
         ),
     },
@@ -112,7 +157,7 @@ def quantize(
     amax = jnp.max(jnp.abs(x)).astype(jnp.float32)
     drawn = _random(x, rounding, key, None)
     codes, scales = QUANTIZE(x, *drawn, amax, block=block, implementation=implementation)
-    return Quantized(pack(codes), scales, amax, block, shape)
+    return Quantized(codes, scales, amax, block, shape)
 
 
 def dequantize(q: Quantized) -> Float[Array, "R C"]:
@@ -202,16 +247,18 @@ def round_trip_mxfp8(x: Float[Array, "R C"], *, block: tuple[int, int]) -> Float
     return xla.round_trip_mxfp8(x, block)
 
 
-def pack(codes: UInt8[Array, "R C"]) -> UInt8[Array, "R C/2"]:
+def pack(
+    codes: UInt8[Array, "... C"], *, implementation: str | None = None, target: str | None = None
+) -> UInt8[Array, "... C/2"]:
     """Two codes a byte, the even column's in the low four bits."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    return PACK(codes, implementation=implementation, target=target)
 
 
-def unpack(packed: UInt8[Array, "R C/2"]) -> UInt8[Array, "R C"]:
+def unpack(
+    packed: UInt8[Array, "... C/2"], *, implementation: str | None = None, target: str | None = None
+) -> UInt8[Array, "... C"]:
     """The codes that `pack` put together."""
-    pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], -1)
+    return UNPACK(packed, implementation=implementation, target=target)
 
 
 def _random(

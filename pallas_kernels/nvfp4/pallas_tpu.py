@@ -39,19 +39,8 @@ def round_trip(
 ) -> Float[Array, "R C"]:
     """What `xla.round_trip` returns, from a kernel that writes it in bfloat16, which is exact."""
     (height, width), turned = x.shape, block == (1, BLOCK)
-    block_rows = min(ROWS, -(-height // TILE) * TILE)
-    block_columns = next(n for n in range(COLUMNS, 0, -TILE) if width % n == 0)
-    factors = _factors(amax, height, block_rows, turned=turned)
-    inputs, specs = [x, *factors], [pl.BlockSpec((block_rows, block_columns), lambda i, j: (i, j))]
-    if turned:
-        specs += [pl.BlockSpec((1, block_rows), lambda i, j: (0, i))] * 2
-    else:
-        specs += [pl.BlockSpec((block_rows // BLOCK, TILE), lambda i, j: (i, 0))] * 2
-    if words is not None:
-        hashed = random.hashed_rows(words, _filled(rows, block_rows, 0))
-        inputs += [_signed(words[1:]), _signed(hashed)[None]]
-        specs += [pl.BlockSpec(memory_space=pltpu.SMEM)]
-        specs += [pl.BlockSpec((1, block_rows), lambda i, j: (0, i))]
+    block_rows, block_columns = block_sizes(height, width)
+    inputs, specs = operands(x, words, rows, amax, block_rows, block_columns, turned=turned)
     kernel = functools.partial(
         _kernel,
         height=height,
@@ -73,6 +62,33 @@ def round_trip(
         interpret=interpret,
     )(*inputs)
     return values.astype(jnp.float32)
+
+
+def block_sizes(height: int, width: int, step: int = TILE) -> tuple[int, int]:
+    """Rows and columns of a block; the columns divide the width and are multiples of `step`."""
+    columns = next(n for n in range(COLUMNS, 0, -step) if width % n == 0)
+    return min(ROWS, -(-height // TILE) * TILE), columns
+
+
+def operands(
+    x: Float[Array, "R C"],
+    words: UInt32[Array, "2"] | None,
+    rows: Int[Array, "R"] | None,
+    amax: Array,
+    *block: int,
+    turned: bool,
+) -> tuple[list[Array], list[pl.BlockSpec]]:
+    """What a kernel reads, and the block of each: x, its scales' factors, what to draw bits by."""
+    block_rows, block_columns = block
+    by_row = pl.BlockSpec((1, block_rows), lambda i, j: (0, i))
+    by_strip = pl.BlockSpec((block_rows // BLOCK, TILE), lambda i, j: (i, 0))
+    inputs = [x, *_factors(amax, x.shape[0], block_rows, turned=turned)]
+    specs = [pl.BlockSpec(block, lambda i, j: (i, j))] + [by_row if turned else by_strip] * 2
+    if words is not None:
+        hashed = random.hashed_rows(words, _filled(rows, block_rows, 0))
+        inputs += [_signed(words[1:]), _signed(hashed)[None]]
+        specs += [pl.BlockSpec(memory_space=pltpu.SMEM), by_row]
+    return inputs, specs
 
 
 def unsupported(x: Array, *_: Any, **options: Any) -> str | None:
@@ -112,32 +128,46 @@ def _kernel(
             x = _transformed(jnp.where(inside, x, jnp.zeros_like(x)))
         if turned:
             x = jnp.transpose(x)
-        strips = slice(i * TILE // BLOCK, (i + 1) * TILE // BLOCK)
-        encode, decode = (
-            ref[:, i * TILE : (i + 1) * TILE] if turned else ref[strips, :]
-            for ref in (encode_ref, decode_ref)
-        )
         x = x.astype(jnp.float32).reshape(TILE // BLOCK, BLOCK, TILE)
-        largest = jnp.max(jnp.abs(x), axis=1)  # [blocks, 128]
-        if square:
-            largest = _largest_of_lanes(largest)
-        scale = _nearest_e4m3(jnp.minimum(largest * encode, 448))
-        factor = jnp.minimum(1 / (scale * decode), xla.LARGEST)
+        scale, factor = scales(x, *own(encode_ref, decode_ref, i, turned), square)
         scaled = (x * factor[:, None]).reshape(TILE, TILE)
+        value = xla.nearest(scaled)
         if random_refs:
-            word_ref, hashed_ref = random_refs
-            row = jnp.broadcast_to(hashed_ref[:, i * TILE : (i + 1) * TILE], (TILE, TILE))
-            column = (own_column + (first + j * TILE)) * np.uint32(random.COLUMN).astype(np.int32)
-            column += word_ref[0]
-            uniform = random.uniform_of(row if turned else jnp.transpose(row), column)
-            value = xla.stochastic(scaled, uniform)
-        else:
-            value = xla.nearest(scaled)
+            column = own_column + (first + j * TILE)
+            value = xla.stochastic(scaled, uniform(*random_refs, i, column, turned))
         value = (value.reshape(x.shape) * scale[:, None]).reshape(TILE, TILE).astype(jnp.bfloat16)
         values_ref[rows, columns] = jnp.transpose(value) if turned else value
 
     for i in range(block_rows // TILE):
         pl.loop(0, block_columns // TILE)(functools.partial(tile, i))
+
+
+def own(encode_ref: Any, decode_ref: Any, i: int, turned: bool) -> tuple[Array, Array]:
+    """The factors of the i-th tile of a block's rows."""
+    rows, strips = (
+        slice(i * TILE, (i + 1) * TILE),
+        slice(i * TILE // BLOCK, (i + 1) * TILE // BLOCK),
+    )
+    return tuple(ref[:, rows] if turned else ref[strips, :] for ref in (encode_ref, decode_ref))
+
+
+def scales(
+    x: Float[Array, "8 16 128"], encode: Array, decode: Array, square: bool
+) -> tuple[Float[Array, "8 128"], Float[Array, "8 128"]]:
+    """The scale of each block of a tile, and what its elements are multiplied by."""
+    largest = jnp.max(jnp.abs(x), axis=1)
+    largest = _largest_of_lanes(largest) if square else largest
+    scale = _nearest_e4m3(jnp.minimum(largest * encode, 448))
+    return scale, jnp.minimum(1 / (scale * decode), xla.LARGEST)
+
+
+def uniform(
+    word_ref: Any, hashed_ref: Any, i: int, column: Int[Array, "128 128"], turned: bool
+) -> Float[Array, "128 128"]:
+    """The random numbers of a tile, in whose rows and columns its elements' stand, or turned."""
+    row = jnp.broadcast_to(hashed_ref[:, i * TILE : (i + 1) * TILE], (TILE, TILE))
+    column = column * np.uint32(random.COLUMN).astype(np.int32) + word_ref[0]
+    return random.uniform_of(row if turned else jnp.transpose(row), column)
 
 
 def _transformed(x: Float[Array, "128 128"]) -> Float[Array, "128 128"]:

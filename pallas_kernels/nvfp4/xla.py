@@ -20,11 +20,16 @@ def quantize(
     """Codes 0..15 and float8 block scales, as the reference defines them."""
     scales, factor = block_scales(block_amax(x, block), encoding(amax))
     scaled = x.astype(jnp.float32) * spread(factor, block)
-    value = jnp.abs(nearest(scaled) if random is None else stochastic(scaled, random))
+    value = nearest(scaled) if random is None else stochastic(scaled, random)
+    return codes(value).astype(jnp.int32).astype(jnp.uint8), scales
+
+
+def codes(value: Float[Array, "R C"]) -> Float[Array, "R C"]:
+    """The codes 0..15 of E2M1 numbers, as floats."""
+    size = jnp.abs(value)
     # Twice the value is 0..4, 6, 8 or 12; comparing is cheaper than looking up.
-    code = jnp.where(value < 2, 2 * value, jnp.where(value < 4, value + 2, value / 2 + 4))
-    sign = jnp.where(jnp.signbit(scaled), 8, 0)
-    return (code.astype(jnp.int32) + sign).astype(jnp.uint8), scales
+    code = jnp.where(size < 2, 2 * size, jnp.where(size < 4, size + 2, size / 2 + 4))
+    return code + jnp.where(jnp.signbit(value), 8.0, 0.0)
 
 
 def values(codes: UInt8[Array, "R C"]) -> Float[Array, "R C"]:
