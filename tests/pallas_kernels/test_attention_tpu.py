@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import attention, dispatch
 from pallas_kernels.attention import op, reference, specs, splash
-from pallas_kernels.testing import check
+from pallas_kernels.attention.masks import Masks
+from pallas_kernels.testing import assert_close, check
 
 CASE = specs.Case(
     *("segments and lengths", 2, 150),
@@ -28,6 +29,18 @@ def test_whole_rows_and_gradients_equal_the_definition(monkeypatch):
     kernel = functools.partial(attention, implementation="interpreted")
     arrays = {**CASE.arrays(), **CASE.rows()}
     check(kernel, reference.attention, arrays, tolerance=1e-5)
+
+
+def test_a_kernel_that_sees_all_documents_is_caught(monkeypatch):
+    ids = splash.splash.SegmentIds
+    monkeypatch.setattr(splash.splash, "SegmentIds", lambda q, kv: ids(q=0 * q, kv=0 * kv))
+    case = specs.Case("blind", 1, 128, heads=2, kv_heads=1, head_dim=128, starts=((30,),))
+    q, k, v = case.arrays().values()
+    rows = {name: jnp.asarray(array) for name, array in case.rows().items()}
+    masks = Masks(jnp.zeros(1, jnp.int32), jnp.full(1, 128), rows["segment_ids"], None)
+    out = splash.outputs(q, k, v, masks, causal=True, interpret=True)
+    with pytest.raises(AssertionError, match="out"):
+        assert_close(out, reference.attention(q, k, v, **rows), 1e-5, "out")
 
 
 @pytest.mark.parametrize(
