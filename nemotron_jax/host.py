@@ -5,10 +5,12 @@ import ctypes
 import os
 import platform
 import sys
+from pathlib import Path
 
 _DEVICES = "--xla_force_host_platform_device_count"
 _COMPILED_PARTS = "--xla_cpu_parallel_codegen_split_count"
 _TUNABLES = "GLIBC_TUNABLES"
+_ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # CUDA, ROCm, TPU, TPU
 _HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
@@ -30,13 +32,21 @@ def use_huge_pages() -> None:
 
     XLA allocates a step's temporaries anew each time, and to fault them in by pages of 4 KB takes a
     sixth of a step on a CPU. glibc reads the setting when a process begins, so call this first in a
-    program. A user's own GLIBC_TUNABLES win; without glibc nothing happens.
+    program. A user's own GLIBC_TUNABLES win. Nothing happens without glibc, nor where the host
+    feeds an accelerator: its many cores would share the one arena.
     """
-    if _TUNABLES in os.environ or platform.libc_ver()[0] != "glibc":
+    if _TUNABLES in os.environ or platform.libc_ver()[0] != "glibc" or feeds_accelerator():
         return
     os.environ[_TUNABLES] = _HUGE_PAGES
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def feeds_accelerator(devices: Path = Path("/dev")) -> bool:
+    """Whether jax would find a GPU or TPU here, by its device files; JAX_PLATFORMS=cpu says no."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    return any(any(devices.glob(name)) for name in _ACCELERATORS)
 
 
 def give_back_freed_memory() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_jax import host
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import os, sys
@@ -49,3 +51,22 @@ def test_the_users_own_settings_win():
     own = "--xla_force_host_platform_device_count=5"
     tunables, flags = "glibc.malloc.check=0", f"{own},--xla_cpu_parallel_codegen_split_count=3"
     assert run(GLIBC_TUNABLES=tunables, XLA_FLAGS=own) == ["began", tunables, flags]
+
+
+@pytest.mark.parametrize(
+    ("file", "platforms", "found"),
+    [
+        ("nvidia0", "", True),
+        ("accel3", "tpu", True),
+        ("vfio/7", "", True),
+        ("nvidia0", "cpu", False),
+        ("null", "", False),
+    ],
+)
+def test_a_host_with_an_accelerator_is_known_by_its_device_files(
+    file, platforms, found, tmp_path, monkeypatch
+):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert host.feeds_accelerator(tmp_path) == found

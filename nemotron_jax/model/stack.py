@@ -55,6 +55,11 @@ class UnitTable:
                 count[letter] += 1
         return cls(index, layer)
 
+    def part(self, units: slice) -> "UnitTable":
+        """The rows of some units."""
+        cut = lambda table: {letter: column[units] for letter, column in table.items()}
+        return UnitTable(cut(self.index), cut(self.layer))
+
     def runs(self, boundary: int) -> list[slice]:
         """The longest runs of units in which each kind of block lies on one side of a layer."""
         cuts, sides = [0], {}
@@ -132,7 +137,7 @@ def _scan_units(
     boundary = config.num_layers - context.execution.precision.num_last_layers_high
     metrics = []
     for run in table.runs(boundary if context.execution.precision.emulated else config.num_layers):
-        units = UnitTable(*({k: v[run] for k, v in t.items()} for t in (table.index, table.layer)))
+        units = table.part(run)
         run_unit = _unit(units, config, stacks, rows, context)
         xs = jax.tree.map(jnp.asarray, (units.index, units.layer))
         x, found = jax.lax.scan(run_unit, x, xs)

@@ -101,6 +101,21 @@ def test_killed_at_twenty_four_moments(texts, tmp_path, reference):
     assert saving >= 3  # some did hit a save
 
 
+@pytest.mark.slow
+def test_killed_on_a_mesh_and_gone_on_with_on_others(texts, tmp_path, reference):
+    generator = random.Random(2)
+    for mesh in ({"data": 2, "fsdp": 1}, {"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2}):
+        overrides = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+        process = start(texts, tmp_path, *overrides)
+        moment = generator.choice(["saving", "training"])
+        assert kill_once(process, tmp_path, moment, generator), f"it had ended before: {moment}"
+    finish(start(texts, tmp_path))
+    for got, wanted in zip(records(tmp_path), reference, strict=True):
+        assert got["step"] == wanted["step"]
+        # Rounding differs from mesh to mesh, and a hundred steps let it grow.
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+
+
 def test_sigterm_ends_with_status_zero_and_the_run_goes_on(texts, tmp_path, reference):
     process = start(texts, tmp_path)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), process)
