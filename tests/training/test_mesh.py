@@ -30,9 +30,11 @@ VARIANTS = {
     "rows": {},
     "documents": {"aux_loss": "documents"},
     "nvfp4": {"precision": nemotron3_nvfp4(num_last_layers_high=1)},
+    # Compiled in a third of the time: no last layers of another precision, and no MTP block.
+    "codes": {"precision": nemotron3_nvfp4(num_last_layers_high=0)},
 }
 UNITS = 12  # so many that a layer is small beside the model; they compile as one
-SAMPLE = [((1, 4), 1, "documents"), ((4, 1), 1, "documents"), ((2, 1), 2, "nvfp4")]
+SAMPLE = [((1, 4), 1, "documents"), ((4, 1), 1, "documents"), ((2, 1), 2, "codes")]
 
 
 @pytest.mark.parametrize("mesh, micro_batches, variant", SAMPLE)
@@ -41,7 +43,7 @@ def test_a_step_on_a_mesh_equals_one_device(mesh, micro_batches, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["rows", "documents", "nvfp4"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_step_on_every_mesh_equals_one_device(mesh, micro_batches, variant):
@@ -65,42 +67,42 @@ def test_devices_along_data_gather_nothing_and_one_device_sends_nothing():
 
 
 def test_fsdp_divides_temporaries_and_moves_a_layer_at_once():
-    whole, parts = (program(mesh).memory_analysis() for mesh in ((4, 1), (1, 4)))
+    whole, parts = (program(mesh, 1, "documents").memory_analysis() for mesh in ((4, 1), (1, 4)))
     assert parts.temp_size_in_bytes <= 0.5 * whole.temp_size_in_bytes
     moved = [size for name in COLLECTIVES for size in collectives((1, 4), name)]
     assert moved and max(moved) <= largest_layer()
 
 
 def assert_same_step(mesh: tuple[int, int], micro_batches: int, variant: str) -> None:
-    (one, expected), (several, metrics) = (
-        stepped(devices, parts, variant) for devices, parts in ((ONE, 1), (mesh, micro_batches))
-    )
-    quantised = variant == "nvfp4"
+    quantised = variant in ("nvfp4", "codes")
+    # A largest magnitude is one micro-batch's, so codes depend on how many there are.
+    one, expected = stepped(ONE, micro_batches if quantised else 1, variant)
+    several, metrics = stepped(mesh, micro_batches, variant)
     for name, value in expected.items():
         if name.startswith("load_") or name == "expert_load_max":
             assert metrics[name] == value, name  # counts of tokens
         else:
             rtol = 2e-3 if quantised and name == "grad_norm" else 3e-5
             np.testing.assert_allclose(metrics[name], value, rtol=rtol, err_msg=name)
+    # In NVFP4 blocks of an expert's weight gradient hold whichever rows share a device.
+    same = lambda name: not (quantised and ".experts." in name)
     for table in ("mu", "nu"):
         for name, moment in getattr(one.optimizer[1], table).items():
-            # In NVFP4 blocks of an expert's weight gradient hold whichever rows share a device.
-            if not (quantised and ".experts." in name):
-                gap = distance(getattr(several.optimizer[1], table)[name], moment)
-                assert gap < (4e-3 if quantised else 1e-4), (table, name, gap)
+            gap = distance(getattr(several.optimizer[1], table)[name], moment)
+            assert not same(name) or gap < (4e-3 if quantised else 1e-4), (table, name, gap)
     for name, value in flatten(one.model).items():
         got = flatten(several.model)[name]
         if name.endswith("selection_bias"):
             np.testing.assert_array_equal(got, value, name)
         else:  # Adam's first step has the gradient's sign, which rounding may turn where it is 0
-            assert distance(got, value) < 1e-3, name
+            assert not same(name) or distance(got, value) < 1e-3, name
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / (np.linalg.norm(expected) + 1e-12))
 
 
-def small(mesh: tuple[int, int], micro_batches: int = 1, **execution: object):
+def small(mesh: tuple[int, int], micro_batches: int = 1, variant: str = "documents"):
     """A run with every kind of layer but the MLP, whose weights outweigh its activations."""
     moe = MoEConfig(
         num_experts=8, experts_per_token=2, expert_width=32, shared_width=64, latent_width=32
@@ -111,8 +113,12 @@ def small(mesh: tuple[int, int], micro_batches: int = 1, **execution: object):
         small_run("somewhere"),
         model=model,
         mesh={"data": mesh[0], "fsdp": mesh[1]},
-        execution={"remat": "full", **execution},
-        training={"micro_batches": micro_batches, "mtp_depths": 1, "aux_loss_scale": 0.1},
+        execution={"remat": "full", **VARIANTS[variant]},
+        training={
+            "micro_batches": micro_batches,
+            "mtp_depths": 0 if variant == "codes" else 1,
+            "aux_loss_scale": 0.1,
+        },
         data={"sequence_length": LENGTH, "batch_size": len(DOCUMENTS)},
     )
 
@@ -130,9 +136,9 @@ def stepped(mesh: tuple[int, int], micro_batches: int, variant: str):
 
 
 @functools.cache
-def program(mesh: tuple[int, int], micro_batches: int = 1, variant: str = "documents"):
+def program(mesh: tuple[int, int], micro_batches: int, variant: str):
     """The step, without optimised machine code, which changes neither memory nor traffic."""
-    config = small(mesh, micro_batches, **VARIANTS[variant])
+    config = small(mesh, micro_batches, variant)
     with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
         step = make_train_step(config, counting(config))
         lowered = step.lower(*inputs(mesh, micro_batches, variant))
@@ -140,9 +146,10 @@ def program(mesh: tuple[int, int], micro_batches: int = 1, variant: str = "docum
 
 
 def inputs(mesh: tuple[int, int], micro_batches: int, variant: str) -> tuple:
-    state = place_state(small(mesh, micro_batches, **VARIANTS[variant]))
+    config = small(mesh, micro_batches, variant)
+    state, batch = place_state(config), uneven_batch(config.training.mtp_depths)
     # Past the first step, whose rate is 0.
-    return dataclasses.replace(state, step=state.step + 5), place_batch(uneven_batch())
+    return dataclasses.replace(state, step=state.step + 5), place_batch(batch)
 
 
 def counting(config) -> Objective:
@@ -162,22 +169,22 @@ def counting(config) -> Objective:
     return Objective(inner.totals, loss)
 
 
-def uneven_batch():
+def uneven_batch(mtp_depths: int):
     """Rows of random tokens with uneven numbers of documents; some end in padding."""
-    draw, rows, length = np.random.default_rng(0), [], LENGTH + 2
+    draw, rows, length = np.random.default_rng(0), [], LENGTH + 1 + mtp_depths
     for number, count in enumerate(DOCUMENTS):
         segments = 1 + np.minimum(np.arange(length) * count // LENGTH, count - 1)
         if number % 3 == 2:
             segments[LENGTH - 5 :] = 0
         tokens = np.where(segments > 0, draw.integers(16, 64, length), 0)
         rows.append(Row(tokens.astype(np.int32), segments.astype(np.int32)))
-    return make_batch(rows, mtp_depths=1)
+    return make_batch(rows, mtp_depths=mtp_depths)
 
 
 def collectives(mesh: tuple[int, int], name: str) -> list[int]:
     """Bytes of the results of each such collective in a mesh's step."""
     width = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
-    found = re.findall(rf"= (.*?) {name}(?:-start)?\(", program(mesh).as_text())
+    found = re.findall(rf"= (.*?) {name}(?:-start)?\(", program(mesh, 1, "documents").as_text())
     return [
         sum(
             width[dtype] * math.prod(int(n) for n in shape.split(",") if n)

@@ -10,6 +10,7 @@ from nemotron_jax.model.parameters import flatten, model_shardings
 from nemotron_jax.sharding import make_mesh
 from tests.training.runs import changed, comparable, train
 
+pytestmark = pytest.mark.slow  # three runs, and a model that speaks on two meshes
 MESHES = [{"data": 2, "fsdp": 1}, {"data": 1, "fsdp": 4}, {"data": 1, "fsdp": 1}]
 
 
