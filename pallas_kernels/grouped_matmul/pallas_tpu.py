@@ -55,7 +55,7 @@ def matmul(
     visits = by_tile(group_sizes, rows, height)
     kernel = functools.partial(
         _matmul_kernel,
-        bound=visits.expert.shape[0] // visits.cores,
+        bound=visits.bound,
         transpose_rhs=transpose_rhs,
         scaled=scale is not None,
         activation=activation,
@@ -89,11 +89,7 @@ def outer(
     row_bytes = depth * lhs.dtype.itemsize + width * dout.dtype.itemsize
     height = tile_rows(rows, row_bytes, 4 * depth * width)
     visits = by_expert(group_sizes, rows, height)
-    kernel = functools.partial(
-        _outer_kernel,
-        bound=visits.expert.shape[0] // visits.cores,
-        scaled=scale is not None,
-    )
+    kernel = functools.partial(_outer_kernel, bound=visits.bound, scaled=scale is not None)
     piece = min(LARGE, height)
     scales = () if scale is None else (scale.astype(jnp.float32),)
     call = _call(
@@ -145,15 +141,13 @@ def mlp_gradients(
     row_bytes = 2 * (width + hidden_width) * lhs.dtype.itemsize
     height = tile_rows(rows, row_bytes, 2 * up[0].size * up.dtype.itemsize)
     visits = by_tile(group_sizes, rows, height)
-    kernel = functools.partial(_hidden_kernel, bound=visits.expert.shape[0] // visits.cores)
-    out_shape = jax.ShapeDtypeStruct((rows, hidden_width), lhs.dtype)
+    kernel = functools.partial(_hidden_kernel, bound=visits.bound)
     call = _call(
         kernel,
         visits,
-        inputs=[_tile_block(height, width)] * 2
-        + [_matrix_block(up.shape), _matrix_block(down.shape)],
+        inputs=[*[_tile_block(height, width)] * 2, *map(_matrix_block, (up.shape, down.shape))],
         outputs=[_tile_block(height, hidden_width)] * 2,
-        shapes=[out_shape] * 2,
+        shapes=[jax.ShapeDtypeStruct((rows, hidden_width), lhs.dtype)] * 2,
         cost=(4 * rows * up[0].size, 2 * lhs.nbytes + up.nbytes + down.nbytes),
         name="grouped_hidden_gradient",
         interpret=interpret,
@@ -198,7 +192,7 @@ def _matmul_kernel(
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    def piece(start, height):
+    def piece(start, height, _):
         mask = _row_mask(start, height, low, high)
 
         def columns(column):
@@ -234,7 +228,7 @@ def _hidden_kernel(
         hidden_ref[...] = jnp.zeros_like(hidden_ref)
         dbefore_ref[...] = jnp.zeros_like(dbefore_ref)
 
-    def piece(start, height):
+    def piece(start, height, _):
         mask = _row_mask(start, height, low, high)
 
         def columns(column):
@@ -257,13 +251,16 @@ def _outer_kernel(
     visit = pl.program_id(0) * bound + pl.program_id(1)
     low, high = low_ref[visit], high_ref[visit]
 
-    @pl.when(first_ref[visit] == 1)
+    first = first_ref[visit] == 1
+
+    @pl.when(first & (low >= high))
     def _():
         out_ref[...] = jnp.zeros_like(out_ref)
 
-    def piece(start, height):
+    def piece(start, height, own):
+        fresh = first & (own <= low)  # before this the block holds another expert's sums
         # Both sides are masked: a row outside the group may hold infinities, and inf * 0 is NaN.
-        mask = _row_mask(start, height, low, high)
+        mask = _row_mask(start, height, jnp.maximum(low, own), high)
         for source, target in ((lhs_ref, left_ref), (dout_ref, right_ref)):
             value = source[pl.ds(start, height), :].astype(jnp.float32)
             target[:height, :] = jnp.where(mask, value, 0).astype(target.dtype)
@@ -274,7 +271,7 @@ def _outer_kernel(
                 product = _dot(left, right, 0, 0)
                 if scaled:
                     product = product * refs[0][expert_ref[visit]]
-                out_ref[depth, column] += product
+                out_ref[depth, column] = jnp.where(fresh, 0, out_ref[depth, column]) + product
 
             _over_columns(out_ref.shape[1], columns)
 
@@ -283,10 +280,11 @@ def _outer_kernel(
     _over_pieces(low, high, lhs_ref.shape[0], piece)
 
 
-def _over_pieces(low, high, tile_rows: int, piece: Callable[[Any, int], None]) -> None:
-    """Calls `piece(first row, height)` so that the pieces cover rows low .. high - 1 of a tile.
+def _over_pieces(low, high, tile_rows: int, piece: Callable[[Any, int, Any], None]) -> None:
+    """Calls `piece(first row, height, own)` so that pieces cover rows low .. high - 1 of a tile.
 
-    A piece may begin before `low` and end after `high`; rows are masked where they are used.
+    A piece may begin before `low` and end after `high`; rows are masked where they are used. Those
+    before `own` are in the piece before it too, where the tile's end has moved the last one up.
     """
     large = min(LARGE, tile_rows)
     begin = low & -ALIGN
@@ -294,16 +292,18 @@ def _over_pieces(low, high, tile_rows: int, piece: Callable[[Any, int], None]) -
 
     @pl.loop(0, whole)
     def _(i):
-        piece(pl.multiple_of(begin + i * large, ALIGN), large)
+        start = pl.multiple_of(begin + i * large, ALIGN)
+        piece(start, large, start)
 
-    rest = high - begin - whole * large
+    covered = begin + whole * large
+    rest = high - covered
     for height in range(STEP, large + STEP, STEP):
         height = min(height, large)
 
         @pl.when((rest > max(height - STEP, 0)) & (rest <= height) & (high > low))
         def _(height=height):
-            start = jnp.minimum(begin + whole * large, tile_rows - height)
-            piece(pl.multiple_of(start, ALIGN), height)
+            start = jnp.minimum(covered, tile_rows - height)
+            piece(pl.multiple_of(start, ALIGN), height, covered)
 
 
 def _over_columns(size: int, columns: Callable[[Any], None]) -> None:
@@ -370,7 +370,7 @@ def _call(
     scratch: Any = (),
 ) -> Callable[..., Any]:
     """A pallas_call over the visits, whose blocks lie where the tables of scalars say."""
-    bound = visits.expert.shape[0] // visits.cores
+    bound = visits.bound
 
     def spec(block: Any) -> pl.BlockSpec:
         shape, kind = block

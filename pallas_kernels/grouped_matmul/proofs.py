@@ -77,7 +77,7 @@ def _outer(name, lhs, dout, groups, sizes):
         flops=2 * rows * depth * width,
         bytes=nbytes(lhs, dout, out),
         steps=len(visits),
-        branches=_branches(visits, height, len(sizes), (depth, width)),
+        branches=_branches(visits, height, int(np.sum(sizes == 0)), (depth, width)),
         multiplied_flops=2 * _multiplied_rows(visits, height) * depth * width,
         plain=functools.partial(op.grouped_outer, implementation="xla"),
     )
@@ -137,14 +137,14 @@ def _multiplied_rows(visits: list, height: int) -> int:
 
 
 def _branches(
-    visits: list, height: int, opened: int, sides: Sequence[int]
+    visits: list, height: int, cleared: int, sides: Sequence[int]
 ) -> tuple[tuple[float, ...], ...]:
-    """Of a step: a block that is opened is cleared, whole pieces are looped over, and one piece of
-    some height takes the rest; a piece loops over blocks of each side."""
+    """Of a step: a block is cleared, whole pieces are looped over, and one of some height takes
+    the rest; a piece loops over blocks of each side."""
     whole, rests = _pieces(visits, height)
     blocks = []
     for side in sides:
         block = next((w for w in (512, 384, 256) if side % w == 0), min(512, side))
         blocks.append(side // block)  # what is left stands beside the loop
     pieces = (len(visits), whole / len(visits), *blocks)
-    return (opened,), pieces, *((count, *blocks) for count in rests)
+    return (cleared,), pieces, *((count, *blocks) for count in rests)

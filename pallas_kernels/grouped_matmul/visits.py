@@ -30,6 +30,11 @@ class Visits:
     steps: Int[Array, ""]
     cores: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def bound(self) -> int:
+        """The most visits a core may have."""
+        return self.expert.shape[0] // self.cores
+
     def tables(self) -> tuple[Array, ...]:
         """The arrays that a kernel reads as scalars."""
         return self.expert, self.tile, self.low, self.high, self.first

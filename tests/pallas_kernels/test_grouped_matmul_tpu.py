@@ -19,6 +19,7 @@ ROWS, DEPTH, WIDTH, EXPERTS = 333, 24, 33, 6
 PATTERNS = {
     "shorter and longer than a tile": (1, 200, 7, 64, 0, 61),
     "empty first, middle and last": (0, 130, 0, 200, 3, 0),
+    "a rest that would leave its tile": (20, 200, 0, 60, 0, 5),
     "all in one": (0, 0, 333, 0, 0, 0),
     "rows past the sum": (11, 0, 30, 90, 1, 2),
     "ends at tiles": (128, 0, 128, 0, 0, 77),
