@@ -8,7 +8,7 @@ score 0, and no text or call that a model can send gives anything but a verdict 
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from nemotron_jax.environments.base import SPLITS, Environment, Task, Verdict, play
 from nemotron_jax.environments.fuzz import hostile_turns
@@ -42,8 +42,7 @@ class Report:
 def check(environment: Environment, tasks: int = 20, *, seed: int = 0, fuzz: int = 2) -> Report:
     """Try every property on `tasks` tasks of each split, and the fuzzer on `fuzz` of them."""
     report = Report(environment.name)
-    # CPU seconds are one core's, whatever else runs; a sandbox's are another process's.
-    clock = time.perf_counter if environment.rate == "code" else time.process_time
+    clock = _clock(environment)
     began = clock()
     by_split = {
         split: [environment.split(seed, split, index) for index in range(tasks)] for split in SPLITS
@@ -118,14 +117,15 @@ def common_cheats(environment: Environment, task: Task) -> dict[str, list[Turn |
 
 def fuzz_faults(environment: Environment, task: Task) -> Iterator[str]:
     """Where a hostile turn gives no verdict, a slow one, or full reward."""
+    clock = _clock(environment)
     for name, turns in hostile_turns(environment, task):
-        began = time.perf_counter()
+        began = clock()
         try:
             verdict, faults = watched(environment, task, turns)
         except Exception as error:  # the very thing that is looked for
             yield f"{task.id}: hostile {name!r} raised {error!r}"
             continue
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
         if seconds > SECONDS_PER_VERDICT:
             yield f"{task.id}: hostile {name!r} took {seconds:.1f} s"
         if verdict.infra_error or faults:
@@ -189,3 +189,8 @@ def _level_faults(environment: Environment, seed: int) -> Iterator[str]:
             task = environment.split(seed, split, 0, level=level)
             if task.level != level:
                 yield f"{task.id}: level {level} was asked for, {task.level} came"
+
+
+def _clock(environment: Environment) -> Callable[[], float]:
+    """CPU seconds, which are one core's whatever else runs; a sandbox's are another process's."""
+    return time.perf_counter if environment.rate == "code" else time.process_time
