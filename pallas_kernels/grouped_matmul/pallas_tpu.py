@@ -2,8 +2,8 @@
 
 The grid is [cores, visits]; the visits' tables are read as scalars before the step, so that the
 pipeline fetches the next expert's whole matrix while this one multiplies, and fetches it once for
-all the tiles of its group. Rows go through the matrix unit in pieces of LARGE and, at a group's
-end, of the fewest multiples of STEP that hold the rest: that is all the work that padding adds.
+all the tiles of its group. Rows go through the matrix unit in pieces: what the last of a group has
+too many is all the work that padding adds.
 An output tile stays in fast memory from its first visit to its last, each of which replaces its
 own rows only.
 """
@@ -19,11 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul import pieces
 from pallas_kernels.grouped_matmul.visits import Visits, by_expert, by_tile
 
-ALIGN = 16  # rows: a tile of bfloat16 is 16 high, so pieces start at multiples of it
-STEP = 32  # rows: pieces are multiples of it; less saves no time, a product's start costs that
-LARGE = 256  # rows of a whole piece: enough to hide that a matrix unit loads its weights
 NARROWEST = 128  # rows and columns of a matrix unit: what is smaller leaves most of it empty
 TILE_ROWS = (1024, 512, 256, 128)  # heights of a tile, the highest that fits being taken
 # Of fast memory, in bytes: the least any supported chip has (TPU v7x, 64 MiB) less the compiler's.
@@ -90,7 +88,7 @@ def outer(
     height = tile_rows(rows, row_bytes, 4 * depth * width)
     visits = by_expert(group_sizes, rows, height)
     kernel = functools.partial(_outer_kernel, bound=visits.bound, scaled=scale is not None)
-    piece = min(LARGE, height)
+    piece = min(pieces.LARGE, height)
     scales = () if scale is None else (scale.astype(jnp.float32),)
     call = _call(
         kernel,
@@ -193,7 +191,7 @@ def _matmul_kernel(
         out_ref[...] = jnp.zeros_like(out_ref)
 
     def piece(start, height, _):
-        mask = _row_mask(start, height, low, high)
+        mask = pieces.row_mask(start, height, low, high)
 
         def columns(column):
             rhs = rhs_ref[column, :] if transpose_rhs else rhs_ref[:, column]
@@ -204,9 +202,9 @@ def _matmul_kernel(
                 product = jnp.square(jnp.maximum(product, 0))
             _put(out_ref, start, height, column, product, mask)
 
-        _over_columns(out_ref.shape[1], columns)
+        pieces.over_columns(out_ref.shape[1], columns)
 
-    _over_pieces(low, high, out_ref.shape[0], piece)
+    pieces.over_pieces(low, high, out_ref.shape[0], piece)
 
 
 def _hidden_kernel(
@@ -229,7 +227,7 @@ def _hidden_kernel(
         dbefore_ref[...] = jnp.zeros_like(dbefore_ref)
 
     def piece(start, height, _):
-        mask = _row_mask(start, height, low, high)
+        mask = pieces.row_mask(start, height, low, high)
 
         def columns(column):
             rows = pl.ds(start, height)
@@ -238,9 +236,9 @@ def _hidden_kernel(
             _put(hidden_ref, start, height, column, jnp.square(positive), mask)
             _put(dbefore_ref, start, height, column, 2 * positive * dhidden, mask)
 
-        _over_columns(hidden_ref.shape[1], columns)
+        pieces.over_columns(hidden_ref.shape[1], columns)
 
-    _over_pieces(low, high, hidden_ref.shape[0], piece)
+    pieces.over_pieces(low, high, hidden_ref.shape[0], piece)
 
 
 def _outer_kernel(
@@ -260,7 +258,7 @@ def _outer_kernel(
     def piece(start, height, own):
         fresh = first & (own <= low)  # before this the block holds another expert's sums
         # Both sides are masked: a row outside the group may hold infinities, and inf * 0 is NaN.
-        mask = _row_mask(start, height, jnp.maximum(low, own), high)
+        mask = pieces.row_mask(start, height, jnp.maximum(low, own), high)
         for source, target in ((lhs_ref, left_ref), (dout_ref, right_ref)):
             value = source[pl.ds(start, height), :].astype(jnp.float32)
             target[:height, :] = jnp.where(mask, value, 0).astype(target.dtype)
@@ -273,54 +271,11 @@ def _outer_kernel(
                     product = product * refs[0][expert_ref[visit]]
                 out_ref[depth, column] = jnp.where(fresh, 0, out_ref[depth, column]) + product
 
-            _over_columns(out_ref.shape[1], columns)
+            pieces.over_columns(out_ref.shape[1], columns, pieces.WIDER)
 
-        _over_columns(out_ref.shape[0], depths)
+        pieces.over_columns(out_ref.shape[0], depths, pieces.WIDER)
 
-    _over_pieces(low, high, lhs_ref.shape[0], piece)
-
-
-def _over_pieces(low, high, tile_rows: int, piece: Callable[[Any, int, Any], None]) -> None:
-    """Calls `piece(first row, height, own)` so that pieces cover rows low .. high - 1 of a tile.
-
-    A piece may begin before `low` and end after `high`; rows are masked where they are used. Those
-    before `own` are in the piece before it too, where the tile's end has moved the last one up.
-    """
-    large = min(LARGE, tile_rows)
-    begin = low & -ALIGN
-    whole = lax.div(high - begin, large)  # `//` asks the tracing host what TPU it is
-
-    @pl.loop(0, whole)
-    def _(i):
-        start = pl.multiple_of(begin + i * large, ALIGN)
-        piece(start, large, start)
-
-    covered = begin + whole * large
-    rest = high - covered
-    for height in range(STEP, large + STEP, STEP):
-        height = min(height, large)
-
-        @pl.when((rest > max(height - STEP, 0)) & (rest <= height) & (high > low))
-        def _(height=height):
-            start = jnp.minimum(covered, tile_rows - height)
-            piece(pl.multiple_of(start, ALIGN), height, covered)
-
-
-def _over_columns(size: int, columns: Callable[[Any], None]) -> None:
-    """Calls `columns(slice)` over all of `size` columns, as wide as registers allow."""
-    width = next((w for w in (512, 384, 256) if size % w == 0), min(512, size))
-
-    @pl.loop(0, size // width)
-    def _(i):
-        columns(pl.ds(pl.multiple_of(i * width, width), width))
-
-    if rest := size % width:
-        columns(pl.ds(size - rest, rest))
-
-
-def _row_mask(start, height: int, low, high) -> Array:
-    row = start + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
-    return (row >= low) & (row < high)
+    pieces.over_pieces(low, high, lhs_ref.shape[0], piece, pieces.DEEP)
 
 
 def _put(ref, start, height: int, column, product: Array, mask: Array) -> None:
@@ -345,7 +300,7 @@ def _dot(left: Array, right: Array, left_axis: int, right_axis: int) -> Array:
 def tile_rows(rows: int, row_bytes: int, fixed_bytes: int) -> int:
     """The height of a tile whose blocks, two of each, fit beside two of `fixed_bytes`."""
     fits = (h for h in TILE_ROWS if 2 * (h * row_bytes + fixed_bytes) <= VMEM_BLOCKS)
-    return min(next(fits, TILE_ROWS[-1]), -(-rows // STEP) * STEP)
+    return min(next(fits, TILE_ROWS[-1]), -(-rows // pieces.STEP) * pieces.STEP)
 
 
 def _tile_block(*shape: int) -> tuple[tuple[int, ...], str]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import op, pallas_tpu, specs
+from pallas_kernels.grouped_matmul import op, pallas_tpu, pieces, specs
 from pallas_kernels.proofs import Proof, nbytes
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -77,8 +77,10 @@ def _outer(name, lhs, dout, groups, sizes):
         flops=2 * rows * depth * width,
         bytes=nbytes(lhs, dout, out),
         steps=len(visits),
-        branches=_branches(visits, height, int(np.sum(sizes == 0)), (depth, width)),
-        multiplied_flops=2 * _multiplied_rows(visits, height) * depth * width,
+        branches=_branches(
+            *(visits, height, int(np.sum(sizes == 0)), (depth, width)), pieces.DEEP, pieces.WIDER
+        ),
+        multiplied_flops=2 * _multiplied_rows(visits, height, pieces.DEEP) * depth * width,
         plain=functools.partial(op.grouped_outer, implementation="xla"),
     )
 
@@ -116,35 +118,37 @@ def _visits(sizes: np.ndarray, rows: int, height: int) -> list[tuple[int, int, i
     return found
 
 
-def _pieces(visits: list, height: int) -> tuple[int, list[int]]:
+def _pieces(visits: list, height: int, step: int) -> tuple[int, list[int]]:
     """Whole pieces of all visits, and how many there are of each height that takes the rest."""
-    large = min(pallas_tpu.LARGE, height)
-    whole, rests = 0, [0] * -(-large // pallas_tpu.STEP)
+    large = min(pieces.LARGE, height)
+    whole, rests = 0, [0] * -(-large // step)
     for _, low, high in visits:
-        covered = high - low // pallas_tpu.ALIGN * pallas_tpu.ALIGN
+        covered = high - low // pieces.ALIGN * pieces.ALIGN
         whole += covered // large
         if rest := covered % large:
-            rests[-(-rest // pallas_tpu.STEP) - 1] += 1
+            rests[-(-rest // step) - 1] += 1
     return whole, rests
 
 
-def _multiplied_rows(visits: list, height: int) -> int:
-    whole, rests = _pieces(visits, height)
-    large = min(pallas_tpu.LARGE, height)
-    return whole * large + sum(
-        count * (place + 1) * pallas_tpu.STEP for place, count in enumerate(rests)
-    )
+def _multiplied_rows(visits: list, height: int, step: int = pieces.STEP) -> int:
+    whole, rests = _pieces(visits, height, step)
+    large = min(pieces.LARGE, height)
+    return whole * large + sum(count * (place + 1) * step for place, count in enumerate(rests))
 
 
 def _branches(
-    visits: list, height: int, cleared: int, sides: Sequence[int]
+    visits: list,
+    height: int,
+    cleared: int,
+    sides: Sequence[int],
+    step: int = pieces.STEP,
+    widths: Sequence[int] = pieces.WIDTHS,
 ) -> tuple[tuple[float, ...], ...]:
     """Of a step: a block is cleared, whole pieces are looped over, and one of some height takes
     the rest; a piece loops over blocks of each side."""
-    whole, rests = _pieces(visits, height)
-    blocks = []
-    for side in sides:
-        block = next((w for w in (512, 384, 256) if side % w == 0), min(512, side))
-        blocks.append(side // block)  # what is left stands beside the loop
-    pieces = (len(visits), whole / len(visits), *blocks)
-    return (cleared,), pieces, *((count, *blocks) for count in rests)
+    whole, rests = _pieces(visits, height, step)
+    # What no whole block holds stands beside the loop, and one block alone makes none.
+    blocks = [side // pieces.column_width(side, widths) for side in sides]
+    trips = [count for count in blocks if count > 1]
+    loop = (len(visits), whole / len(visits), *trips)
+    return (cleared,), loop, *((count, *trips) for count in rests)

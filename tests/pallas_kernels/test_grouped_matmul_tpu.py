@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.grouped_matmul import pallas_tpu, reference, visits
+from pallas_kernels.grouped_matmul import pallas_tpu, pieces, reference, visits
 from pallas_kernels.testing import assert_close
 
 ROWS, DEPTH, WIDTH, EXPERTS = 333, 24, 33, 6
@@ -32,7 +32,7 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 4e-3}  # bfloat16: one rounding of
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "TILE_ROWS", (128,))
-    monkeypatch.setattr(pallas_tpu, "LARGE", 64)
+    monkeypatch.setattr(pieces, "LARGE", 64)
 
 
 def operands(dtype, seed=0):
@@ -127,7 +127,7 @@ def test_visits_hold_every_row_once_and_open_every_block_once(seed):
 
 def test_a_kernel_that_ignores_where_a_group_ends_is_caught(monkeypatch):
     everything = lambda start, height, low, high: jnp.ones((height, 1), bool)
-    monkeypatch.setattr(pallas_tpu, "_row_mask", everything)
+    monkeypatch.setattr(pieces, "row_mask", everything)
     lhs, rhs, _ = operands(jnp.float32)
     sizes = jnp.asarray(PATTERNS["rows past the sum"], jnp.int32)
     out = pallas_tpu.matmul(lhs, rhs, sizes, transpose_rhs=False, interpret=True)
