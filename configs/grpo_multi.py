@@ -38,7 +38,7 @@ ENVIRONMENTS = (
 )
 # A right episode takes up to 71 tokens.
 EPISODE_TOKENS, EPISODES_PER_ROW = 88, 4
-SFT_STEPS, SFT_ROWS, SFT_ROW_TOKENS = 800, 8, 480
+SFT_STEPS, SFT_ROWS, SFT_ROW_TOKENS = 560, 8, 480
 RL_STEPS, PROMPTS, GENERATIONS = 80, 20, 8
 RIGHT, WRONG = 0.7, 0.3  # shares of conversations that are right, and of another task's answers
 

@@ -20,6 +20,7 @@ FREE_FIELDS = (
     "rl.held_out_tasks",
     "rl.result_tasks",
     "rl.rollout.workers",
+    "rl.rollout.worker_kind",
     "rl.rollout.timeout_s",
     "execution.remat",
     "execution.layers",

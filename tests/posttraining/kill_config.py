@@ -46,9 +46,9 @@ def get_config() -> ConfigDict:
             "easy_slip": "",
         },
         mesh={"data": 1},
-        logging={"evaluate_every": 6, "checkpoint_every": 2},
+        logging={"evaluate_every": 6, "evaluate_rows": 4, "checkpoint_every": 2},
     )
     first = dataclasses.replace(
-        warm_start, training=dataclasses.replace(warm_start.training, steps=20)
+        warm_start, training=dataclasses.replace(warm_start.training, steps=8)
     )
     return to_config_dict(dataclasses.replace(small, warm_start=first))

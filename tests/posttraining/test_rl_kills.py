@@ -35,7 +35,10 @@ def start(workdir, flags):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=1800)
+    finally:
+        process.kill()
     assert process.returncode == 0, output
 
 
