@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from nemotron_jax.posttraining.rollout import Episode
 
 JSONL, PAGE = "transcripts.jsonl", "transcripts.html"
 _SHOWN = 200  # episodes of the page, the newest
+_ANSWER_LETTERS = 80  # of a last turn that stand in the line of a folded episode
 
 
 class Transcripts:
@@ -76,20 +78,31 @@ def write_page(directory: Path) -> Path:
 
 
 def page(episodes: Sequence[dict[str, Any]]) -> str:
-    """Episodes as one page that needs nothing beside it."""
-    return _PAGE.format(body="\n".join(map(_episode, episodes)), count=len(episodes))
+    """Episodes as one page that needs nothing beside it, those of one prompt below a heading."""
+    groups = itertools.groupby(episodes, lambda one: (one["batch"], one["group"]))
+    body = "\n".join(_group(list(members)) for _, members in groups)
+    return _PAGE.format(body=body, count=len(episodes))
+
+
+def _group(members: Sequence[dict[str, Any]]) -> str:
+    first, rewards = members[0], [one["reward"] for one in members]
+    mean = f"mean reward {sum(rewards) / len(rewards):.2f} of {len(rewards)}"
+    heading = f"{first['task']} · batch {first['batch']}, group {first['group']} · {mean}"
+    return f"<h2>{html.escape(heading)}</h2>\n" + "\n".join(map(_episode, members))
 
 
 def _episode(one: dict[str, Any]) -> str:
     failure = one["verdict"]["infra_error"]
     broken = sum(not turn["well_formed"] for turn in one["turns"])
-    notes = [f"reward {one['reward']:.2f}", f"batch {one['batch']}, group {one['group']}"]
+    said = [m.get("content") for m in one["messages"] if m["role"] == "assistant"]
+    notes = [f"reward {one['reward']:.2f}", f"{len(one['turns'])} turns"]
     notes += [f"environment failed: {failure}"] if failure else []
     notes += ["cut off"] if one["truncated"] else []
     notes += [f"{broken} malformed turns"] if broken else []
     messages = "".join(map(_message, one["messages"]))
     kind = "right" if one["reward"] > 0.5 else "wrong"
-    heading = f"{html.escape(one['task'])} · {html.escape(' · '.join(notes))}"
+    notes += [str(said[-1])[:_ANSWER_LETTERS]] if said and said[-1] else []
+    heading = html.escape(" · ".join(notes))
     return f'<details class="{kind}"><summary>{heading}</summary>{messages}</details>'
 
 
@@ -110,6 +123,7 @@ body {{ font: 15px sans-serif; max-width: 60em; margin: 2em auto; color: #222 }}
 details {{ border-left: 4px solid #c33; margin: .5em 0; padding-left: .8em }}
 details.right {{ border-color: #393 }}
 summary {{ cursor: pointer }}
+h2 {{ font-size: 1em; margin: 1.5em 0 .5em }}
 pre {{ white-space: pre-wrap; margin: .2em 0 .8em }}
 .assistant pre {{ background: #eef4ff }} .tool pre {{ background: #f4f4ee }}
 </style>

@@ -137,6 +137,8 @@ def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> No
         (2, 7),
     ]
     shown = page(lines)
+    assert shown.count("<h2>") == 3 and "batch 0, group 0 · mean reward 0.50 of 2" in shown
+    assert shown.count("<details") == 5
     assert "<b>1+1</b>" not in shown and "&lt;b&gt;1+1&lt;/b&gt;" in shown
 
 
