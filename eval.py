@@ -17,6 +17,7 @@ from nemotron_jax import command_line
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.convert import from_config_dict, from_json
 from nemotron_jax.config.dtypes import dtype_name
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,7 +38,8 @@ def main() -> int:
         raise ValueError("--checkpoint=: is empty; name a run's or a hub model's directory")
     output = command_line.writable("output", _OUTPUT.value)
     options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value, "mtp": _MTP.value}
-    report = evaluate(Path(_CHECKPOINT.value), _SUITES.value, output, **options)
+    checkpoint = command_line.path_of(_CHECKPOINT.value)
+    report = evaluate(checkpoint, _SUITES.value, output, **options)
     print(f"report: {report.with_suffix('.md')}")
     return 0
 
@@ -80,7 +82,8 @@ def evaluate(
     is_own = own is not None and (config is None or config.data == own.data)
     directory = run_and_step(checkpoint)[0]
     data_directory = directory if is_own else output / "data"
-    subject = Subject(directory, config or own, data_directory, seed)
+    model_config = own.model if own else ModelConfig.from_hf(checkpoint)
+    subject = Subject(directory, config or own, data_directory, seed, model_config)
     evaluators = make_evaluators(suites, subject)
     model = load_pretrained(checkpoint, dtype, mtp=mtp)
     runs = {}

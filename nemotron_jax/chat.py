@@ -8,12 +8,14 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.data.chat.events import Content, Event, Malformed, Reasoning, turn_of
 from nemotron_jax.data.chat.hub_template import warn_of_other_template
 from nemotron_jax.data.chat.parse import TurnParser
 from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, Message
 from nemotron_jax.data.chat.tokens import encode_prompt
-from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.data.tokenizer import Tokenizer, check_vocabulary
+from nemotron_jax.decoding.generate import default_stop_tokens
 from nemotron_jax.decoding.sampling import Sampling
 from nemotron_jax.decoding.stream import stream_tokens
 from nemotron_jax.interop.peft import load_adapter
@@ -30,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Chat as the arguments say; the exit status."""
     flags = _parser().parse_args(arguments)
     try:
+        for name, least in (("max_tokens", 1), ("seed", 0), ("budget", 0)):
+            value = getattr(flags, name)
+            ok = value is None or least <= value < 2**31
+            check_value("chat", name, value, ok, f"must be from {least} to {2**31 - 1}")
         options = ChatOptions(
             enable_thinking=not flags.no_thinking,
             low_effort=flags.low_effort,
@@ -41,13 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.adapter:
             model = load_adapter(model, flags.adapter)
         warn_of_other_template(flags.checkpoint)
+        check_vocabulary(tokenizer, model.config.vocab_size)
         writer = _writer(model, tokenizer, sampling, flags)
-    except ValueError as error:
+        dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
+        system = [{"role": "system", "content": flags.system}] if flags.system else []
+        chat(_lines(), writer, tokenizer, options, system=system, dim=dim, plain=plain)
+    except (ValueError, OSError) as error:
         print(f"chat: {error}", file=sys.stderr)
         return 2
-    dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
-    system = [{"role": "system", "content": flags.system}] if flags.system else []
-    chat(_lines(), writer, tokenizer, options, system=system, dim=dim, plain=plain)
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
 
 
@@ -106,7 +116,7 @@ def _as_text(event: Event, dim: str, plain: str) -> str:
 def _writer(
     model: Nemotron, tokenizer: Tokenizer, sampling: Sampling, flags: argparse.Namespace
 ) -> Writer:
-    stops = (tokenizer.token_id(END), tokenizer.eos)
+    stops = (tokenizer.token_id(END), tokenizer.eos, *default_stop_tokens(model))
     answer = tokenizer.token_id(ANSWER)
     seed = flags.seed
 

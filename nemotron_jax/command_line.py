@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import os
 import re
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def run(program: str, main: Callable[[], int]) -> None:
     Errors that this project raises are sentences for its user, as are those of files and of memory;
     all others keep their traceback.
     """
+    logging.set_verbosity(logging.ERROR)  # what config_flags warns of is refused as a sentence
     app.run(
         lambda _: _exit_status(program, main),
         flags_parser=lambda arguments: _parse(program, arguments),
@@ -45,17 +47,25 @@ def writable(flag: str, path: str | Path) -> Path:
     """The path of a directory to be written into; raises ValueError where it cannot be."""
     if not str(path):
         raise ValueError(f"--{flag}=: is empty; name a directory")
-    path = Path(path)
+    path = path_of(path)
     try:
-        there = next(one for one in (path, *path.absolute().parents) if one.exists())
+        there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
         if not there.is_dir():
-            raise NotADirectoryError(f"{there} is a file")
+            raise NotADirectoryError(f"{there} is {'a file' if there.exists() else 'a dead link'}")
         with tempfile.TemporaryFile(dir=there):
             return path
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise ValueError(
             f"--{flag}={path}: cannot be written ({error}); name a directory that can"
         ) from None
+
+
+def path_of(path: str | Path) -> Path:
+    """The path that a flag names; no shell puts the home directory in place of its ~."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # of a user whom the system does not know
+        return Path(path)
 
 
 def _parse(program: str, arguments: list[str]) -> list[str]:
@@ -87,7 +97,12 @@ def _parse(program: str, arguments: list[str]) -> list[str]:
             program, f"{_config_flag(rest)}{reason}" if known else f"unknown config key {reason}"
         )
     except flags.Error as error:
-        _refuse(program, str(error))
+        text = str(error)
+        if "Traceback" in text:  # config_flags quotes that of the user's file
+            text = f"{_config_flag(rest)}{text.strip().splitlines()[-1]}"
+        elif _config_flag(rest) and "flag --config=None" in text:
+            text = f"{_config_flag(rest)}its get_config() gave None, no ConfigDict"
+        _refuse(program, text)
     except Exception as error:  # whatever the user's file raised when it was read
         _refuse(program, f"{_config_flag(rest)}{type(error).__name__}: {error}")
     finally:

@@ -23,6 +23,7 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.sharding import current_mesh
 from nemotron_jax.training.checkpoint import (
+    FOLDER,
     read_parameters,
     run_and_step,
     saved_config,
@@ -102,8 +103,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None = None) -> None:
     """Write `model` as a hub directory; `dtype=None` keeps each tensor's original dtype.
 
-    Raises ValueError when it has adapters, for which the hub's layout has no place.
+    Raises ValueError when it has adapters, for which the hub's layout has no place, and when the
+    directory is a run's.
     """
+    if (Path(path) / FOLDER).is_dir():
+        raise ValueError(
+            f"save_pretrained: {path} is a run's directory, whose config.json would be lost; name "
+            "another"
+        )
     if has_adapters(model):
         raise ValueError(
             "save_pretrained: the model has adapters; write merge_adapters(model), or the adapters "
@@ -128,7 +135,7 @@ def _is_run(directory: Path) -> bool:
             f"load_pretrained: {directory} holds no config.json; pass the directory of a model or "
             "of a run"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"load_pretrained: {file} cannot be read ({error})") from error
     return isinstance(config, dict) and "format_version" in config and "model_type" not in config
 

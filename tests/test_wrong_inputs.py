@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import nemotron_jax as nj
+from nemotron_jax import chat, command_line
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.config.precision import PrecisionConfig, nemotron3_nvfp4
 from tests.front_doors import SHOW
@@ -25,6 +26,7 @@ TRAIN = [
     (["--workdir="], "--workdir=: is empty"),
     (["--workdir={d}/file"], "is a file"),
     (["--workdir={d}/file/below"], "is a file"),
+    (["--workdir={d}/dead_link"], "is a dead link"),
     (["--workdir=/proc/1/below"], "--workdir=/proc/1/below: cannot be written"),
     (["--config={d}/absent.py"], "absent.py"),
     (["--config={d}"], "--config="),
@@ -34,6 +36,8 @@ TRAIN = [
     (["--config={d}/imports.py"], "imports.py"),
     (["--config={d}/attribute.py"], "attribute.py"),
     (["--config={d}/number.py"], "number.py"),
+    (["--config={d}/none.py"], "its get_config() gave None, no ConfigDict"),
+    (["--config={d}/arguments.py"], "arguments.py: TypeError: get_config() missing 2"),
     (["--config={d}/data.json"], "data.json"),
     (["--config="], "config"),
     (["--config.seed=-1"], "RunConfig.seed=-1"),
@@ -84,6 +88,7 @@ TRAIN = [
     (["--config.data.sequence_length=1000000000"], "sequence_length"),
     (["--config.model.width=1000000"], "its weights, moments and gradient take"),
     (["--config.data.sources=('nowhere',)"], "'nowhere' is unknown"),
+    (["--config.data.sources=('hf:',)"], "'hf:' names no file or folder"),
     (["--config.data.sources=('hf:{d}/absent',)"], "there is no file or folder"),
     (["--config.data.sources=('hf:{d}/no_text',)"], "a.json is of a kind that is not read"),
     (["--config.data.sources=('hf:{d}/other.csv',)"], "other.csv has none of the endings"),
@@ -149,6 +154,7 @@ EVAL = [
     (["--suites=perplexity"], "pass --config"),
     (["--output="], "--output=: is empty"),
     (["--output={d}/file"], "is a file"),
+    (["--output={d}/dead_link"], "is a dead link"),
     (["--output={d}/file/below"], "is a file"),
     (["--dtype=flot32"], "dtype='flot32': must be one of float32, bfloat16, float16"),
     (["--dtype=fp8"], "dtype='fp8'"),
@@ -191,6 +197,8 @@ def wrong_files(tmp_path_factory) -> pathlib.Path:
         "imports.py": "import no_such_module_anywhere\n",
         "attribute.py": "import json\ndef get_config():\n    return json.nothing\n",
         "number.py": "def get_config():\n    return 7\n",
+        "none.py": "def get_config():\n    pass\n",
+        "arguments.py": "def get_config(a, b):\n    return a\n",
         "data.json": "{}",
         "other.csv": "a,b",
         "no_text/a.json": "{}",
@@ -215,6 +223,7 @@ def wrong_files(tmp_path_factory) -> pathlib.Path:
         (d / name).parent.mkdir(parents=True, exist_ok=True)
         (d / name).write_text(text)
     (d / "latin.txt").write_bytes(b"caf\xe9\n")
+    (d / "dead_link").symlink_to(d / "nowhere")
     hub_with(d / "quantised", quantization_config={"quant_algo": "NVFP4"})
     hub_with(d / "dtype", dtype="int4")
     (hub_with(d / "no_weights") / "model.safetensors").unlink()
@@ -304,3 +313,26 @@ def test_the_facade_says_one_sentence(wrong_files, flags: list[str], words: str)
 def test_no_tokenizer_is_named(wrong_files, name: str) -> None:
     with pytest.raises(ValueError, match=f"tokenizer .*{name}"):
         nj.load_tokenizer(wrong_files / name)
+
+
+def test_the_home_directory_stands_for_its_sign(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command_line.writable("workdir", "~/runs") == tmp_path / "runs"
+    assert command_line.path_of("~no_such_user/runs") == pathlib.Path("~no_such_user/runs")
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--max_tokens=0", "chat.max_tokens=0: must be from 1"),
+        ("--seed=-1", "chat.seed=-1: must be from 0"),
+        ("--budget=-1", "chat.budget=-1: must be from 0"),
+        ("--temperature=nan", "temperature"),
+        ("--top_p=0", "top_p"),
+        ("--checkpoint={d}/file", "tokenizer"),
+    ],
+)
+def test_the_chat_says_one_line(wrong_files, capsys, flag: str, words: str) -> None:
+    assert chat.main([f"--checkpoint={HUB}", flag.replace("{d}", str(wrong_files))]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("chat: ") and words in line

@@ -128,6 +128,8 @@ def collect(source: str) -> Collection:
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = list(_library_files(root))
     elif source.startswith(FILES_PREFIX):
+        if source == FILES_PREFIX:
+            raise ValueError(f"data source {source!r} names no file or folder; as in hf:texts")
         given = Path(source.removeprefix(FILES_PREFIX)).expanduser()
         root = given if given.is_dir() else given.parent
         paths, left_out = _user_files(source, given)

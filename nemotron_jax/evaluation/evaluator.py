@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any, Protocol
 
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.corpus import Corpus, prepare
 from nemotron_jax.data.tokenizer import FILE_NAME, Tokenizer
@@ -64,13 +65,15 @@ class Evaluator(Protocol):
 class Subject:
     """What suites may need beside the model, each part made when first asked for.
 
-    `config` is None for a checkpoint that came without one.
+    `config` is None for a checkpoint that came without one. `model` is the checkpoint's own where
+    the configuration may be of a run of another.
     """
 
     checkpoint: Path
     config: RunConfig | None
     data_directory: Path  # holds the corpus, or will
     seed: int = 0
+    model: ModelConfig | None = None
 
     def require_config(self, suite: str) -> RunConfig:
         """The configuration; ValueError in the suite's name where there is none."""
@@ -94,5 +97,6 @@ class Subject:
         if self.data_directory != self.checkpoint:
             self.tokenizer  # noqa: B018  # a checkpoint without one is an error, not a new tokenizer
             data = dataclasses.replace(data, tokenizer=str(self.checkpoint / FILE_NAME))
-        vocabulary = config.model.vocab_size
-        return prepare(data, vocabulary, self.data_directory, progress=lambda line: None)[1]
+        model = self.model or config.model
+        options = {"eos_token": model.eos_token, "progress": lambda line: None}
+        return prepare(data, model.vocab_size, self.data_directory, **options)[1]

@@ -65,6 +65,11 @@ def _staging(target: Path) -> Path:
     """A new folder beside `target`, where that may become a directory."""
     if target.exists() and not target.is_dir():
         raise ValueError(f"save_pretrained: {target} is a file; name a directory")
+    if Path.cwd().is_relative_to(target):  # an empty path means it too
+        raise ValueError(
+            f"save_pretrained: {target} holds the working directory and would be replaced as a "
+            "whole; name a new directory"
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{target.name}-writing-", dir=target.parent))

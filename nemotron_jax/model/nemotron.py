@@ -74,8 +74,8 @@ class Nemotron(nnx.Module):
         the bits of a token are those of its number, by `numbers` or as it stands in the batch.
         Raises ValueError for a token outside the vocabulary where `tokens` are at hand.
         """
-        _check_call(cache, segment_ids, lengths, tokens.shape[1])
         _check_tokens(tokens, self.config.vocab_size)
+        _check_call(cache, segment_ids, lengths, tokens.shape)
         return _forward(
             self,
             tokens,
@@ -132,7 +132,7 @@ class Nemotron(nnx.Module):
         embed."""
         if self.mtp_block is None:
             raise ValueError("Nemotron.mtp_step: this model has no MTP block; configure model.mtp")
-        _check_call(cache, segment_ids, lengths, next_tokens.shape[1])
+        _check_call(cache, segment_ids, lengths, next_tokens.shape)
         return _mtp_step(
             self, hidden, next_tokens, segment_ids, cache, lengths=lengths, execution=execution
         )
@@ -311,8 +311,30 @@ def _embed(model: Nemotron, tokens: Int[Array, "B T"], context: Context) -> Floa
 
 
 def _check_call(
-    cache: Cache | None, segment_ids: Array | None, lengths: Array | None, num_tokens: int
+    cache: Cache | None, segment_ids: Array | None, lengths: Array | None, shape: tuple[int, int]
 ) -> None:
+    batch, num_tokens = shape
+    for name, array, wanted in (
+        ("segment_ids", segment_ids, shape),
+        ("lengths", lengths, shape[:1]),
+    ):
+        if array is not None and not (_is_integer(array) and array.shape == tuple(wanted)):
+            raise ValueError(
+                f"Nemotron: {name} are {_kind(array)} and must be an array of integers of shape "
+                f"{tuple(wanted)}, beside tokens of shape {tuple(shape)}"
+            )
+    if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+        wrong = [int(n) for n in np.asarray(lengths) if not 0 <= n <= num_tokens]
+        if wrong:
+            raise ValueError(
+                f"Nemotron: lengths hold {wrong[0]}, and rows have {num_tokens} tokens; a length "
+                "counts a row's tokens before its padding"
+            )
+    if cache is not None and cache.length.shape[0] != batch:
+        raise ValueError(
+            f"Nemotron: {batch} rows of tokens and a cache of {cache.length.shape[0]} rows; make "
+            f"it by init_cache({batch}, …)"
+        )
     if segment_ids is not None and (cache is not None or lengths is not None):
         raise ValueError(
             "Nemotron: segment_ids come with a cache or lengths; a cache holds one document "
@@ -329,7 +351,12 @@ def _check_call(
 
 
 def _check_tokens(tokens: Array, vocabulary: int) -> None:
-    """Raise ValueError for a token outside the vocabulary; traced tokens cannot be looked at."""
+    """Raise ValueError for what are no tokens, and for one outside the vocabulary; the values of
+    traced tokens cannot be looked at."""
+    if not _is_integer(tokens) or tokens.ndim != 2:
+        raise ValueError(
+            f"Nemotron: tokens are {_kind(tokens)} and must be an array of integers [batch, tokens]"
+        )
     if isinstance(tokens, jax.core.Tracer) or not np.size(tokens):
         return
     found = np.asarray(tokens)
@@ -339,3 +366,14 @@ def _check_tokens(tokens: Array, vocabulary: int) -> None:
             f"Nemotron: token {int(wrong[0])} lies outside the model's vocabulary of {vocabulary}; "
             "was the text encoded with this model's tokenizer?"
         )
+
+
+def _is_integer(array: object) -> bool:
+    """Whether it is an array, traced or not, of integers."""
+    return hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _kind(value: object) -> str:
+    """What an argument is, in a sentence about it."""
+    is_array = hasattr(value, "dtype")
+    return f"{value.dtype} of shape {value.shape}" if is_array else repr(value)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
+from nemotron_jax.evaluation.evaluator import Subject
 from nemotron_jax.evaluation.perplexity import Perplexity
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,24 @@ def test_other_data_is_read_with_the_checkpoints_tokenizer(
     assert [row[0] for row in rows] == [single_source.data.sources[0]]
     own = (run_directory / "tokenizer.json").read_text("utf-8")
     assert (path.parent / "data" / "tokenizer.json").read_text("utf-8") == own
+
+
+def test_a_tokenizer_that_is_not_the_model_s_is_refused(
+    run_directory, single_source, tmp_path
+) -> None:
+    """By the model that is evaluated, whatever model the configuration of the data names."""
+    for change, words in (
+        ({"eos_token": 7}, "ends a document with id 2, and the model with eos_token=7"),
+        ({"vocab_size": 300}, "more than the model's vocab_size=300"),
+    ):
+        model = dataclasses.replace(single_source.model, **change)
+        with pytest.raises(ValueError, match=words):
+            Subject(run_directory, single_source, tmp_path, model=model).corpus  # noqa: B018
+    other = dataclasses.replace(
+        single_source, model=dataclasses.replace(single_source.model, vocab_size=100)
+    )
+    subject = Subject(run_directory, other, tmp_path, model=single_source.model)
+    assert subject.corpus.held_out.tokens.size > 0
 
 
 def test_wrong_requests_are_refused_before_anything_is_written(

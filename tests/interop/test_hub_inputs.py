@@ -167,3 +167,27 @@ def test_a_broken_json_file_is_named(hub, name, text):
     (hub / name).write_bytes(text.encode("latin1"))
     with pytest.raises(ValueError, match=name):
         nj.load_pretrained(hub)
+
+
+@pytest.mark.parametrize("path", ["", ".", "..", "below/.."])
+def test_the_working_directory_is_never_replaced(hub, tmp_path, monkeypatch, path):
+    model = nj.load_pretrained(hub)
+    inside = tmp_path / "inside"
+    (inside / "below").mkdir(parents=True)
+    (inside / "mine.safetensors").touch()
+    monkeypatch.chdir(inside)
+    with pytest.raises(ValueError, match="holds the working directory"):
+        nj.save_pretrained(model, path, dtype="float32")
+    assert (inside / "mine.safetensors").exists()
+
+
+def test_a_run_is_not_overwritten_by_a_model(hub, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a run's directory"):
+        nj.save_pretrained(nj.load_pretrained(hub), tmp_path / "run", dtype="float32")
+
+
+def test_a_config_nested_without_end_is_named(hub):
+    (hub / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        nj.load_pretrained(hub)

@@ -145,6 +145,35 @@ def test_a_row_written_past_its_end_is_refused_or_marked(model):
     assert not forget(again, np.array([True, False])).overflowed().any()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lengths": np.array([13, 2])}, "lengths hold 13, and rows have 12 tokens"),
+        ({"lengths": np.array([2, -1])}, "lengths hold -1"),
+        ({"lengths": np.array([2])}, r"lengths are .* integers of shape \(2,\)"),
+        ({"lengths": np.array([2.0, 3.0])}, "lengths are float64 .* must be an array of integers"),
+        ({"lengths": 5}, "lengths are 5 and must be an array of integers"),
+        ({"segment_ids": np.ones((2, 5), np.int32)}, r"integers of shape \(2, 12\)"),
+        (
+            {"segment_ids": np.ones((2, 12))},
+            r"segment_ids are float64 of shape \(2, 12\) and must be",
+        ),
+        ({"tokens": np.ones(12, np.int32)}, r"int32 of shape \(12,\) and must be"),
+        ({"tokens": np.ones((2, 12))}, "tokens are float64 of shape"),
+        ({"tokens": [[1, 2]]}, r"tokens are \[\[1, 2\]\] and must be an array"),
+        ({"tokens": np.ones((3, 4), np.int32)}, "3 rows of tokens and a cache of 2 rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "call",
+)
+def test_calls_that_cannot_be_right_are_refused(model, options, words):
+    """With a cache, lengths past the row would leave states of tokens that were never read."""
+    tokens = options.get("tokens", np.ones((2, 12), np.int32))
+    cache = None if "segment_ids" in options else model.init_cache(2, CAPACITY)
+    rest = {name: value for name, value in options.items() if name != "tokens"}
+    with pytest.raises(ValueError, match=words):
+        model(tokens, cache, **rest)
+
+
 def test_caches_that_do_not_fit_are_refused(model):
     with pytest.raises(ValueError, match="other parts"):
         empty(model).put(0, model.init_cache(1, CAPACITY))
