@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemotron_jax.config.checks import at_least_one, check, positive
+from nemotron_jax.config.checks import at_least_one, check, is_finite, positive
 
 TARGETS = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent", "experts")
 
@@ -14,12 +14,14 @@ class LoRAConfig:
     `mamba_in` are z, x, B, C and dt, one matrix with one A on the hub; `latent` the projections
     into and out of the experts' width; `experts` get an A and a B each. Attention alone reaches few
     of the family's layers. Source of the defaults: Megatron-Bridge's recipes for this family, which
-    adapt every linear.
+    adapt every linear. `dropout` is the share of an adapter's inputs that are left out in training;
+    routed experts have none, as in PEFT.
     """
 
     rank: int = 32
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent")
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -31,3 +33,7 @@ class LoRAConfig:
         positive(self, "alpha")
         known = len(self.targets) > 0 and set(self.targets) <= set(TARGETS)
         check(self, "targets", known, f"must name some of {', '.join(TARGETS)}")
+        share = is_finite(self.dropout) and 0 <= self.dropout < 1
+        check(self, "dropout", share, "must be at least 0 and below 1")
+        rule = "must be 0 with the target experts, which have no dropout"
+        check(self, "dropout", self.dropout == 0 or "experts" not in self.targets, rule)

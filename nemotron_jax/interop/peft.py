@@ -109,7 +109,7 @@ def _config(site: Site, base: str, modules: set[str], parameters: set[str]) -> d
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": adapter.scale * rank,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -119,7 +119,7 @@ def _config(site: Site, base: str, modules: set[str], parameters: set[str]) -> d
 
 
 def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
-    """The model with the adapters of a directory that PEFT or `save_adapter` wrote.
+    """The model with the adapters, without dropout, of a directory that PEFT or we wrote.
 
     Raises ValueError for settings beside plain LoRA, for tensors of modules that the model has not,
     and for shapes that do not fit.

@@ -1,6 +1,7 @@
 """A matrix, stored input-first, and its optional bias."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax import quant
+from nemotron_jax.config.precision import ROLES
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.types import Context, Rows, Weight
+from pallas_kernels import nvfp4
+
+_DROPOUT = 64  # dropout's random streams begin here, past those of rounding, which count roles
 
 
 class Linear(nnx.Module):
@@ -40,7 +45,9 @@ class Linear(nnx.Module):
     ) -> Float[Array, "... Out"]:
         options = {"role": self.role, "context": context, "rows": rows}
         y = quant.dot(x, self.matrix(), out_dtype=out_dtype, **options)
-        return self._biased(_adapted(y, x, self.adapter, self.adapter, context))
+        if self.adapter is not None:
+            y = _adapted(y, _dropped(x, self.adapter, options), self.adapter, None, context)
+        return self._biased(y)
 
     def matrix(self) -> Weight:
         """The weight as its product takes it."""
@@ -62,24 +69,38 @@ def project_together(
     options = {"role": linears[0].role, "context": context, "rows": rows}
     products = quant.dot_together(x, weights, out_dtypes=out_dtypes, **options)
     first = linears[0].adapter
-    return [
-        linear._biased(_adapted(y, x, linear.adapter, first, context))
-        for linear, y in zip(linears, products, strict=True)
-    ]
+    if first is not None:
+        x = _dropped(x, first, options)
+        products = [
+            _adapted(y, x, linear.adapter, first, context)
+            for linear, y in zip(linears, products, strict=True)
+        ]
+    return [linear._biased(y) for linear, y in zip(linears, products, strict=True)]
 
 
 def _adapted(
     y: Float[Array, "... Out"],
     x: Float[Array, "... In"],
-    adapter: LowRank | None,
+    adapter: LowRank,
     first: LowRank | None,
     context: Context,
 ) -> Float[Array, "... Out"]:
     """The product with what an adapter adds; linears projected together share the first one's A."""
-    if adapter is None:
-        return y
     a = first.a if adapter.a is None else adapter.a
     return y + adapter.apply(x, context.dtype, a).astype(y.dtype)
+
+
+def _dropped(
+    x: Float[Array, "... In"], adapter: LowRank, options: Mapping[str, Any]
+) -> Float[Array, "... In"]:
+    """The adapter's inputs with a share of them left out and the rest scaled up, in training: where
+    there are random words. Which ones depends on the token's number, not on who computes it."""
+    rows, share = options["rows"], adapter.dropout
+    if not share or rows.words is None:
+        return x
+    words = nvfp4.fold(rows.words, _DROPOUT + ROLES.index(options["role"]))
+    drawn = nvfp4.uniform(words, rows.numbers.reshape(-1), x.shape[-1]).reshape(x.shape)
+    return jnp.where(drawn < share, 0, x / (1 - share)).astype(x.dtype)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> Array:

@@ -16,12 +16,15 @@ class LowRank(nnx.Module):
         b: Float[Array, "... R Out"],
         axes: tuple[str, ...],
         scale: float,
+        dropout: float = 0.0,
     ) -> None:
-        """`axes` are those of the matrix; leading ones are shared by both factors."""
+        """`axes` are those of the matrix; leading ones are shared by both factors. `dropout` is the
+        share of inputs that training leaves out."""
         *leading, rows, columns = axes
         self.a = None if a is None else nnx.Param(a, axes=(*leading, rows, "rank"))
         self.b = nnx.Param(b, axes=(*leading, "rank", columns))
         self.scale = scale
+        self.dropout = dropout
 
     def apply(
         self, x: Float[Array, "... In"], dtype: jnp.dtype, a: nnx.Param | None = None

@@ -53,7 +53,8 @@ def add_adapters(model: Nemotron, lora: LoRAConfig, key: Array) -> Nemotron:
                 jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound
             )
         b = jnp.zeros((*leading, lora.rank, columns), jnp.float32)
-        setattr(site.module, site.adapter, nnx.data(LowRank(a, b, matrix.axes, lora.scale)))
+        adapter = LowRank(a, b, matrix.axes, lora.scale, lora.dropout)
+        setattr(site.module, site.adapter, nnx.data(adapter))
     return model
 
 

@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.lora import TARGETS, LoRAConfig
+from nemotron_jax.config.precision import ROLES
+from nemotron_jax.layers import linear as linear_module
+from nemotron_jax.layers.linear import Linear
+from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.model.adapters import (
     adapter_sites,
     add_adapters,
@@ -15,6 +20,7 @@ from nemotron_jax.model.adapters import (
     merge_adapters,
 )
 from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.types import Context, Rows
 from tests.tiny_models import quick_jit, random_tokens, tiny_model
 
 ALL = LoRAConfig(rank=3, alpha=6.0, targets=TARGETS)
@@ -94,3 +100,43 @@ def test_a_model_without_the_targets_and_wrong_targets_are_refused(base) -> None
         add_adapters(tiny_model("M*E"), LoRAConfig(targets=("mlp",)), jax.random.key(0))
     with pytest.raises(ValueError, match="targets=.'gate_proj'"):
         LoRAConfig(targets=("gate_proj",))
+
+
+def test_dropout_leaves_out_its_share_by_the_number_of_a_token() -> None:
+    """Zero weight, and factors that are the identity: the product is what the adapter was given."""
+    linear = Linear("mamba_out", ("width", "width"), (40, 40), std=0.0, rngs=nnx.Rngs(0))
+    eye = jnp.eye(40)
+    linear.adapter = nnx.data(LowRank(eye, eye, ("width", "width"), 1.0, dropout=0.25))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, 40)), jnp.float32)
+    numbers, words = jnp.arange(100).reshape(2, 50), jnp.array([3, 4], jnp.uint32)
+    context = Context(Execution(), jnp.float32)
+    run = lambda x, **rows: np.asarray(linear(x, context, Rows(**rows)))
+    np.testing.assert_allclose(run(x), x, atol=1e-6)  # no words: not in training
+    dropped = run(x, words=words, numbers=numbers)
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], np.asarray(x / 0.75)[kept], rtol=1e-5)
+    assert abs(kept.mean() - 0.75) < 4 * np.sqrt(0.25 * 0.75 / kept.size)
+    half = run(x[1:], words=words, numbers=numbers[1:])
+    np.testing.assert_array_equal(half, dropped[1:])
+    assert not np.array_equal(kept, run(x, words=words + 1, numbers=numbers) != 0)
+
+
+def test_dropout_reaches_every_linear_and_no_expert(base, monkeypatch) -> None:
+    found, dropped = set(), linear_module._dropped
+
+    def recorded(x, adapter, options):
+        assert adapter.dropout == 0.5
+        assert options["rows"].words is not None and options["rows"].numbers is not None
+        found.add(options["role"])
+        return dropped(x, adapter, options)
+
+    monkeypatch.setattr(linear_module, "_dropped", recorded)
+    targets = tuple(target for target in TARGETS if target != "experts")
+    model = add_adapters(base, LoRAConfig(targets=targets, dropout=0.5), jax.random.key(0))
+    jax.eval_shape(lambda model, key: model(TOKENS, key=key).hidden, model, jax.random.key(1))
+    experts = {"expert_up", "expert_down"}
+    assert found == {role for role in ROLES if role != "head"} - experts
+    with pytest.raises(ValueError, match="dropout=0.1: must be 0 with the target experts"):
+        LoRAConfig(targets=TARGETS, dropout=0.1)
+    with pytest.raises(ValueError, match="dropout=1: must be at least 0 and below 1"):
+        LoRAConfig(dropout=1)
