@@ -87,6 +87,11 @@ def data_of(config: RunConfig, workdir: Path) -> DataConfig:
     train = config.data.tokenizer.startswith(TRAIN_TOKENIZER)
     if not config.init_from or not train or (workdir / TOKENIZER).exists():
         return config.data
+    if not Path(config.init_from).is_dir():
+        raise ValueError(
+            f"RunConfig.init_from={config.init_from!r}: is not a directory; name a run's or a hub "
+            "model's"
+        )
     if not (Path(config.init_from) / TOKENIZER).exists():
         raise ValueError(
             f"RunConfig.init_from={config.init_from!r} holds no {TOKENIZER}; name the one that its "

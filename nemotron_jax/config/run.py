@@ -115,6 +115,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "steps", "micro_batches", "loss_chunk", "max_skipped_steps")
+        check(self, "steps", self.steps < 2**31, "must be below 2147483648, where counters end")
         counts(self, "mtp_depths")
         one_of(self, "trains", TRAINS)
         drafts = self.trains != "mtp" or self.mtp_depths > 0
@@ -225,3 +226,8 @@ class RunConfig:
         has_mtp = self.training.mtp_depths == 0 or self.model.mtp is not None
         rule = "needs a model with mtp; set it to 0 or configure model.mtp"
         check(self, "training.mtp_depths", has_mtp, rule)
+        within = self.training.mtp_depths <= self.data.sequence_length
+        rule = (
+            f"reaches past a whole row of data.sequence_length={self.data.sequence_length} tokens"
+        )
+        check(self, "training.mtp_depths", within, rule)

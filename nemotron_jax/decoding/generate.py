@@ -22,6 +22,7 @@ _SMALLEST_CHUNK = 16
 _FEWEST_NEW_TOKENS = 64  # buffers hold this times a power of two, so that few loops are compiled
 _STOPS_STEP = 8  # likewise for the table of stop tokens
 MOST_DRAFTS = 32  # more were never worth their cost, and every count compiles a loop of its own
+MOST_NEW_TOKENS = 2**24  # 16 times the context that the family was trained for
 _SEEDS = f"must be an integer from 0 to {2**32 - 1}"
 
 
@@ -163,9 +164,10 @@ def _checked_rows(model: Nemotron, prompt_tokens: Sequence, max_new_tokens: int)
         )
     rows = [np.asarray(row).tolist() for row in prompt_tokens]
     vocabulary = model.config.vocab_size
-    if not is_integer(max_new_tokens) or max_new_tokens < 1:
+    if not is_integer(max_new_tokens) or not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         raise ValueError(
-            f"generate: max_new_tokens={max_new_tokens!r} must be an integer and at least 1"
+            f"generate: max_new_tokens={max_new_tokens!r} must be an integer from 1 to "
+            f"{MOST_NEW_TOKENS}"
         )
     for number, row in enumerate(rows):
         if not isinstance(row, list) or not all(type(token) is int for token in row):

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from nemotron_jax.config.checks import is_integer
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.linear import Linear, normal
@@ -183,9 +184,10 @@ class Nemotron(nnx.Module):
         return model
 
     def _empty_cache(self, pattern: str, batch: int, max_length: int, dtype: str | None) -> Cache:
-        if batch < 1 or max_length < 1:
+        if not all(is_integer(size) and size >= 1 for size in (batch, max_length)):
             raise ValueError(
-                f"Nemotron.init_cache: batch={batch} and max_length={max_length} must be at least 1"
+                f"Nemotron.init_cache: batch={batch} and max_length={max_length} must be integers "
+                "and at least 1"
             )
         dtype = self.embedding[...].dtype if dtype is None else dtype
         return Cache.zeros(self.config, pattern, batch, max_length, dtype)

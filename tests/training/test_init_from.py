@@ -36,7 +36,8 @@ def test_the_tokenizer_comes_with_the_parameters(finished_run, tmp_path) -> None
     assert data_of(small_run("texts"), tmp_path).tokenizer == "train"
     (tmp_path / "tokenizer.json").touch()  # the run has one already
     assert data_of(config, tmp_path).tokenizer == "train"
-    bare = dataclasses.replace(config, init_from=str(tmp_path / "absent"))
+    (tmp_path / "bare").mkdir()
+    bare = dataclasses.replace(config, init_from=str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="holds no tokenizer.json; name the one"):
         data_of(bare, tmp_path / "new")
 
