@@ -24,21 +24,15 @@ EXPECTED = {
 }
 
 
-# One in every run of the tests, the others with the slow ones: each takes half a minute.
-RUNS = [
-    pytest.param(path, id=path.stem, marks=[] if path.stem == "generate" else pytest.mark.slow)
-    for path in NOTEBOOKS
-]
-
-
-@pytest.mark.parametrize("path", RUNS)
+@pytest.mark.slow  # each takes half a minute, or several on a busy machine
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHORT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in outputs)

@@ -178,6 +178,7 @@ def forks():
     return for_decoding(unflatten(tiny_model("M*E", mtp="*E"), changed))
 
 
+@pytest.mark.slow
 def test_generated_samples_follow_the_plain_samplers(forks):
     """The second and third new tokens with and without drafts, over many seeds' worth of rows."""
     rows, options = [ROWS[3]] * 1024, {"temperature": 1.0, "top_k": 6, "top_p": 0.9}

@@ -42,7 +42,14 @@ def data(shape, seed=0, scale=1.0):
     return (scale * rng.standard_normal(shape) * spread).astype(np.float32)
 
 
-@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+# Compiled, XLA brings scalars together that the eager form leaves apart: the slow tests see both.
+JITTED = pytest.mark.parametrize(
+    "jitted",
+    [pytest.param(True, id="jit"), pytest.param(False, id="eager", marks=pytest.mark.slow)],
+)
+
+
+@JITTED
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("flavour", BLOCKS)
 def test_codes_and_scales_are_the_golden_ones(flavour, implementation, jitted):
@@ -83,7 +90,7 @@ def test_scales_at_ties_round_by_the_published_chain_of_products(implementation)
     assert others_differ > 0  # or these blocks would show nothing
 
 
-@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@JITTED
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_hadamard_transform_is_the_golden_one(implementation, jitted):
     assert len(cases_with("rht_t_bf16")) == 4
@@ -96,7 +103,7 @@ def test_the_hadamard_transform_is_the_golden_one(implementation, jitted):
         np.testing.assert_array_equal(q.amax, GOLDEN[f"{name}/rht_amax"][0])
 
 
-@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+@JITTED
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mxfp8_is_the_golden_one(implementation, jitted):
     assert len(cases_with("mxfp8_rceil_data_u8")) == 5

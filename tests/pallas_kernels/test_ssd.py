@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import ssd_scan, ssd_state, ssd_step
 from pallas_kernels.ssd import reference, specs
 from pallas_kernels.testing import assert_close, check
+from tests.marks import slow_but_for
 
 OUTPUTS = ("y", "state")
 ROUNDING = 2e-5  # float32 sums in another order; a few hundred terms a result
@@ -34,9 +35,20 @@ def cut(arrays: dict[str, jax.Array], start: int, stop: int) -> dict[str, jax.Ar
     return {k: v[:, start:stop] if k in by_token else v for k, v in arrays.items()}
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+XLA_CASES = slow_but_for(specs.EDGE_CASES, "odd sizes", "documents inside chunks", "lengths")
+
+
 @pytest.mark.parametrize("case", specs.EDGE_CASES, ids=str)
-def test_chunked_scan_equals_the_recurrence(case: specs.Case, implementation: str) -> None:
+def test_chunked_scan_equals_the_recurrence(case: specs.Case) -> None:
+    assert_recurrence(case, "cpu")
+
+
+@pytest.mark.parametrize("case", XLA_CASES)
+def test_the_plain_form_equals_the_recurrence(case: specs.Case) -> None:
+    assert_recurrence(case, "xla")
+
+
+def assert_recurrence(case: specs.Case, implementation: str) -> None:
     pair = scan_and_reference(case)
     scan = functools.partial(pair[0], implementation=implementation)
     check(scan, pair[1], case.arrays(), outputs=OUTPUTS, tolerance=ROUNDING)

@@ -134,7 +134,7 @@ def test_supers_map_has_the_published_counts():
     assert UnitTable.parse(pattern).runs(88) == [slice(0, 40)]
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_scan_over_runs_of_layers_equals_the_layers_one_by_one(remat):
     model, tokens = tiny_model(PATTERN, "*E"), random_tokens(0, 2, 17)
     compiled = quick_jit(jax.value_and_grad(loss), static_argnums=2)

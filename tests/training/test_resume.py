@@ -157,6 +157,7 @@ def test_too_many_of_them_stop_the_run_and_keep_the_last_checkpoint(texts, tmp_p
     assert train(config, tmp_path).finished
 
 
+@pytest.mark.slow
 def test_a_quantised_run_resumes_as_one_never_stopped(texts, tmp_path):
     """Random rounding follows the seed and the step, not the session."""
     base = small_run(texts)
