@@ -12,6 +12,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TWO = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
@@ -57,8 +58,7 @@ def collectives(text: str) -> list[Collective]:
     def found(place: str, instruction: _Instruction) -> list[Collective]:
         opcode, rest = instruction.opcode, instruction.rest
         if opcode == "while":
-            trips = _TRIPS.search(rest)
-            times = int(trips[1]) if trips else 1
+            times = _trips(instruction, computations[place], computations)
             body = inside(_BODY.search(rest)[1])
             return [dataclasses.replace(one, count=one.count * times) for one in body]
         if opcode == "conditional":
@@ -84,6 +84,38 @@ def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
     return dict(sorted(table.items()))
 
 
+def _trips(
+    loop: _Instruction,
+    siblings: list[_Instruction],
+    computations: dict[str, list[_Instruction]],
+) -> int:
+    """How often a loop's body runs, 1 where that is not to be seen.
+
+    The CPU's compiler says so; the TPU's leaves a counter that a constant ends.
+    """
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = {one.name: one for one in computations[_CONDITION.search(loop.rest)[1]]}
+    test = list(condition.values())[-1]
+    counter, end = ([*map(condition.get, _names(test)), None, None])[:2]
+    place = counter and re.search(r"\bindex=(\d+)", counter.rest)
+    if "direction=LT" not in test.rest or not place or not end or end.opcode != "constant":
+        return 1
+    around = {one.name: one for one in siblings}
+    start = around[_names(loop)[0]]  # a tuple, in which the counter's start is
+    if start.opcode == "tuple":
+        start = around[_names(start)[int(place[1])]]
+    while start.opcode == "copy":
+        start = around[_names(start)[0]]
+    constants = [_arguments(one.rest) for one in (end, start)]
+    return int(constants[0]) - int(constants[1]) if start.opcode == "constant" else 1
+
+
+def _names(instruction: _Instruction) -> list[str]:
+    """Names of an instruction's operands."""
+    return _NAMES.findall(_arguments(instruction.rest))
+
+
 def _moved(found: list[Collective]) -> int:
     return sum(one.count * one.bytes for one in found)
 
@@ -92,7 +124,7 @@ def _collective(
     kind: str, place: str, instruction: _Instruction, siblings: list[_Instruction]
 ) -> Collective:
     types = {one.name: one.type for one in siblings}
-    operands = [types.get(name, "") for name in _NAMES.findall(_arguments(instruction.rest))]
+    operands = [types.get(name, "") for name in _names(instruction)]
     given, result = sum(map(_size, operands)), _size(instruction.type)
     if instruction.opcode.endswith("-start") and result > given:
         result -= given  # its type holds operands and results

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
@@ -19,6 +20,9 @@ from ml_collections import config_flags
 from nemotron_jax import command_line, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import RunConfig
+
+if TYPE_CHECKING:
+    import jax  # for main, only once it has read how many devices to show
 
 GB = 1e9
 
@@ -56,7 +60,7 @@ def plan(config: RunConfig, target: str) -> dict:
     _check_count(config, target, len(devices))
     mesh = make_mesh(config.mesh, devices)
     begin = time.monotonic()
-    program, why, state = _compile(config, mesh)
+    program, why, state = compile_step(config, mesh)
     seconds = time.monotonic() - begin
     parameters, optimizer = _part_bytes(state.model), _part_bytes(state.optimizer)
     if program is None:
@@ -94,6 +98,24 @@ def plan(config: RunConfig, target: str) -> dict:
         "jax": jax.__version__,
         "why": why,
     }
+
+
+def compile_step(config: RunConfig, mesh: "jax.sharding.Mesh") -> tuple:
+    """The compiled step, or None and the compiler's sentence why not; and the abstract state."""
+    import jax
+
+    from nemotron_jax.training.state import abstract_state
+    from nemotron_jax.training.step import make_train_step
+
+    state = abstract_state(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = make_train_step(config).lower(state, _abstract_batch(config, mesh))
+    try:
+        return lowered.compile(), "", state
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, " ".join(str(error).splitlines()[0].split()), state
 
 
 def table(report: dict) -> str:
@@ -153,24 +175,6 @@ def _check_count(config: RunConfig, target: str, count: int) -> None:
         f"mesh.fsdp={config.mesh.fsdp} is {config.mesh.size}; such as --config.mesh.data={data} "
         f"--config.mesh.fsdp={fsdp} would use them all"
     )
-
-
-def _compile(config: RunConfig, mesh) -> tuple:
-    """The compiled step, or None and the compiler's sentence why not; and the abstract state."""
-    import jax
-
-    from nemotron_jax.training.state import abstract_state
-    from nemotron_jax.training.step import make_train_step
-
-    state = abstract_state(config, mesh)
-    with jax.set_mesh(mesh):
-        lowered = make_train_step(config).lower(state, _abstract_batch(config, mesh))
-    try:
-        return lowered.compile(), "", state
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, " ".join(str(error).splitlines()[0].split()), state
 
 
 def _abstract_batch(config: RunConfig, mesh):

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.config.run import MeshConfig
@@ -70,12 +71,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
             f"but there are {len(devices)}; lower one, or on a CPU start with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.size}"
         )
-    return jax.make_mesh(
-        tuple(getattr(config, axis) for axis in MESH_AXES),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=list(devices)[: config.size],
-    )
+    shape = tuple(getattr(config, axis) for axis in MESH_AXES)
+    # An axis may take a part of a torus's side: fsdp=128 is half of 8 x 8 x 4 chips.
+    placed = create_device_mesh(shape, list(devices)[: config.size], allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def parameter_spec(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import models
+from configs import models, pretrain_tiny
 from nemotron_jax.compiled import collectives, summary
+from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.run import MeshConfig, RunConfig
 from nemotron_jax.model import accounting
-from nemotron_jax.plan import plan
+from nemotron_jax.model.parameters import flatten
+from nemotron_jax.plan import compile_step, plan
+from nemotron_jax.sharding import make_mesh
 from pallas_kernels import absent
 from tests.training.runs import changed, small_run
 
@@ -126,6 +130,13 @@ HloModule jit_step
   ROOT %slice = f32[16,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.9), dynamic_slice_sizes={16,8}
 }
 
+%condition (c: (s32[], bf16[16,8])) -> pred[] {
+  %end = s32[]{:T(128)} constant(42)
+  %c.1 = (s32[]{:T(128)}, bf16[16,8]{1,0:T(8,128)(2,1)}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%c.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %end), direction=LT
+}
+
 %body (c: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
   %c = (s32[]{:T(128)}, bf16[16,8]{1,0:T(8,128)(2,1)}) parameter(0)
   %w = bf16[16,8]{1,0:T(8,128)(2,1)} get-tuple-element(%c), index=1
@@ -146,10 +157,13 @@ HloModule jit_step
   ROOT %z = bf16[64,8]{1,0} broadcast(%p.2), dimensions={}
 }
 
-ENTRY %main (a: (s32[], bf16[16,8]), b: s32[]) -> bf16[64,8] {
-  %a = (s32[]{:T(128)}, bf16[16,8]{1,0}) parameter(0)
+ENTRY %main (w: bf16[16,8], b: s32[]) -> bf16[64,8] {
+  %w.1 = bf16[16,8]{1,0} parameter(0)
   %b = s32[]{:T(128)} parameter(1)
-  %loop = (s32[]{:T(128)}, bf16[16,8]) while(%a), body=%body, x={"known_trip_count":{"n":"40"}}
+  %two = s32[]{:T(128)} constant(2)
+  %start = s32[]{:T(128)} copy(%two)
+  %a = (s32[]{:T(128)}, bf16[16,8]{1,0}) tuple(%start, %w.1)
+  %loop = (s32[]{:T(128)}, bf16[16,8]) while(%a), condition=%condition, body=%body
   %x = bf16[16,8]{1,0} get-tuple-element(%loop), index=1
   ROOT %r = bf16[64,8]{1,0} conditional(%b, %x, %x), branch_computations={%none, %some}
 }
@@ -163,3 +177,48 @@ def test_a_tpu_program_is_read_too() -> None:
         "reduce-scatter": {"count": 40, "bytes": 40 * 64 * 8 * 4},
     }
     assert {one.dtype for one in found if one.kind == "all-gather"} == {"bf16"}
+
+
+def test_a_loop_whose_end_is_not_a_constant_counts_once() -> None:
+    for text in (
+        TPU_TEXT.replace("constant(42)", "negate(%counter)"),
+        TPU_TEXT.replace("direction=LT", "direction=NE"),
+    ):
+        assert summary(collectives(text))["reduce-scatter"]["count"] == 1
+
+
+@pytest.mark.prove_tpu
+def test_on_v5p_weights_are_gathered_in_bfloat16_and_gradients_scattered_in_float32() -> None:
+    config = from_config_dict(RunConfig, pretrain_tiny.get_config())
+    config = changed(
+        config,
+        model={"pattern": "MEME", "width": 256},
+        mesh={"data": 1, "fsdp": 4},
+        execution={"compute_dtype": "bfloat16", "remat": "mixers"},
+        training={"mtp_depths": 0, "micro_batches": 2},
+    )
+    mesh = make_mesh(config.mesh, absent.tpu_devices("v5p:2x2x1"))
+    program, _, state = compile_step(config, mesh)
+    found = collectives(program.as_text())
+    gathers, scatters, sums = (
+        [one for one in found if one.kind == kind]
+        for kind in ("all-gather", "reduce-scatter", "all-reduce")
+    )
+    table = {name: leaf for name, leaf in flatten(state.model).items() if "mtp_" not in name}
+    nbytes = {name: 4 * leaf.size for name, leaf in table.items()}
+    router = nbytes["moe.mixer.router.weight"] // 2  # of one layer; its logits are float32's
+    assert {one.dtype for one in gathers if one.bytes != router} == {"bf16"}
+    parts = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in table.items()}
+    cut = sum(nbytes[name] for name, leaf in table.items() if parts[name] != leaf.shape)
+    moved = lambda ones: sum(one.count * one.bytes for one in ones)
+    assert {one.dtype for one in scatters} == {"f32"} and moved(scatters) > 0.98 * cut
+    assert moved(sums) < 0.01 * cut  # vectors, and matrices too thin to cut
+    # Each micro-batch takes every layer's weights forward and backward, embedding and head once.
+    tables = nbytes["embedding"] + nbytes["head.weight"]
+    assert moved(gathers) == pytest.approx((4 * (cut - tables) + 2 * tables) / 2, rel=0.02)
+
+
+@pytest.mark.prove_tpu
+def test_an_axis_may_take_half_of_a_torus() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=128), absent.tpu_devices("v5p:8x8x4"))
+    assert mesh.shape["fsdp"] == 128 and len(set(mesh.devices.flat)) == 256
