@@ -156,14 +156,14 @@ def speculative() -> ModelConfig:
 
 
 def kernel_tiny() -> ModelConfig:
-    """The smallest model whose scan and experts the TPU kernels take: published head and state
-    sizes, and matrices that fill a matrix unit."""
+    """The smallest model whose scan, experts and attention the TPU kernels take: published head and
+    state sizes, and matrices that fill a matrix unit."""
     return ModelConfig(
         vocab_size=128,
         width=128,
         pattern="M*E",
         mamba=MambaConfig(num_heads=4, head_dim=64, state_size=128, num_groups=1),
-        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=64),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=128),
         moe=MoEConfig(
             num_experts=4,
             experts_per_token=2,

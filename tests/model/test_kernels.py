@@ -1,14 +1,20 @@
-"""The model's laws hold with the TPU's kernels, interpreted, in the place of the CPU's."""
+"""The model's laws hold with the TPU's kernels, interpreted, in the place of the CPU's; and its
+train step compiles with them for TPUs that are not here."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import models
+from configs import models, pretrain_tiny_nvfp4
+from nemotron_jax.config.convert import from_config_dict, to_config_dict
+from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.parameters import abstract_model, flatten
+from nemotron_jax.plan import plan
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import op as grouped
 from pallas_kernels.grouped_matmul import pallas_tpu as grouped_tpu
@@ -82,3 +88,32 @@ def test_packing_prefill_and_gradients_hold_with_the_kernels_switched_in(model, 
     for name in expected:
         if np.any(expected[name]):
             assert_close(gradient[name], expected[name])
+
+
+# Of a step in emulated NVFP4: scan, experts and their quantisation, attention, convolution.
+OF_A_STEP = {
+    *("ssd_forward", "ssd_backward", "nvfp4_round_trip", "causal_conv1d_backward"),
+    *("grouped_matmul", "grouped_matmul_transposed", "grouped_outer", "grouped_hidden_gradient"),
+    *("splash_mha_fwd_segmented_residuals", "splash_mha_dq_segmented_no_residuals"),
+    "splash_mha_dkv_segmented_no_residuals",
+}
+
+
+@pytest.mark.prove_tpu
+def test_a_sharded_train_step_compiles_for_v5p_with_every_kernel_in_it(monkeypatch):
+    config = pretrain_tiny_nvfp4.get_config()
+    model = dataclasses.replace(models.kernel_tiny(), pattern="M*EE")  # the last in high precision
+    config.model = to_config_dict(model)
+    config.execution.compute_dtype = "bfloat16"
+    config.training.mtp_depths = 0
+    config.mesh.data, config.mesh.fsdp = 1, 4
+    texts, compiled = [], jax.stages.Lowered.compile
+
+    def spying(lowered, *arguments, **options):
+        texts.append(lowered.as_text())
+        return compiled(lowered, *arguments, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spying)
+    assert plan(from_config_dict(RunConfig, config), "v5p:2x2x1")["fits"]
+    names = set(re.findall(r'kernel_name = "([^"]+)"', "".join(texts)))
+    assert OF_A_STEP <= names
