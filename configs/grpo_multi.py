@@ -2,8 +2,9 @@
 
 Command:  python train.py --config=configs/grpo_multi.py --workdir=runs/grpo_multi
 Hardware: a CPU, two cores.
-Expected: not run to its end yet. Tasks that the fine-tuned model always solves are dropped, the
-others come from easy to hard; result.json reports each environment with its interval.
+Expected: docs/posttraining.md has what was measured, by environment. Tasks that the fine-tuned
+model always solves are dropped, the others come from easy to hard; result.json and
+plots/result.png report each environment with its interval.
 """
 
 from ml_collections import ConfigDict
