@@ -42,3 +42,11 @@ def few_compiled_programs() -> Iterator[None]:
         if many:
             sys.modules["jax"].clear_caches()
             gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_mesh_left() -> Iterator[None]:
+    """Fails a test file that enters a mesh and never leaves it: the next file would run on it."""
+    yield
+    if "jax" in sys.modules:
+        assert sys.modules["jax"].sharding.get_mesh().empty, "a mesh was left entered"

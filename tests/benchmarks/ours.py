@@ -100,12 +100,12 @@ def _train(
         execution=execution,
         mesh=MeshConfig(data=devices),
     )
-    jax.set_mesh(make_mesh(config.mesh, jax.devices()))
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config))
-    state = jax.jit(lambda model: first_state(config, model), out_shardings=placed)(model)
-    rows = place_batch(_whole_rows(tokens))
-    start = time.perf_counter()
-    step = compile_train_step(config, state, rows)
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config))
+        state = jax.jit(lambda model: first_state(config, model), out_shardings=placed)(model)
+        rows = place_batch(_whole_rows(tokens))
+        start = time.perf_counter()
+        step = compile_train_step(config, state, rows)
     result["compile_s"] = time.perf_counter() - start
     result["compile_peak_mb"] = measure.peak_mb()
     result["temporary_mb"] = step.memory_analysis().temp_size_in_bytes / 2**20
