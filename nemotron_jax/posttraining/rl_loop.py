@@ -100,11 +100,13 @@ class Rollouts:
             "step": self._step,
             "in_flight": None if playing is None else playing.state(),
             "batch": _as_lists(batch) if begun else None,  # more updates are to come of it
+            "report": dict(self._report) if begun else {},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on after what `state` counts."""
         self._step, self._batch, self._in_flight = state["step"], None, None
+        self._report = dict(state.get("report", {}))
         if state["batch"] is not None:
             self._batch = _of_lists(state["batch"])
         if state["in_flight"] is not None:

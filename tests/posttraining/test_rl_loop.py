@@ -196,7 +196,8 @@ def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path
     groups = [sorted(number for number, _ in counts[name]) for name in counts]
     assert groups[0] == groups[1]
     state = Rollouts(config, phrases)
-    assert json.loads(json.dumps(state.state())) == {"step": 0, "in_flight": None, "batch": None}
+    empty = {"step": 0, "in_flight": None, "batch": None, "report": {}}
+    assert json.loads(json.dumps(state.state())) == empty
     assert isinstance(grpo_objective(config), Objective)
 
 
@@ -214,6 +215,7 @@ def test_a_batch_of_two_updates_is_taken_up_between_them(grpo_config, phrases, m
     played.clear()
     one, other = first.next_with(model), second.next_with(model)
     assert not played  # neither plays the batch again
+    assert first.report() == second.report() and "reward" in second.report()
     for field in dataclasses.fields(one):
         assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
     first.next_with(model)
