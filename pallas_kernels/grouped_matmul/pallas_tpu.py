@@ -131,9 +131,25 @@ def mlp_gradients(
     *,
     interpret: Interpret = False,
 ) -> tuple[Float[Array, "rows L"], Float[Array, "E L F"], Float[Array, "E F L"]]:
-    """Gradients of lhs, up and down (these in float32), the hidden computed again.
+    """Gradients of lhs, up and down (these in float32), the hidden computed again."""
+    hidden, dbefore = hidden_gradient(lhs, up, down, group_sizes, dout, interpret=interpret)
+    dlhs = matmul(dbefore, up, group_sizes, transpose_rhs=True, interpret=interpret)
+    dup = outer(lhs, dbefore, group_sizes, interpret=interpret)
+    return dlhs, dup, outer(hidden, dout, group_sizes, interpret=interpret)
 
-    One kernel makes it and its gradient together from both matrices; neither is kept in float32.
+
+def hidden_gradient(
+    lhs: Float[Array, "rows L"],
+    up: Float[Array, "E L F"],
+    down: Float[Array, "E F L"],
+    group_sizes: Int[Array, "E"],
+    dout: Float[Array, "rows L"],
+    *,
+    interpret: Interpret = False,
+) -> tuple[Float[Array, "rows F"], Float[Array, "rows F"]]:
+    """relu(lhs up)² and the gradient of lhs up, both in lhs's dtype, for an MLP's backward pass.
+
+    One kernel makes them together from both matrices; neither is kept in float32.
     """
     rows, width, hidden_width = lhs.shape[0], lhs.shape[1], up.shape[2]
     row_bytes = 2 * (width + hidden_width) * lhs.dtype.itemsize
@@ -150,10 +166,7 @@ def mlp_gradients(
         name="grouped_hidden_gradient",
         interpret=interpret,
     )
-    hidden, dbefore = call(*visits.tables(), lhs, dout, up, down)
-    dlhs = matmul(dbefore, up, group_sizes, transpose_rhs=True, interpret=interpret)
-    dup = outer(lhs, dbefore, group_sizes, interpret=interpret)
-    return dlhs, dup, outer(hidden, dout, group_sizes, interpret=interpret)
+    return call(*visits.tables(), lhs, dout, up, down)
 
 
 def unsupported(lhs: Array, rhs: Array, *operands: Array | None, **options: Any) -> str | None:

@@ -95,7 +95,7 @@ def _hidden(name, operands, sizes):
         kernel="grouped_hidden_gradient",
         direction="of hidden",
         shape=name,
-        run=pallas_tpu.mlp_gradients,  # and the three products that it is for
+        run=pallas_tpu.hidden_gradient,
         operands=operands,
         flops=4 * rows * width * hidden,
         bytes=nbytes(operands, out, out),
