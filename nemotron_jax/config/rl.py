@@ -118,7 +118,7 @@ class PreferenceConfig:
     reasoning_weight: float = 0.1  # for short reasoning
     answer_weight: float = 0.1  # for short answers
     style_weight: float = 0.1  # for few marks of markdown
-    shortest_bonus: float = 0.5  # for the shortest answer where it is among the best fifth
+    shortest_bonus: float = 0.5  # for the shortest reasoning, the shortest answer of the best fifth
 
     def __post_init__(self) -> None:
         known = self.judge in ("", "rules") or self.judge.startswith(("http://", "https://"))

@@ -20,7 +20,7 @@ from nemotron_jax.posttraining.rollout import Episode
 Judge = Callable[[Episode, Episode], float | None]
 
 _STYLE = re.compile(r"[*#`|_>]|^\s*[-+] ", re.MULTILINE)  # marks of markdown
-_SHORTEST_SHARE = 0.2  # of a group, whose best may hold the bonus for being the shortest
+_BEST_SHARE = 0.2  # of a group by comparison, whom being the shortest may bring the bonus
 
 
 def preference_rewards(
@@ -32,7 +32,8 @@ def preference_rewards(
     for group in sorted({episode.group for episode in episodes}):
         places = [n for n, e in enumerate(episodes) if e.group == group and e.counted]
         members = [episodes[n] for n in places]
-        out[places] = ring_scores(members, judge) + shaping(members, config)
+        scores = ring_scores(members, judge)
+        out[places] = scores + shaping(members, scores, config)
     return out
 
 
@@ -50,24 +51,29 @@ def ring_scores(members: Sequence[Episode], judge: Judge) -> Float[np.ndarray, "
     return np.array([np.mean(each) if each else np.nan for each in won], np.float32)
 
 
-def shaping(members: Sequence[Episode], config: PreferenceConfig) -> Float[np.ndarray, "N"]:
+def shaping(
+    members: Sequence[Episode], scores: Float[np.ndarray, "N"], config: PreferenceConfig
+) -> Float[np.ndarray, "N"]:
     """What short reasoning, short answers and plain style add, each with mean 0 in the group.
 
-    Besides, `shortest_bonus` for the shortest answer, where it is among the best fifth by reward.
+    Besides, `shortest_bonus` for the shortest reasoning and for the shortest answer, where they are
+    not empty and not all equally long, and the one who gave it is among the best fifth by `scores`.
     """
     if not members:
         return np.zeros(0, np.float32)
     texts = [_texts(episode) for episode in members]
-    reasoning = np.array([len(thought) for thought, _ in texts], float)
-    answers = np.array([len(answer) for _, answer in texts], float)
+    reasoning = np.array([len(thought.strip()) for thought, _ in texts], float)
+    answers = np.array([len(answer.strip()) for _, answer in texts], float)
     style = np.array([len(_STYLE.findall(a)) / max(len(a), 1) for _, a in texts])
     total = config.reasoning_weight * smallness(reasoning)
     total += config.answer_weight * smallness(answers) + config.style_weight * smallness(style)
-    rewards = np.array([episode.verdict.reward for episode in members])
-    best = rewards >= np.quantile(rewards, 1 - _SHORTEST_SHARE)
-    shortest = int(np.argmin(answers))
-    if best[shortest] and answers[shortest] < answers.max():
-        total[shortest] += config.shortest_bonus
+    judged = np.sort(scores[~np.isnan(scores)])[::-1]
+    for lengths in (reasoning, answers):
+        given = np.flatnonzero(lengths)
+        if len(judged) and len(given) and np.ptp(lengths[given]):
+            shortest = given[np.argmin(lengths[given])]
+            enough = judged[max(int(len(judged) * _BEST_SHARE) - 1, 0)]
+            total[shortest] += config.shortest_bonus * (scores[shortest] >= enough)
     return total.astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """Comparisons in a ring and what is added for length, by hand."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -25,8 +26,10 @@ TASK = registry["arithmetic"].split(0, "train", 0)
 PLAIN = PreferenceConfig(judge="rules", reasoning_weight=0, answer_weight=0, style_weight=0)
 
 
-def answer(reward: float, text: str = "", group: int = 0, infra: str | None = None) -> Episode:
-    message = {"role": "assistant", "content": text}
+def answer(
+    reward: float, text: str = "", group: int = 0, infra: str | None = None, thought: str = ""
+) -> Episode:
+    message = {"role": "assistant", "content": text, "reasoning_content": thought}
     turns = (TurnSpan(0, 1, True, 0, True),)
     verdict = Verdict(reward, infra_error=infra)
     return Episode(TASK, group, (1,), np.zeros(1, np.float32), turns, False, verdict, (message,))
@@ -54,10 +57,29 @@ def test_short_and_plain_answers_gain_what_long_ones_lose() -> None:
     np.testing.assert_allclose(smallness(np.array([10.0, 20.0, 40.0])), [4 / 9, 1 / 9, -5 / 9])
     assert smallness(np.array([3.0, 3.0])).tolist() == [0, 0]
     members = [answer(1, "x" * 10), answer(1, "x" * 20), answer(0, "x" * 40)]
-    config = PreferenceConfig(judge="rules", answer_weight=0.9, shortest_bonus=0.5)
-    np.testing.assert_allclose(shaping(members, config), [0.9, 0.1, -0.5], atol=1e-6)
-    wrong = [answer(0, "x"), answer(1, "x" * 20), answer(1, "x" * 40)]
-    assert shaping(wrong, config)[0] == pytest.approx(0.9 * smallness(np.array([1, 20, 40.0]))[0])
+    config = PreferenceConfig(judge="rules", answer_weight=0.9, shortest_bonus=0)
+    scores = np.array([1, 1, 0], np.float32)
+    np.testing.assert_allclose(shaping(members, scores, config), [0.4, 0.1, -0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "texts", "thoughts", "gains"),
+    [
+        ([1, 0.5, 0], ("xx", "xxx", "x" * 9), ("", "", ""), [1, 0, 0]),
+        ([0.5, 1, 0], ("xx", "xxx", "x" * 9), ("", "", ""), [0, 0, 0]),  # not by its reward
+        ([1, 0.5, 1], ("", "xx", "xxx"), ("", "", ""), [0, 0, 0]),  # no answer is no short one
+        ([1, 1, 0], ("xx", "xx", "xx"), ("", "", ""), [0, 0, 0]),
+        ([1, 1, 0], ("xx", "xxx", "x"), ("yy", "y", "yyy"), [0, 1, 0]),
+        ([1, 1, 0], ("x", "xxx", "xx"), ("y", "yy", "yyy"), [2, 0, 0]),
+        ([np.nan, 1, 0], ("x", "xx", "xxx"), ("", "", ""), [0, 0, 0]),
+    ],
+)
+def test_the_shortest_of_the_best_by_comparison_gains(scores, texts, thoughts, gains) -> None:
+    """Three members, so the best fifth is whoever has the highest score."""
+    members = [answer(1, text, thought=t) for text, t in zip(texts, thoughts, strict=True)]
+    config = dataclasses.replace(PLAIN, shortest_bonus=1)
+    found = shaping(members, np.array(scores, np.float32), config)
+    np.testing.assert_allclose(found, gains)
 
 
 def test_a_server_can_judge_and_its_silence_is_no_judgement() -> None:
