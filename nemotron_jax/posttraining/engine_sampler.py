@@ -29,6 +29,7 @@ class EngineSampler:
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._engine: Engine | None = None
+        self._model: Nemotron | None = None  # whose weights the engine has
         self._version = 0
 
     def __call__(
@@ -48,7 +49,10 @@ class EngineSampler:
         return EngineConversations(self, prompts, copies, max_tokens, seed, wanted)
 
     def swap(self, model: Nemotron, max_tokens: int) -> None:
-        """Let the engine go on with these weights."""
+        """Let the engine go on with these weights; what it knows of the same ones it keeps."""
+        if model is self._model:
+            return
+        self._model = model
         self._version += 1
         with jax.set_mesh(self._mesh):
             model = jax.device_put(model, jax.devices()[0])
@@ -102,7 +106,7 @@ class EngineConversations:
         self._fresh = True
 
     def swap(self, model: Nemotron) -> None:
-        """Go on with other weights; the conversations so far are read anew by them."""
+        """Go on with a model; other weights read the conversations so far anew."""
         self._sampler.swap(model, self._max_tokens)
 
     def read(self, rows: Sequence[Sequence[int]]) -> None:

@@ -69,3 +69,18 @@ def test_generator_and_trainer_agree_with_and_without_drafts(model, drafts) -> N
         length = int(new.lengths[n])
         own = trainer[n, len(prompt) - 1 : len(prompt) - 1 + length]
         np.testing.assert_allclose(own, new.logprobs[n, :length], atol=TOLERANCE)
+
+
+def test_the_engine_forgets_only_what_other_weights_computed() -> None:
+    told = []
+
+    class Engine:
+        def replace_weights(self, model, version) -> None:
+            told.append((float(model), version))
+
+    sampler = EngineSampler(slots=4)
+    sampler._engine = Engine()
+    first, second = np.zeros(()), np.ones(())
+    for model in (first, first, second, second, first):
+        sampler.swap(model, max_tokens=32)
+    assert told == [(0, 1), (1, 2), (0, 3)]
