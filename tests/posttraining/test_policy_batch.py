@@ -27,6 +27,8 @@ from tests.training.runs import changed, small_run
 
 TASK = registry["arithmetic"].split(0, "train", 0)
 
+ROUTER, BIAS = "moe.mixer.router.weight", "moe.mixer.router.selection_bias"
+
 
 def episode(length: int, seed: int, **fields) -> Episode:
     """Two turns of random tokens; the generator's log-probabilities are made up."""
@@ -117,22 +119,31 @@ def test_packed_episodes_are_the_episodes_apart(config, state, learned, monkeypa
 
 
 def test_a_batch_in_parts_on_two_devices_is_the_whole_one(config, state, learned) -> None:
+    """With the routers' weights frozen: they stay, and their selection biases move."""
     batch, _ = packed(EPISODES, config, state)
     loss, sums, gradient = learned(batch)
-    run = changed(config, training={"micro_batches": 2}, mesh={"data": 2})
+    training = {"micro_batches": 2, "freeze_routers": True, "router_bias_rate": 0.125}
+    run = changed(config, training=training, mesh={"data": 2})
     with jax.set_mesh(make_mesh(run.mesh, jax.devices())):
         step = quick_jit(lambda *given: train_step(*given, run, grpo_objective(run)))
-        parts, said = jax.device_get(step(place_state(run), place_batch(batch)))
-    norm = np.sqrt(sum(np.sum(np.square(one)) for one in gradient.values()))
+        begun = place_state(run)
+        parts, said = jax.device_get(step(begun, place_batch(batch)))
+    moments = flatten(parts.optimizer[1].mu)
+    norm = np.sqrt(sum(np.sum(np.square(gradient[name])) for name in moments))
     told = {"loss": loss, "entropy": sums["entropy"], "grad_norm": norm}
     for name, value in told.items():
         np.testing.assert_allclose(value, said[name], rtol=2e-4, err_msg=name)
     # Adam's first moment is linear in the clipped gradient.
     optimizer = config.training.optimizer
     scale = (1 - optimizer.beta1) * min(1.0, optimizer.clip_norm / norm)
-    for name, moment in flatten(parts.optimizer[1].mu).items():
+    for name, moment in moments.items():
         gap = np.linalg.norm(scale * gradient[name] - moment)
         assert gap < 5e-4 * (np.linalg.norm(moment) + 1e-7), name
+    before, after = flatten(jax.device_get(begun.model)), flatten(parts.model)
+    frozen = before.keys() - moments.keys()
+    assert {name for name in frozen if not name.startswith("mtp_block.")} == {ROUTER, BIAS}
+    assert np.array_equal(after[ROUTER], before[ROUTER]) and gradient[ROUTER].any()
+    assert set(np.unique(np.abs(after[BIAS] - before[BIAS]))) in ({0.125}, {0, 0.125})
 
 
 def test_values_stand_where_their_token_is_predicted(config, state) -> None:
