@@ -17,13 +17,15 @@ _ANSWER_LETTERS = 80  # of a last turn that stand in the line of a folded episod
 
 
 class Transcripts:
-    """The first `keep` groups' worth of episodes of every batch, each batch once.
+    """The first `keep` episodes of every batch, each batch once.
 
-    A run that goes on drops what a killed one wrote of batches that are to be played again.
+    A run that goes on drops what a killed one wrote of batches that are to be played again. A line
+    is also a row of conversations, as `data.sources` reads them.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        self._path, self._keep = directory / JSONL, keep
+    def __init__(self, directory: Path, keep: int, *, thinking: bool = False) -> None:
+        """`thinking`: whether the prompts opened the reasoning."""
+        self._path, self._keep, self._thinking = directory / JSONL, keep, thinking
         self._begun = False
 
     def add(self, number: int, episodes: Sequence[Episode], rewards: Sequence[float]) -> None:
@@ -33,8 +35,8 @@ class Transcripts:
             self._begun = True
         with self._path.open("a", encoding="utf-8") as out:
             for episode, reward in list(zip(episodes, rewards, strict=True))[: self._keep]:
-                line = json.dumps(transcript(number, episode, reward), ensure_ascii=False)
-                out.write(line + "\n")
+                values = transcript(number, episode, reward, thinking=self._thinking)
+                out.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def _drop_from(self, number: int) -> None:
         kept = [line for line in read_transcripts(self._path) if line["batch"] < number]
@@ -43,13 +45,19 @@ class Transcripts:
                 out.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
 
-def transcript(number: int, episode: Episode, reward: float) -> dict[str, Any]:
+def transcript(
+    number: int, episode: Episode, reward: float, *, thinking: bool = False
+) -> dict[str, Any]:
     """An episode as JSON values."""
+    switches = {"enable_thinking": thinking, "low_effort": episode.low_effort}
     return {
         "batch": number,
         "group": episode.group,
         "task": episode.task.id,
         "messages": list(episode.messages),
+        "tools": list(episode.task.tools),
+        # An episode keeps what it has thought: it is never rendered again.
+        "chat_template_kwargs": switches | {"truncate_history_thinking": False},
         "reward": reward,
         "verdict": dataclasses.asdict(episode.verdict),
         "truncated": episode.truncated,

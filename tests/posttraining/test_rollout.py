@@ -9,11 +9,17 @@ import pytest
 from nemotron_jax.data.chat.parse import parse_turn
 from nemotron_jax.data.chat.render import END, ChatOptions
 from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
-from nemotron_jax.data.messages import oracle_conversation, oracle_source, played_conversation
+from nemotron_jax.data.messages import (
+    check_row,
+    oracle_conversation,
+    oracle_source,
+    played_conversation,
+)
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.posttraining.players import Here, Reply
 from nemotron_jax.posttraining.rollout import Playing, encode_reply, is_well_formed, play_episodes
 from nemotron_jax.posttraining.sampler import Written
+from nemotron_jax.posttraining.transcripts import transcript
 
 NO = ChatOptions(enable_thinking=False)
 ENVIRONMENT, LEVEL = oracle_source("oracle:arithmetic/1")
@@ -83,6 +89,20 @@ def test_an_oracles_episode_is_its_conversation_token_for_token(phrases, grpo_co
         assert episode.verdict.reward == 1 and all(turn.well_formed for turn in episode.turns)
         assert [m["role"] for m in episode.messages] == [m["role"] for m in whole.messages]
         assert [turn.calls for turn in episode.turns] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("low_effort", [False, True])
+def test_a_transcript_is_a_row_to_learn_from(phrases, grpo_config, low_effort) -> None:
+    """Read as a conversation, it has the tokens of the episode."""
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    options = {"copies": 1, "seed": 0, "low_effort": [low_effort] * len(TASKS)}
+    options |= {"sampler": Scripted(scripts)}
+    rollout = dataclasses.replace(grpo_config.rl.rollout, max_tokens=150)
+    for one in play_episodes(None, phrases, Here(), TASKS, rollout, **options):
+        row = check_row(json.loads(json.dumps(transcript(0, one, 1.0))))
+        chat = encode_chat(phrases, row.messages, row.tools, row.options)
+        assert list(one.tokens) == chat.ids[:-1].tolist() and len(one.turns) == 3
+        np.testing.assert_array_equal(one.own, chat.learned[:-1])
 
 
 def test_an_episode_that_is_interrupted_goes_on_as_it_was(phrases, grpo_config) -> None:
