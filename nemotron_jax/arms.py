@@ -52,9 +52,11 @@ def run_arm(arm: str, config: str, output: Path, overrides: Sequence[str]) -> in
     directory = output / arm
     if (directory / "result.json").exists():
         return 0
-    shared = output / FIRST / "sft"
     if arm in SHARED and (output / FIRST / "result.json").exists() and not directory.exists():
-        shutil.copytree(shared, directory / "sft")
+        partial = output / f".{arm}"  # a copy that was cut short is none
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(output / FIRST / "sft", partial / "sft")
+        partial.rename(directory)
     flags = [f"--config={config}", f"--workdir={directory}", *ARMS[arm], *overrides]
     environment = {**os.environ, "PYTHONPATH": str(TRAIN.parent)}
     return subprocess.run([sys.executable, str(TRAIN), *flags], env=environment).returncode

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -35,12 +36,16 @@ def run(
 ) -> int:
     """Train in workdir/sft and workdir/grpo; write workdir/result.json and plots/result.png.
 
-    Whatever is done already is not done again. `fine_tune` trains a run of stage `sft`. Gives the
-    exit status.
+    Whatever is done already is not done again, the result of as many steps included; its seconds
+    are those of the session that came to the end. `fine_tune` trains a run of stage `sft`. Gives
+    the exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
     rl_loop.check_rollouts(config)
     loop.check_run(config, workdir / GRPO)
+    if (found := _finished(config, workdir / RESULT)) is not None:
+        print(summary(found, workdir))
+        return 0
     start = config.init_from
     if config.warm_start is not None:
         start, first = str(workdir / SFT), warm_start_run(config)
@@ -67,16 +72,23 @@ def run(
     with jax.set_mesh(mesh):
         before, after = (load_pretrained(path, mesh=mesh) for path in (start, workdir / GRPO))
         found = result(before, after, tokenizer, config)
-    seconds = {
+    ended = {
+        "steps": config.training.steps,
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu_began,
     }
     with atomic_writer(workdir / RESULT) as out:
-        out.write((json.dumps(found | seconds, indent=1) + "\n").encode())
+        out.write((json.dumps(found | ended, indent=1) + "\n").encode())
     lines = (workdir / GRPO / METRICS).read_text("utf-8").splitlines()
     draw_result(found, [json.loads(line) for line in lines], workdir)
     print(summary(found, workdir))
     return 0
+
+
+def _finished(config: RunConfig, path: Path) -> dict[str, Any] | None:
+    """The result that is there already, of as many steps."""
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found if found.get("steps") == config.training.steps else None
 
 
 def warm_start_run(config: RunConfig) -> RunConfig:
@@ -104,15 +116,16 @@ def _reinforce(
     workdir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(workdir)
     first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
+    rollout = config.rl.rollout
     rates = lambda tasks: rl_loop.success_rates(first(), tokenizer, config)(tasks)
     rollouts = rl_loop.Rollouts(
         config,
         tokenizer,
-        sampler=make_sampler(config.rl.rollout),
-        players=make_players(config.rl.rollout),
+        sampler=make_sampler(rollout),
+        players=make_players(rollout),
         reference=first() if config.rl.objective.kl_weight else None,
         pools=make_pools(config, rates, workdir / "pools.json"),
-        on_episodes=Transcripts(workdir, config.rl.transcripts).add,
+        on_episodes=Transcripts(workdir, config.rl.transcripts, thinking=rollout.thinking).add,
     )
     with contextlib.closing(rollouts):
         loop.run(
