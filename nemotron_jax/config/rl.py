@@ -75,7 +75,7 @@ class RolloutConfig:
     max_tokens: int = 96
     max_turn_tokens: int = 32
     max_turns: int = 8
-    temperature: float = 1.0
+    temperature: float = 1.0  # of the policy that plays and is learned
     sampler: str = "side_by_side"  # or "engine": see RolloutConfig
     slots: int = 64  # conversations that the engine decodes at one time
     thinking: bool = False  # whether prompts open the reasoning
@@ -99,6 +99,9 @@ class RolloutConfig:
         check(self, "shares", valid and matched, rule)
         at_least_one(self, "slots")
         one_of(self, "sampler", SAMPLERS)
+        rule = "must be 1 with sampler='engine', which tells log-probabilities of temperature 1; "
+        plain = self.sampler != "engine" or self.temperature == 1
+        check(self, "temperature", plain, f"{rule}set sampler='side_by_side'")
         one_of(self, "worker_kind", WORKER_KINDS)
         one_of(self, "rewards", REWARDS)
 

@@ -116,6 +116,7 @@ def turn_advantages(
 def grpo_objective(config: RunConfig) -> Objective:
     """The objective of a run's stage `grpo`; a whole batch is divided by its counted tokens."""
     settings, chunk = config.rl.objective, config.training.loss_chunk
+    temperature = config.rl.rollout.temperature
 
     def totals(batch: PolicyBatch) -> Float[Array, ""]:
         return jnp.maximum(jnp.sum(batch.weights), 1.0)
@@ -128,11 +129,24 @@ def grpo_objective(config: RunConfig) -> Objective:
             numbers=part.numbers,
             execution=config.execution,
         )
-        logprobs = -token_nll(output.hidden, model.head.matrix(), part.targets, chunk)
+        logprobs = token_logprobs(model, output.hidden, part.targets, chunk, temperature)
         total, sums = policy_loss(logprobs, part, settings, totals)
         return total, sums | {"router_load": jax.lax.stop_gradient(output.router_load)}
 
     return Objective(totals, loss)
+
+
+def token_logprobs(
+    model: Nemotron,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+    temperature: float | Float[Array, ""],
+) -> Float[Array, "B T"]:
+    """float32 log-probability of each target in softmax(logits / temperature), which is what the
+    generator draws from: the policy that is learned is the one that plays."""
+    hidden = (hidden.astype(jnp.float32) / temperature).astype(hidden.dtype)
+    return -token_nll(hidden, model.head.matrix(), targets, chunk).astype(jnp.float32)
 
 
 def policy_loss(

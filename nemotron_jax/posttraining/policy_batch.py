@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -18,11 +17,11 @@ from nemotron_jax.posttraining.grpo import (
     PolicyBatch,
     importance_weights,
     mismatch,
+    token_logprobs,
     turn_advantages,
 )
 from nemotron_jax.posttraining.rollout import Episode
 from nemotron_jax.sharding import place_batch
-from nemotron_jax.training.losses import token_nll
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,10 @@ def policy_batch(
     tokens, targets, segments = pack_tokens(episodes, places, rows, row_tokens)
     given = place_batch((tokens, targets, segments))
     score = functools.partial(
-        score_tokens, execution=config.execution, chunk=config.training.loss_chunk
+        score_tokens,
+        execution=config.execution,
+        chunk=config.training.loss_chunk,
+        temperature=config.rl.rollout.temperature,
     )
     trainer = np.asarray(score(model, *given))
     scored = None if reference is None else np.asarray(score(reference, *given))
@@ -134,7 +136,8 @@ def score_tokens(
     *,
     execution: Execution,
     chunk: int,
+    temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """The log-probability of every target, computed as a train step computes it."""
+    """The log-probability of every target at a temperature, computed as a train step does."""
     output = model(tokens, segment_ids=segment_ids, execution=execution)
-    return -token_nll(output.hidden, model.head.matrix(), targets, chunk).astype(jnp.float32)
+    return token_logprobs(model, output.hidden, targets, chunk, temperature)

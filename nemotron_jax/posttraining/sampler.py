@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nemotron_jax.decoding.sampling import Sampling, sample
+from nemotron_jax.decoding.sampling import Sampling, distribution, draw
 from nemotron_jax.decoding.step import for_decoding, last_hidden, prefill_chunk
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
@@ -35,7 +35,8 @@ Sampler = Callable[..., Conversations]
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """New tokens of one conversation, with the generator's log-probability of each."""
+    """New tokens of one conversation, with the generator's log-probability of each: that of the
+    distribution it was drawn from, temperature included."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -151,9 +152,9 @@ def _write(
         cache, hidden, tokens, logprobs, counts, active = carry
         logits = model.logits(hidden)
         drawn = jax.vmap(jax.random.fold_in)(by_row, cache.length)
-        token = sample(logits, drawn, sampling)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
-        logprob = (chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))[:, 0]
+        likely = distribution(logits, sampling)
+        token = draw(likely, drawn)
+        logprob = jnp.take_along_axis(likely, token[:, None], axis=-1)[:, 0]
         here = (jnp.arange(room) == counts[:, None]) & active[:, None]
         tokens = jnp.where(here, token[:, None], tokens)
         logprobs = jnp.where(here, logprob[:, None], logprobs)

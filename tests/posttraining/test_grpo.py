@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemotron_jax.config.rl import ObjectiveConfig, RLConfig
+from nemotron_jax.config.rl import ObjectiveConfig, RLConfig, RolloutConfig
 from nemotron_jax.posttraining.grpo import (
     PolicyBatch,
     group_advantages,
@@ -155,4 +155,6 @@ def test_settings_that_cannot_be_are_refused():
         RLConfig(updates=2)
     with pytest.raises(ValueError, match=r"importance_cap=0\.5"):
         ObjectiveConfig(importance_cap=0.5)
+    with pytest.raises(ValueError, match=r"temperature=0\.7: must be 1 .*side_by_side"):
+        RolloutConfig(temperature=0.7, sampler="engine")
     assert RLConfig(updates=2, objective=dataclasses.replace(ObjectiveConfig(), ratio="clipped"))

@@ -66,7 +66,8 @@ def config():
     )
     # Made-up log-probabilities are far from the model: none is to be left out for that.
     objective = dataclasses.replace(run.rl.objective, sequence_limit=10.0)
-    rl = dataclasses.replace(run.rl, objective=objective)
+    rollout = dataclasses.replace(run.rl.rollout, temperature=0.5)
+    rl = dataclasses.replace(run.rl, objective=objective, rollout=rollout)
     return dataclasses.replace(run, model=dataclasses.replace(run.model, pattern="M*E"), rl=rl)
 
 
@@ -159,6 +160,18 @@ def test_values_stand_where_their_token_is_predicted(config, state) -> None:
             np.testing.assert_allclose(batch.importance[here], min(ratio, 5), rtol=1e-5)
     assert batch.weights.sum() == sum(e.own.sum() for e in EPISODES)
     assert len(mismatches) == len(EPISODES) and min(mismatches) > 1
+
+
+def test_the_policy_that_plays_is_the_one_that_is_learned(config, state, learned) -> None:
+    """At its temperature: before a step, the trainer's log-probabilities are the loss's own."""
+    batch, _ = packed(EPISODES, config, state)
+    own = batch.weights > 0
+    entropy = learned(batch)[1]["entropy"]
+    np.testing.assert_allclose(entropy, -batch.trainer_logprobs[own].mean(), rtol=2e-5)
+    warm = dataclasses.replace(config.rl.rollout, temperature=1.0)
+    warm = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=warm))
+    other = packed(EPISODES, warm, state)[0].trainer_logprobs
+    assert np.abs(other - batch.trainer_logprobs)[own].max() > 0.01
 
 
 def test_what_does_not_count_weighs_nothing() -> None:

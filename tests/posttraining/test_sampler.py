@@ -12,6 +12,7 @@ from tests.tiny_models import random_tokens, tiny_model
 
 # Every kind of layer; the two paths sum in other orders, in float32.
 PATTERN, MTP, TOLERANCE = "M*E-M", "*E", 2e-4
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def model():
     return tiny_model(PATTERN, MTP)
 
 
-def scored(model, rows: list[list[int]]) -> np.ndarray:
+def scored(model, rows: list[list[int]], temperature: float = 1.0) -> np.ndarray:
     """The trainer's log-probability of each token after the first, rows padded.
 
     The tests share one shape, so one program.
@@ -28,19 +29,19 @@ def scored(model, rows: list[list[int]]) -> np.ndarray:
     for place, row in enumerate(rows):
         tokens[place, : len(row)], targets[place, : len(row) - 1] = row, row[1:]
         segments[place, : len(row)] = 1
-    return np.asarray(
-        score_tokens(model, tokens, targets, segments, execution=Execution(), chunk=64)
-    )
+    options = {"execution": Execution(), "chunk": 64, "temperature": temperature}
+    return np.asarray(score_tokens(model, tokens, targets, segments, **options))
 
 
 @pytest.mark.parametrize(
-    "begin",
-    [SideBySide, pytest.param(EngineSampler(4), marks=pytest.mark.slow)],
-    ids=["rows", "engine"],
+    ("begin", "temperature"),
+    [(SideBySide, 1.0), (SideBySide, 0.5), pytest.param(EngineSampler(4), 1.0, marks=SLOW)],
+    ids=["rows", "cooler", "engine"],
 )
-def test_generator_and_trainer_agree_over_several_turns(model, begin) -> None:
+def test_generator_and_trainer_agree_over_several_turns(model, begin, temperature) -> None:
     prompts = [random_tokens(0, 5).tolist(), random_tokens(1, 9).tolist()]
-    sampler = begin(model, prompts, 2, max_tokens=32, stop_token=7, temperature=1.0, seed=3)
+    options = {"max_tokens": 32, "stop_token": 7, "temperature": temperature, "seed": 3}
+    sampler = begin(model, prompts, 2, **options)
     rows = [list(prompt) for prompt in prompts for _ in range(2)]
     logprobs = [[0.0] * len(row) for row in rows]
     for turn, limits in enumerate(([4, 3, 5, 0], [2, 6, 0, 3])):
@@ -51,7 +52,7 @@ def test_generator_and_trainer_agree_over_several_turns(model, begin) -> None:
             assert written.stopped == (7 in written.tokens) and 7 not in written.tokens[:-1]
             rows[n] += [*heard[n], *written.tokens]
             logprobs[n] += [*[0.0] * len(heard[n]), *written.logprobs]
-    trainer, drawn = scored(model, rows), 0
+    trainer, drawn = scored(model, rows, temperature), 0
     for n in range(len(rows)):
         own = np.flatnonzero(logprobs[n])
         drawn += len(own)
