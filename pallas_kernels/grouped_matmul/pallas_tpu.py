@@ -59,12 +59,12 @@ def matmul(
         activation=activation,
     )
     scales = () if scale is None else (scale.astype(jnp.float32),)
-    call = _call(
+    call = over_visits(
         kernel,
         visits,
         scalars=len(scales),
-        inputs=[_tile_block(height, depth), _matrix_block(rhs.shape)],
-        outputs=[_tile_block(height, width)],
+        inputs=[tile_block(height, depth), matrix_block(rhs.shape)],
+        outputs=[tile_block(height, width)],
         shapes=[jax.ShapeDtypeStruct((rows, width), lhs.dtype)],
         cost=(2 * rows * rhs[0].size, lhs.nbytes + rhs.nbytes + rows * width * lhs.dtype.itemsize),
         name="grouped_matmul_transposed" if transpose_rhs else "grouped_matmul",
@@ -90,12 +90,12 @@ def outer(
     kernel = functools.partial(_outer_kernel, bound=visits.bound, scaled=scale is not None)
     piece = min(pieces.LARGE, height)
     scales = () if scale is None else (scale.astype(jnp.float32),)
-    call = _call(
+    call = over_visits(
         kernel,
         visits,
         scalars=len(scales),
-        inputs=[_tile_block(height, depth), _tile_block(height, width)],
-        outputs=[_matrix_block((experts, depth, width))],
+        inputs=[tile_block(height, depth), tile_block(height, width)],
+        outputs=[matrix_block((experts, depth, width))],
         shapes=[jax.ShapeDtypeStruct((experts, depth, width), jnp.float32)],
         scratch=[
             pltpu.VMEM((piece, depth), lhs.dtype),  # a piece's rows, those of other groups zero
@@ -156,11 +156,11 @@ def hidden_gradient(
     height = tile_rows(rows, row_bytes, 2 * up[0].size * up.dtype.itemsize)
     visits = by_tile(group_sizes, rows, height)
     kernel = functools.partial(_hidden_kernel, bound=visits.bound)
-    call = _call(
+    call = over_visits(
         kernel,
         visits,
-        inputs=[*[_tile_block(height, width)] * 2, *map(_matrix_block, (up.shape, down.shape))],
-        outputs=[_tile_block(height, hidden_width)] * 2,
+        inputs=[*[tile_block(height, width)] * 2, *map(matrix_block, (up.shape, down.shape))],
+        outputs=[tile_block(height, hidden_width)] * 2,
         shapes=[jax.ShapeDtypeStruct((rows, hidden_width), lhs.dtype)] * 2,
         cost=(4 * rows * up[0].size, 2 * lhs.nbytes + up.nbytes + down.nbytes),
         name="grouped_hidden_gradient",
@@ -193,8 +193,26 @@ def _matmul_kernel(
     expert_ref, tile_ref, low_ref, high_ref, first_ref, *refs,
     bound, transpose_rhs, scaled, activation,
 ):  # fmt: skip
-    """lhs [height, K], rhs [K, N] (or [N, K]), out [height, N]; one visit's rows of out."""
-    lhs_ref, rhs_ref, out_ref = refs[-3:]
+    """One visit's rows of out, with the expert's matrix as it is fetched."""
+    tables = expert_ref, low_ref, high_ref, first_ref, refs[0] if scaled else None
+    multiply_visit(
+        *(tables, *refs[-3:]), bound=bound, transpose_rhs=transpose_rhs, activation=activation
+    )
+
+
+def multiply_visit(
+    tables: tuple[Any, ...],
+    lhs_ref: Any,  # [height, K]
+    rhs_ref: Any,  # [K, N], or [N, K]
+    out_ref: Any,  # [height, N]
+    *,
+    bound: int,
+    transpose_rhs: bool,
+    activation: str | None,
+) -> None:
+    """Writes one visit's rows of out. The tables are those of the visits' experts, first and last
+    rows and openings, and the experts' scales or None."""
+    expert_ref, low_ref, high_ref, first_ref, scale_ref = tables
     visit = pl.program_id(0) * bound + pl.program_id(1)
     low, high = low_ref[visit], high_ref[visit]
     depth_axis = 1 if transpose_rhs else 0
@@ -209,8 +227,8 @@ def _matmul_kernel(
         def columns(column):
             rhs = rhs_ref[column, :] if transpose_rhs else rhs_ref[:, column]
             product = _dot(lhs_ref[pl.ds(start, height), :], rhs, 1, depth_axis)
-            if scaled:
-                product = product * refs[0][expert_ref[visit]]
+            if scale_ref is not None:
+                product = product * scale_ref[expert_ref[visit]]
             if activation == "relu2":
                 product = jnp.square(jnp.maximum(product, 0))
             _put(out_ref, start, height, column, product, mask)
@@ -316,15 +334,15 @@ def tile_rows(rows: int, row_bytes: int, fixed_bytes: int) -> int:
     return min(next(fits, TILE_ROWS[-1]), -(-rows // pieces.STEP) * pieces.STEP)
 
 
-def _tile_block(*shape: int) -> tuple[tuple[int, ...], str]:
+def tile_block(*shape: int) -> tuple[tuple[int, ...], str]:
     return shape, "tile"
 
 
-def _matrix_block(shape: tuple[int, ...]) -> tuple[tuple[int | None, ...], str]:
+def matrix_block(shape: tuple[int, ...]) -> tuple[tuple[int | None, ...], str]:
     return (None, *shape[1:]), "expert"
 
 
-def _call(
+def over_visits(
     kernel: Callable[..., None],
     visits: Visits,
     *,

@@ -1,5 +1,6 @@
 """What is proven of the grouped products: every kernel at the published shapes, in bfloat16."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import op, pallas_tpu, pieces, specs
+from pallas_kernels.grouped_matmul import op, packed, packed_tpu, pallas_tpu, pieces, specs
 from pallas_kernels.proofs import Proof, nbytes
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+DECODED = 64  # sequences that are decoded together, a token of each
 
 
 def proofs() -> Iterator[Proof]:
@@ -30,6 +32,7 @@ def proofs() -> Iterator[Proof]:
         yield _product(name, "of rows", wide, up, groups, sizes, transpose_rhs=True)
         yield _outer(name, narrow, wide, groups, sizes)
         yield _hidden(name, (narrow, up, down, groups, narrow), sizes)
+        yield from _packed(name, routing)
 
 
 def _skewed(rows: int, experts: int) -> np.ndarray:
@@ -103,6 +106,45 @@ def _hidden(name, operands, sizes):
         branches=_branches(visits, height, len({tile for tile, _, _ in visits}), (hidden,)),
         multiplied_flops=4 * _multiplied_rows(visits, height) * width * hidden,
     )
+
+
+def _packed(name: str, routing: specs.Routing) -> Iterator[Proof]:
+    """Both products of a layer in decoding, one token of each of `DECODED` rows, packed experts."""
+    index = dataclasses.replace(routing, tokens=DECODED).expert_index()
+    sizes = np.bincount(index.reshape(-1), minlength=routing.experts)
+    used = int(np.count_nonzero(sizes))
+    shape = jax.ShapeDtypeStruct
+    for direction, depth, width, activation in (
+        ("decode, up", routing.latent, routing.hidden, "relu2"),
+        ("decode, down", routing.hidden, routing.latent, None),
+    ):
+        blocks = -(-depth // packed_tpu.DEPTH) * packed_tpu.SUBLANES
+        experts = (
+            shape((routing.experts, 2, blocks, width), I32),
+            shape((routing.experts, blocks, width), jnp.float8_e4m3fn),
+            shape((routing.experts,), F32),
+        )
+        lhs, out = shape((index.size, depth), BF16), shape((index.size, width), BF16)
+        height = packed_tpu.tile_rows(index.size, 2, blocks * packed_tpu.BLOCK, width)
+        visits = _visits(sizes, index.size, height)
+        cleared, loop, *rests = _branches(
+            visits, height, len({tile for tile, _, _ in visits}), (width,)
+        )
+        made = used, blocks // packed_tpu.SUBLANES, width // pieces.column_width(width)
+        run = functools.partial(packed.PACKED, activation=activation)
+        yield Proof(
+            kernel="grouped_matmul_packed",
+            direction=direction,
+            shape=name,
+            run=functools.partial(run, implementation="pallas_tpu"),
+            operands=(lhs, *experts, shape(sizes.shape, I32)),
+            flops=2 * lhs.size * width,
+            bytes=nbytes(lhs, out) + nbytes(experts) * used // routing.experts,
+            steps=len(visits),
+            branches=(made, cleared, loop, *rests),
+            multiplied_flops=2 * _multiplied_rows(visits, height) * lhs.shape[1] * width,
+            plain=functools.partial(run, implementation="xla"),
+        )
 
 
 def _visits(sizes: np.ndarray, rows: int, height: int) -> list[tuple[int, int, int]]:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 
 def _membership(group_sizes: Int[Array, "E"], rows: int) -> Float[Array, "E rows"]:
@@ -36,6 +36,15 @@ def grouped_outer(
     member = member if scale is None else member * scale[:, None]
     wide = lhs.astype(jnp.float32), dout.astype(jnp.float32)
     return jnp.einsum("er,rk,rn->ekn", member, *wide, precision="highest")
+
+
+def dequantized(
+    codes: UInt8[Array, "E K N"], scales: Float[Array, "E K/16 N"]
+) -> Float[Array, "E K N"]:
+    """The numbers of NVFP4's codes times their blocks' scales."""
+    magnitude = jnp.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[codes % 8]
+    scale = jnp.repeat(scales.astype(jnp.float32), 16, axis=1)
+    return jnp.where(codes >= 8, -magnitude, magnitude) * scale
 
 
 def grouped_mlp(

@@ -35,6 +35,27 @@ def matmul(
     return _over_tiles(step, out, lhs.shape[0], group_sizes, rhs[0].size)
 
 
+def matmul_of(
+    lhs: Float[Array, "rows K"],
+    matrix: Callable[[Array], Float[Array, "K N"]],
+    shape: tuple[int, int],
+    group_sizes: Int[Array, "E"],
+    scale: Float[Array, "E"],
+    activation: str | None,
+) -> Float[Array, "rows N"]:
+    """Rows times `matrix(expert)` of this shape and scale, for matrices that are made when used."""
+
+    def step(start: Array, mask: Array, expert: Array, out: Array) -> Array:
+        tile = _rows(lhs, start, mask)
+        product = _scaled(_dot(tile, matrix(expert), 1, 0), scale, expert)
+        if activation == "relu2":
+            product = jnp.square(jax.nn.relu(product))
+        return _put(out, product, start, mask)
+
+    out = jnp.zeros((lhs.shape[0], shape[1]), lhs.dtype)
+    return _over_tiles(step, out, lhs.shape[0], group_sizes, shape[0] * shape[1])
+
+
 def outer(
     lhs: Float[Array, "rows K"],
     dout: Float[Array, "rows N"],

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.causal_conv1d import pallas_tpu as conv
+from pallas_kernels.grouped_matmul import packed, packed_tpu
 from pallas_kernels.grouped_matmul import pallas_tpu as grouped
 from pallas_kernels.nvfp4 import pallas_tpu as nvfp4
 from pallas_kernels.nvfp4 import tpu_codes
@@ -29,10 +30,13 @@ def grouped_products():
     lhs, rhs, dout = normal(96, 128), normal(3, 128, 128), normal(96, 128)
     sizes = jnp.asarray((40, 0, 50), jnp.int32)
     down = jnp.swapaxes(rhs, 1, 2)
+    experts = packed.quantize_experts(rhs, implementation="xla")
+    tables = experts.words, experts.scales, experts.factor, sizes
     return (
         grouped.matmul(lhs, rhs, sizes, transpose_rhs=False, interpret=WATCHED),
         grouped.outer(lhs, dout, sizes, interpret=WATCHED),
         grouped.mlp_gradients(lhs, rhs, down, sizes, dout, interpret=WATCHED),
+        packed_tpu.matmul(lhs, *tables, interpret=WATCHED),
     )
 
 
