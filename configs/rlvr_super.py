@@ -3,8 +3,7 @@
 Command:  python train.py --config=configs/rlvr_super.py --workdir=runs/rlvr_super
           The second half of training: --config.rl.rollout.max_tokens=65536
               --config.data.sequence_length=65536 --config.rl.rollout.low_effort=0.01.
-          Preferences: --config.rl.preference.judge=http://HOST/v1, 128 prompts, kl_weight=1e-4, a
-              learning rate of 1e-6 and the weights 0.3, 0.35, 0.05.
+          Preferences come after it: configs/rlhf_super.py.
 Hardware: a pod of TPUs or GPUs.
 Expected: not run here. The tests pin its figures to the published ones.
 Source:   stage1_rlvr of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron, NeMo RL branch super-v3);

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs import models, pretrain_super_phase1, rlvr_super, sft_nano, sft_super
+from configs import models, pretrain_super_phase1, rlhf_super, rlvr_super, sft_nano, sft_super
 from nemotron_jax.config.convert import from_config_dict, from_json, to_json
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
@@ -136,4 +136,22 @@ def test_super_is_reinforced_with_the_published_figures() -> None:
     assert (training.mtp_depths, training.aux_loss_scale) == (0, 0)
     assert training.router_bias_rate == 1e-3
     assert len(set(rollout.environments)) == 23 and set(rollout.environments) <= set(registry)
+    check_rollouts(config)
+
+
+def test_super_is_reinforced_by_comparison_with_the_published_figures() -> None:
+    """Stage three of NVIDIA's recipe for Super, against stage one."""
+    config = from_config_dict(RunConfig, rlhf_super.get_config())
+    before = from_config_dict(RunConfig, rlvr_super.get_config())
+    rollout, preference = config.rl.rollout, config.rl.preference
+    assert (rollout.prompts, rollout.generations, rollout.max_turns) == (128, 16, 1)
+    assert config.data.batch_size == 2048 and rollout.max_tokens == 49_152
+    schedule = config.training.schedule
+    assert schedule.peak_learning_rate == schedule.final_learning_rate == 1e-6
+    assert schedule.warmup_tokens == 10 * config.data.batch_size * config.data.sequence_length
+    weights = (preference.reasoning_weight, preference.answer_weight, preference.style_weight)
+    assert weights == (0.3, 0.35, 0.05) and preference.shortest_bonus == 0.5
+    assert set(preference.environments) < set(rollout.environments) < set(registry)
+    with_kl = dataclasses.replace(before.rl.objective, kl_weight=1e-4)
+    assert config.rl.objective == with_kl and config.training.optimizer == before.training.optimizer
     check_rollouts(config)

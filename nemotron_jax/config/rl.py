@@ -110,12 +110,15 @@ class RolloutConfig:
 class PreferenceConfig:
     """Rewards by comparing the answers of a group with each other, pair by pair in a ring.
 
-    `judge`: empty for the environments' own rewards, `rules` for a comparison of those, or the
-    address of a server of OpenAI's chat completions, such as `http://host:8000/v1`. The weights are
-    those of the released stage of verified rewards; the stage of preferences has 0.3, 0.35, 0.05.
+    `environments` are the names of those that are paid so; the others pay their own rewards beside
+    them. `judge`: empty for the environments' own rewards everywhere, `rules` for a comparison of
+    those, or the address of a server of OpenAI's chat completions, such as `http://host:8000/v1`.
+    The weights are those of the released stage of verified rewards; configs/rlhf_super.py has those
+    of the stage of preferences.
     """
 
     judge: str = ""
+    environments: tuple[str, ...] = ()  # all of the run where none is named
     judge_model: str = ""
     judge_timeout_s: float = 120.0
     reasoning_weight: float = 0.1  # for short reasoning

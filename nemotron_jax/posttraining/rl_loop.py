@@ -171,15 +171,20 @@ def _of_lists(values: dict[str, Any]) -> PolicyBatch:
 
 
 def judged(episodes: Sequence[Episode], config: PreferenceConfig, judge: Judge) -> list[Episode]:
-    """The episodes paid by comparison; one that nothing was judged of counts for nothing."""
-    found = preference_rewards(episodes, config, judge).tolist()
+    """The episodes, paid by comparison where their environment is to be; one of those that nothing
+    was judged of counts for nothing."""
+    names = config.environments
+    places = [n for n, e in enumerate(episodes) if not names or e.task.environment in names]
+    found = preference_rewards([episodes[n] for n in places], config, judge).tolist()
     silent = Verdict(0.0, infra_error="no comparison was judged")
-    return [
-        dataclasses.replace(episode, verdict=silent)
-        if math.isnan(score) and episode.counted
-        else dataclasses.replace(episode, paid=None if math.isnan(score) else score)
-        for episode, score in zip(episodes, found, strict=True)
-    ]
+    out = list(episodes)
+    for place, score in zip(places, found, strict=True):
+        one, known = episodes[place], not math.isnan(score)
+        if known or not one.counted:
+            out[place] = dataclasses.replace(one, paid=score if known else None)
+        else:
+            out[place] = dataclasses.replace(one, verdict=silent)
+    return out
 
 
 def check_rollouts(config: RunConfig) -> None:
@@ -187,6 +192,9 @@ def check_rollouts(config: RunConfig) -> None:
     sources = played_environments(config.rl.rollout)
     rule = "must name at least one environment"
     check_value("RolloutConfig", "environments", (), bool(sources), rule)
+    names, compared = {one.name for one, _ in sources}, config.rl.preference.environments
+    rule = f"must be among those that are played: {', '.join(sorted(names))}"
+    check_value("PreferenceConfig", "environments", compared, names.issuperset(compared), rule)
     data, rollout, needed = config.data, config.rl.rollout, rows_needed(config)
     rule = f"must be at least rl.rollout.max_tokens={rollout.max_tokens}, the longest episode"
     check_value("DataConfig", "sequence_length", data.sequence_length, needed > 0, rule)

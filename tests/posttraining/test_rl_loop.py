@@ -14,7 +14,12 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.curriculum import make_pools, pool, step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import health
-from nemotron_jax.posttraining.rl_loop import Rollouts, judged, shaped_rewards
+from nemotron_jax.posttraining.rl_loop import (
+    Rollouts,
+    check_rollouts,
+    judged,
+    shaped_rewards,
+)
 from nemotron_jax.posttraining.rollout import Episode, TurnSpan
 from nemotron_jax.posttraining.transcripts import Transcripts, page, read_transcripts
 from nemotron_jax.training import loop
@@ -119,6 +124,25 @@ def test_an_unjudged_episode_counts_for_nothing(grpo_config) -> None:
     assert not any(one.counted for one in found)
     found = judged([episode(0.2, 0), episode(0.1, 0)], preference, lambda first, second: 1.0)
     assert [one.reward for one in found] == [1, 0]
+
+
+def test_only_the_named_environments_are_paid_by_comparison(grpo_config) -> None:
+    lookup = registry["lookup"].split(0, "train", 0)
+    own = [episode(0.25, 1, task=lookup), episode(0.75, 1, task=lookup)]
+    preference = dataclasses.replace(
+        grpo_config.rl.preference, judge="rules", environments=("arithmetic",)
+    )
+    gone = episode(0, 0, verdict=Verdict(0.0, infra_error="gone"))
+    given = [episode(0.2, 0), own[0], episode(0.1, 0), own[1], gone]
+    found = judged(given, preference, lambda first, second: 1.0)
+    assert [one.reward for one in found] == [1, 0.25, 0, 0.75, 0]
+    assert [one.counted for one in found] == [True] * 4 + [False]
+    preference = dataclasses.replace(preference, environments=("lookup",))
+    config = dataclasses.replace(
+        grpo_config, rl=dataclasses.replace(grpo_config.rl, preference=preference)
+    )
+    with pytest.raises(ValueError, match=r"environments=.*among those .* played: arithmetic"):
+        check_rollouts(config)
 
 
 def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> None:
