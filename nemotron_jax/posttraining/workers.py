@@ -1,7 +1,9 @@
 """Sessions of environments with workers of their own, which may die or hang without harm."""
 
+import atexit
 import contextlib
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import Connection
@@ -10,6 +12,8 @@ from typing import Any, Protocol
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.posttraining.players import Here, Players, Replies, Reply
+
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Worker(Protocol):
@@ -146,7 +150,14 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, make), daemon=True)
-        self._process.start()
+        # It begins with these signals held back, until `serve` knows what to make of them.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        # What multiprocessing sends at the end of this process, and waits for, is one of them.
+        atexit.register(self._process.kill)
         theirs.close()
 
     def ask(self, question: tuple[str, Any]) -> None:
@@ -164,13 +175,21 @@ class Process:
         return answer, failure
 
     def end(self) -> None:
+        atexit.unregister(self._process.kill)
         self._process.kill()
         self._process.join()
         self._pipe.close()
 
 
 def serve(pipe: Connection, make: Callable[[], Players]) -> None:
-    """What a worker's process runs: questions come in and answers go out until the pipe closes."""
+    """What a worker's process runs: questions come in and answers go out until the pipe closes.
+
+    Signals that stop a run reach its workers too, by a terminal's Ctrl-C or a scheduler. The run
+    ends after its step, for which it needs their answers, so they heed the pipe alone.
+    """
+    for number in _STOPS:
+        signal.signal(number, lambda *unused: None)  # not SIG_IGN: that would pass to children
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     players = make()
     while True:
         try:

@@ -1,6 +1,8 @@
 """Workers play as this process does; one that dies or hangs costs its episodes, and no others."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
 
@@ -88,6 +90,29 @@ def test_one_that_dies_between_turns_is_noticed(workers) -> None:
     first.end() if isinstance(first, RayWorker) else first._process.kill()
     verdicts = workers.verify()
     assert [v.infra_error is None for v in verdicts] == [False, True, False, True, False]
+
+
+def test_signals_that_stop_a_run_stop_no_worker() -> None:
+    """Ctrl-C reaches workers from their first moment on; what they are given is still played."""
+    made = Workers(1, PATIENCE_S, make=Fragile)
+    process = made._workers[0]._process
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process.pid, number)
+    here = Here()
+    assert through(made, {}) == through(here, {})
+    os.kill(process.pid, signal.SIGTERM)
+    assert through(made, {}) == through(here, {}) and made.replaced == 0
+    made.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()  # here none is held back
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
+    code = (
+        "from nemotron_jax.posttraining.workers import Workers\n"
+        "made = Workers(1, 60.0)\n"
+        "made._ask({0: ('verify', None)})"  # answered: it is there
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 
 def test_a_config_names_its_workers(monkeypatch) -> None:
