@@ -12,7 +12,7 @@ import pytest
 
 from nemotron_jax.config.model import MambaConfig, MoEConfig
 from nemotron_jax.config.precision import nemotron3_nvfp4
-from nemotron_jax.config.run import MeshConfig
+from nemotron_jax.config.run import MeshConfig, OptimizerConfig
 from nemotron_jax.data.packing import Row, make_batch
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.sharding import make_mesh, place_batch, target_platform
@@ -22,7 +22,7 @@ from nemotron_jax.training.step import make_train_step
 from tests.training.runs import changed, small_run
 
 LENGTH = 32
-DOCUMENTS = (1, 1, 9, 9, 2, 12, 1, 3)  # of each row
+DOCUMENTS = (1, 1, 9, 9, 2, 12, 1, 3, 4, 1, 32, 5, 1, 1, 7, 2)  # of each row
 ONE = (1, 1)
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 MESHES = ((2, 1), (8, 1), (1, 2), (1, 4), (1, 8), (2, 4))  # data, fsdp
@@ -33,7 +33,13 @@ VARIANTS = {
     # Compiled in a third of the time: no last layers of another precision, and no MTP block.
     "codes": {"precision": nemotron3_nvfp4(num_last_layers_high=0)},
 }
-UNITS = 12  # so many that a layer is small beside the model; they compile as one
+QUANTISED = ("nvfp4", "codes")
+# Two ways of rounding to 4 bits, stochastically, are some 0.1 apart in each operand of a product.
+EXPERTS_NOISE = 0.3
+UNITS = 16  # so many that a layer is small beside the model; they compile as one
+# A sum that another number of rows rounds otherwise may move a value across the border of two
+# codes, and each layer behind makes more of it: after 12 units gradients are 0.3 apart.
+QUANTISED_UNITS = 2
 SAMPLE = [((1, 4), 1, "documents"), ((4, 1), 1, "documents"), ((2, 1), 2, "codes")]
 
 
@@ -74,28 +80,28 @@ def test_fsdp_divides_temporaries_and_moves_a_layer_at_once():
 
 
 def assert_same_step(mesh: tuple[int, int], micro_batches: int, variant: str) -> None:
-    quantised = variant in ("nvfp4", "codes")
+    quantised = variant in QUANTISED
     # A largest magnitude is one micro-batch's, so codes depend on how many there are.
     one, expected = stepped(ONE, micro_batches if quantised else 1, variant)
     several, metrics = stepped(mesh, micro_batches, variant)
     for name, value in expected.items():
         if name.startswith("load_") or name == "expert_load_max":
             assert metrics[name] == value, name  # counts of tokens
-        else:
-            rtol = 2e-3 if quantised and name == "grad_norm" else 3e-5
-            np.testing.assert_allclose(metrics[name], value, rtol=rtol, err_msg=name)
+        elif not (quantised and name == "grad_norm"):  # its parts are compared below
+            np.testing.assert_allclose(metrics[name], value, rtol=3e-5, err_msg=name)
     # In NVFP4 blocks of an expert's weight gradient hold whichever rows share a device.
-    same = lambda name: not (quantised and ".experts." in name)
+    by_device = lambda name: quantised and ".experts." in name
     for table in ("mu", "nu"):
         for name, moment in getattr(one.optimizer[1], table).items():
             gap = distance(getattr(several.optimizer[1], table)[name], moment)
-            assert not same(name) or gap < (4e-3 if quantised else 1e-4), (table, name, gap)
+            limit = EXPERTS_NOISE if by_device(name) else 4e-3 if quantised else 1e-4
+            assert gap < limit, (table, name, gap)
     for name, value in flatten(one.model).items():
         got = flatten(several.model)[name]
         if name.endswith("selection_bias"):
             np.testing.assert_array_equal(got, value, name)
-        else:  # Adam's first step has the gradient's sign, which rounding may turn where it is 0
-            assert not same(name) or distance(got, value) < 1e-3, name
+        elif not quantised:  # Adam's first step is a sign, which rounding turns where it is near 0
+            assert distance(got, value) < 1e-3, name
 
 
 def distance(got: np.ndarray, expected: np.ndarray) -> float:
@@ -108,7 +114,8 @@ def small(mesh: tuple[int, int], micro_batches: int = 1, variant: str = "documen
         num_experts=8, experts_per_token=2, expert_width=32, shared_width=64, latent_width=32
     )
     mamba = MambaConfig(num_heads=4, head_dim=16, state_size=8, num_groups=1, chunk=16)
-    model = {"pattern": "ME" * UNITS, "vocab_size": 64, "width": 64, "moe": moe, "mamba": mamba}
+    units = QUANTISED_UNITS if variant in QUANTISED else UNITS
+    model = {"pattern": "ME" * units, "vocab_size": 64, "width": 64, "moe": moe, "mamba": mamba}
     return changed(
         small_run("somewhere"),
         model=model,
@@ -118,6 +125,8 @@ def small(mesh: tuple[int, int], micro_batches: int = 1, variant: str = "documen
             "micro_batches": micro_batches,
             "mtp_depths": 0 if variant == "codes" else 1,
             "aux_loss_scale": 0.1,
+            # Moments are the gradients: the norm of all is not in each one's.
+            **({"optimizer": OptimizerConfig(clip_norm=1e6)} if variant in QUANTISED else {}),
         },
         data={"sequence_length": LENGTH, "batch_size": len(DOCUMENTS)},
     )
