@@ -36,9 +36,9 @@ def run(
 ) -> int:
     """Train in workdir/sft and workdir/grpo; write workdir/result.json and plots/result.png.
 
-    Whatever is done already is not done again, the result of as many steps included; its seconds
-    are those of the session that came to the end. `fine_tune` trains a run of stage `sft`. Gives
-    the exit status.
+    Whatever is done already is not done again, the result of as many steps and tasks included; its
+    seconds are those of the session that came to the end. `fine_tune` trains a run of stage `sft`.
+    Gives the exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
     rl_loop.check_rollouts(config)
@@ -72,8 +72,7 @@ def run(
     with jax.set_mesh(mesh):
         before, after = (load_pretrained(path, mesh=mesh) for path in (start, workdir / GRPO))
         found = result(before, after, tokenizer, config)
-    ended = {
-        "steps": config.training.steps,
+    ended = _extent(config) | {
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu_began,
     }
@@ -86,9 +85,13 @@ def run(
 
 
 def _finished(config: RunConfig, path: Path) -> dict[str, Any] | None:
-    """The result that is there already, of as many steps."""
+    """The result that is there already, of as many steps and tasks."""
     found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return found if found.get("steps") == config.training.steps else None
+    return found if _extent(config).items() <= found.items() else None
+
+
+def _extent(config: RunConfig) -> dict[str, int]:
+    return {"steps": config.training.steps, "result_tasks": config.rl.result_tasks}
 
 
 def warm_start_run(config: RunConfig) -> RunConfig:

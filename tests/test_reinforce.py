@@ -75,6 +75,9 @@ def test_a_run_goes_on_with_the_part_that_it_was_stopped_in(tmp_path, parts) -> 
     first = (tmp_path / "result.json").read_text()
     assert run(CONFIG, tmp_path, parts) == [] and (tmp_path / "result.json").read_text() == first
     assert json.loads(first)["steps"] == CONFIG.training.steps
+    more = dataclasses.replace(CONFIG.rl, result_tasks=CONFIG.rl.result_tasks + 1)
+    more = dataclasses.replace(CONFIG, rl=more)
+    assert run(more, tmp_path, parts) == ["grpo", "result"]
     longer = dataclasses.replace(CONFIG.training, steps=CONFIG.training.steps + 7)
     longer = dataclasses.replace(CONFIG, training=longer)
     assert run(longer, tmp_path, parts) == ["grpo", "result"]

@@ -19,6 +19,8 @@ FREE_FIELDS = (
     "sft.success_tokens",
     "rl.held_out_tasks",
     "rl.result_tasks",
+    "rl.transcripts",
+    "rl.preference.judge_timeout_s",
     "rl.rollout.workers",
     "rl.rollout.worker_kind",
     "rl.rollout.timeout_s",
@@ -34,7 +36,9 @@ def check_resumable(saved: RunConfig, config: RunConfig, directory: str) -> None
     changed = [
         f"{name}={now.get(name)!r}, was {before.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _is_free(name)
+        if before.get(name) != now.get(name)
+        and not _is_free(name)
+        and not _has_moved(name, before.get(name), now.get(name))
     ]
     if changed:
         raise ValueError(
@@ -45,6 +49,12 @@ def check_resumable(saved: RunConfig, config: RunConfig, directory: str) -> None
 
 def _is_free(name: str) -> bool:
     return any(name == field or name.startswith(f"{field}.") for field in FREE_FIELDS)
+
+
+def _has_moved(name: str, before: Any, now: Any) -> bool:
+    """Whether it is the address of the judge, who is the same one by `judge_model`."""
+    is_address = lambda value: str(value).startswith(("http://", "https://"))
+    return name == "rl.preference.judge" and is_address(before) and is_address(now)
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

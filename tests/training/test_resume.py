@@ -123,6 +123,20 @@ def test_what_changes_no_mathematics_may_change(texts):
     check_resumable(config, free, "run")
 
 
+def test_a_judge_may_move_but_not_change(texts):
+    def run(judge: str, model: str, transcripts: int = 16):
+        config = small_run(texts)
+        preference = dataclasses.replace(config.rl.preference, judge=judge, judge_model=model)
+        return changed(config, rl={"preference": preference, "transcripts": transcripts})
+
+    before = run("http://a:1/v1", "m")
+    check_resumable(before, run("https://b/v1", "m", transcripts=2), "run")
+    with pytest.raises(ValueError, match="judge='rules', was"):
+        check_resumable(before, run("rules", "m"), "run")
+    with pytest.raises(ValueError, match="judge_model='other', was 'm'"):
+        check_resumable(before, run("http://a:1/v1", "other"), "run")
+
+
 class Spoiled:
     """A loader whose batches from some step on give no finite loss."""
 
