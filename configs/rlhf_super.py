@@ -3,7 +3,7 @@
 Command:  python train.py --config=configs/rlhf_super.py --workdir=runs/rlhf_super \
               --config.rl.preference.judge=http://HOST:8000/v1 \
               --config.rl.preference.judge_model=NAME
-Hardware: a pod of TPUs or GPUs, and a server of the judge.
+Hardware: a pod of TPUs, driven by one process, and a server of the judge.
 Expected: not run here. The tests pin its figures to the published ones.
 Source:   stage3_rlhf of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron). Its prompts are of human
           conversations, with single steps of tool use beside them; what stands here for both are

@@ -4,10 +4,11 @@ Command:  python train.py --config=configs/rlvr_super.py --workdir=runs/rlvr_sup
           The second half of training: --config.rl.rollout.max_tokens=65536
               --config.data.sequence_length=65536 --config.rl.rollout.low_effort=0.01.
           Preferences come after it: configs/rlhf_super.py.
-Hardware: a pod of TPUs or GPUs.
+Hardware: a pod of TPUs, driven by one process.
 Expected: not run here. The tests pin its figures to the published ones.
 Source:   stage1_rlvr of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron, NeMo RL branch super-v3);
-          the number of steps follows from 1.2 million episodes, as NVIDIA's launch said.
+          the number of steps follows from 1.2 million episodes, as NVIDIA's launch said. The
+          warm-up begins at a rate of 0, theirs at 3e-7.
 """
 
 from ml_collections import ConfigDict

@@ -41,6 +41,11 @@ def run(
     Gives the exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
+    if (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"RunConfig.stage='grpo': there are {count} processes of jax, and episodes are played "
+            "by one; start one process that drives all devices"
+        )
     rl_loop.check_rollouts(config)
     loop.check_run(config, workdir / GRPO)
     if (found := _finished(config, workdir / RESULT)) is not None:

@@ -104,3 +104,9 @@ def test_a_run_needs_a_model_that_can_play(tmp_path, parts) -> None:
         "grpo",
         "result",
     ]
+
+
+def test_one_process_plays(tmp_path, parts, monkeypatch) -> None:
+    monkeypatch.setattr(reinforce.jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"stage='grpo': there are 2 processes"):
+        run(CONFIG, tmp_path, parts)
