@@ -13,17 +13,20 @@ SUSPICIOUS_MISMATCH = 1.05
 
 def health(
     episodes: Sequence[Episode],
-    rewards: Float[np.ndarray, "N"],
+    paid: Float[np.ndarray, "N"],
     mismatches: Sequence[float],
     limit: float,
 ) -> dict[str, float]:
-    """Named values of all episodes, and of each environment as `NAME/ENVIRONMENT`."""
-    table = summary(episodes, rewards, mismatches, limit)
+    """Named values of all episodes, and of each environment as `NAME/ENVIRONMENT`.
+
+    `paid` is what each one learns from: its environment's reward, unless that was changed.
+    """
+    table = summary(episodes, paid, mismatches, limit)
     names = sorted({episode.task.environment for episode in episodes})
     for name in names:
         places = [n for n, e in enumerate(episodes) if e.task.environment == name]
         part = summary(
-            [episodes[n] for n in places], rewards[places], [mismatches[n] for n in places], limit
+            [episodes[n] for n in places], paid[places], [mismatches[n] for n in places], limit
         )
         table |= {f"{key}/{name}": value for key, value in part.items()}
     return table
@@ -31,31 +34,34 @@ def health(
 
 def summary(
     episodes: Sequence[Episode],
-    rewards: Float[np.ndarray, "N"],
+    paid: Float[np.ndarray, "N"],
     mismatches: Sequence[float],
     limit: float,
 ) -> dict[str, float]:
     """Means over the episodes whose environment did not fail; counts of the others.
 
-    `reward`; `surprise`, the mean of -log p of the sampled tokens, an estimate of the entropy;
-    `mismatch`, the mean exp|log trainer - log generator|; `masked`, the share beyond `limit`, and
-    `masked_right`, of them with a reward above one half; `truncated`; `well_formed`, the share of
-    turns that keep to the format; `calls` an episode; `zero_spread`, the share of groups whose
-    rewards are all equal, from which nothing is learned; `episode_tokens`.
+    `reward`, of the environments, and `paid`, what is learned from; `surprise`, the mean of -log p
+    of the sampled tokens, an estimate of the entropy; `mismatch`, the mean exp|log trainer - log
+    generator|; `masked`, the share beyond `limit`, and `masked_right`, of them with a reward above
+    one half; `truncated`; `well_formed`, the share of turns that keep to the format; `calls` an
+    episode; `zero_spread`, the share of groups that are all paid the same, from which nothing is
+    learned; `episode_tokens`.
     """
     counted = np.array([episode.counted for episode in episodes])
     masked = np.array(mismatches) > limit
+    rewards = np.array([episode.verdict.reward for episode in episodes])
     kept = [episode for episode in episodes if episode.counted]
     turns = [turn for episode in kept for turn in episode.turns]
     own = [episode.logprobs[episode.own] for episode in kept]
     mean = lambda values: float(np.mean(values)) if len(values) else 0.0
     groups = [episode.group for episode in episodes]
     spreads = [
-        np.ptp(rewards[counted & (np.array(groups) == group)])
+        np.ptp(paid[counted & (np.array(groups) == group)])
         for group in sorted({e.group for e in kept})
     ]
     return {
         "reward": mean(rewards[counted]),
+        "paid": mean(paid[counted]),
         "surprise": -mean(np.concatenate(own) if own else []),
         "mismatch": mean(np.array(mismatches)[counted]),
         "masked": mean(masked[counted]),

@@ -74,17 +74,13 @@ class Rollouts:
         number, update = divmod(self._step, updates)
         if update == 0 or self._batch is None:
             playing = self._in_flight or self._begin(number)
-            began = time.perf_counter()
-            while not playing.over:
-                playing.turn(model, self._step)
-            self._report = {"rollout_seconds": time.perf_counter() - began}
+            seconds = self._play(playing, model, config.rl.rollout.max_turns)
             self._batch = self._learn_from(playing.finish(), model, number)
             self._in_flight = None
             if config.rl.max_age and self._step + updates < config.training.steps:
                 self._in_flight = self._begin(number + 1)
-                for _ in range(config.rl.early_turns):
-                    if not self._in_flight.over:
-                        self._in_flight.turn(model, self._step)
+                seconds += self._play(self._in_flight, model, config.rl.early_turns)
+            self._report |= {"rollout_seconds": seconds}
         self._step += 1
         return self._batch
 
@@ -132,6 +128,14 @@ class Rollouts:
             sampler=self._sampler,
         )
 
+    def _play(self, playing: Playing, model: Nemotron, most: int) -> float:
+        """Play up to so many turns; the seconds that it took."""
+        began = time.perf_counter()
+        for _ in range(most):
+            if not playing.over:
+                playing.turn(model, self._step)
+        return time.perf_counter() - began
+
     def _learn_from(self, episodes: Sequence[Episode], model: Nemotron, number: int) -> PolicyBatch:
         config, began = self._config, time.perf_counter()
         if config.rl.preference.judge:
@@ -144,8 +148,7 @@ class Rollouts:
         batch, mismatches = policy_batch(
             episodes, advantages, model, config, reference=self._reference
         )
-        earned = np.array([episode.verdict.reward for episode in episodes])
-        self._report |= health(episodes, earned, mismatches, objective.sequence_limit)
+        self._report = health(episodes, rewards, mismatches, objective.sequence_limit)
         ages = [self._step - turn.version for e in episodes for turn in e.turns]
         self._report |= {
             "age": float(np.max(ages)),

@@ -108,11 +108,16 @@ def test_health_is_by_environment_and_leaves_failures_out() -> None:
         episode(1, 1, task=other),
         episode(0, 1, task=other, verdict=Verdict(0.0, infra_error="gone")),
     ]
-    rewards = np.array([e.verdict.reward for e in episodes])
-    found = health(episodes, rewards, [1.0, 3.0, 1.0, 1.0, 9.0], limit=2.0)
+    paid = np.array([e.verdict.reward for e in episodes])
+    mismatches = [1.0, 3.0, 1.0, 1.0, 9.0]
+    found = health(episodes, paid, mismatches, limit=2.0)
     assert found["reward"] == 0.75 and found["reward/lookup"] == 1
     assert found["reward/arithmetic"] == 0.5 and found["truncated/arithmetic"] == 0.5
     assert found["zero_spread"] == 0.5 and found["zero_spread/lookup"] == 1
+    assert found["paid"] == 0.75 and found["paid/lookup"] == 1
+    compared = health(episodes, np.array([0.5, 0.5, 1, 0.25, 7]), mismatches, limit=2.0)
+    assert compared["zero_spread/arithmetic"] == 1 and compared["zero_spread/lookup"] == 0
+    assert compared["reward"] == 0.75 and compared["paid"] == 2.25 / 4
     assert found["masked"] == 0.25 and found["masked_right"] == 0
     assert found["infra_errors"] == found["infra_errors/lookup"] == 1
     assert found["surprise"] == 1.5 and found["well_formed"] == 0.5 and found["calls"] == 1
