@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.checks import is_integer
+from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.linear import Linear, normal
@@ -190,6 +191,7 @@ class Nemotron(nnx.Module):
                 "and at least 1"
             )
         dtype = self.embedding[...].dtype if dtype is None else dtype
+        dtype = dtype_name("Nemotron.init_cache", dtype)
         return Cache.zeros(self.config, pattern, batch, max_length, dtype)
 
     def _stacks(self) -> Stacks:

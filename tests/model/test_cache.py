@@ -179,5 +179,7 @@ def test_caches_that_do_not_fit_are_refused(model):
         empty(model).put(0, model.init_cache(1, CAPACITY))
     with pytest.raises(ValueError, match="has capacity 64, this one 48"):
         empty(model).put(0, empty(model, 1, 64))
+    with pytest.raises(ValueError, match="dtype='fp8': must be one of float32, bfloat16"):
+        model.init_cache(1, 4, dtype="fp8")
     with pytest.raises(ValueError, match="needs a model with an MTP block"):
         tiny_model("M").init_cache(1, 4, mtp=True)
