@@ -90,20 +90,22 @@ class Playing:
     ) -> None:
         """Begins every session; `sampler` is how the model is asked.
 
-        Raises ValueError for a prompt that leaves no room to answer.
+        A prompt that leaves no room to answer makes an episode that does not count. Raises
+        ValueError where no prompt leaves any.
         """
         self._tokenizer, self._players, self._config = tokenizer, players, config
         self._copies, self._seed, self._begin = copies, seed, sampler
         low = list(low_effort or [False] * len(tasks))
         options = [ChatOptions(enable_thinking=config.thinking, low_effort=flag) for flag in low]
-        self._prompts = [
+        prompts = [
             encode_prompt(tokenizer, task.messages, task.tools, chosen)
             for task, chosen in zip(tasks, options, strict=True)
         ]
-        _check_prompts(self._prompts, tasks, config)
+        unfit = _unfit_prompts(prompts, tasks, config)
+        self._prompts = [prompt[: config.max_tokens - 1] for prompt in prompts]
         self._places = [place for place in range(len(tasks)) for _ in range(copies)]
         self._options = [options[place] for place in self._places]
-        self._episodes = [_Unfinished(tasks[p], self._prompts[p]) for p in self._places]
+        self._episodes = [_Unfinished(tasks[p], self._prompts[p], unfit[p]) for p in self._places]
         self._sampler: Conversations | None = None
         self._turns = 0
         self._replies: Replies | None = None  # to the last turns, if they were not heard yet
@@ -206,14 +208,15 @@ def play_episodes(
 class _Unfinished:
     """An episode while it lasts."""
 
-    def __init__(self, task: Task, prompt: list[int]) -> None:
-        self.task = task
+    def __init__(self, task: Task, prompt: list[int], unfit: str | None) -> None:
+        """`unfit`: why it cannot be played, if it cannot."""
+        self.task, self._unfit = task, unfit
         self.tokens = list(prompt)
         self.logprobs = [0.0] * len(prompt)
         self.turns: list[TurnSpan] = []
         self.messages: list[dict] = list(task.messages)
         self.truncated = False
-        self.over = False
+        self.over = unfit is not None
         self._unread: list[int] = []  # tokens that the model has not been fed yet
 
     def add(self, written: Written, tokenizer: Tokenizer, thinking: bool, version: int) -> dict:
@@ -259,7 +262,7 @@ class _Unfinished:
             logprobs=np.array(self.logprobs, np.float32),
             turns=tuple(self.turns),
             truncated=self.truncated or not self.over,
-            verdict=verdict,
+            verdict=verdict if self._unfit is None else Verdict(0.0, infra_error=self._unfit),
             messages=tuple(self.messages),
             low_effort=low_effort,
         )
@@ -277,16 +280,22 @@ class _Unfinished:
         self._unread = [] if self.over else self.tokens[prompt:]  # a new cache holds nothing of it
 
 
-def _check_prompts(
+def _unfit_prompts(
     prompts: Sequence[Sequence[int]], tasks: Sequence[Task], config: RolloutConfig
-) -> None:
-    """Raise ValueError for a prompt that leaves no room to answer."""
-    for prompt, task in zip(prompts, tasks, strict=True):
-        if len(prompt) >= config.max_tokens:
-            raise ValueError(
-                f"RolloutConfig.max_tokens={config.max_tokens}: the prompt of {task.id} alone has "
-                f"{len(prompt)} tokens; raise it, or leave {task.environment} out"
-            )
+) -> list[str | None]:
+    """Why prompts leave no room to answer, where they do not; ValueError where none leaves any."""
+    reasons = [
+        f"the prompt of {task.id} alone has {len(prompt)} tokens"
+        if len(prompt) >= config.max_tokens
+        else None
+        for prompt, task in zip(prompts, tasks, strict=True)
+    ]
+    if all(reasons):
+        raise ValueError(
+            f"RolloutConfig.max_tokens={config.max_tokens}: {reasons[0]}, and no other of the "
+            f"{len(tasks)} fits; raise it, or leave {tasks[0].environment} out"
+        )
+    return reasons
 
 
 def encode_reply(tokenizer: Tokenizer, messages: Sequence[dict], options: ChatOptions) -> list[int]:

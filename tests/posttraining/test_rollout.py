@@ -202,6 +202,20 @@ def test_budgets_cut_episodes_off(phrases, grpo_config) -> None:
         play(phrases, grpo_config, scripts, max_tokens=20)
 
 
+def test_a_prompt_without_room_to_answer_costs_its_episode_and_no_others(
+    phrases, grpo_config
+) -> None:
+    question = TASKS[0].messages[-1]
+    longer = {**question, "content": question["content"] + " again" * 200}
+    tasks = [dataclasses.replace(TASKS[0], messages=(longer,)), *TASKS[1:]]
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    (cut, *rest), sampler = play(phrases, grpo_config, scripts, tasks)
+    limit = grpo_config.rl.rollout.max_tokens
+    assert not cut.counted and "has" in cut.verdict.infra_error and not cut.own.any()
+    assert len(cut.tokens) == limit - 1 == len(sampler.prompts[0])  # what a row has room for
+    assert [episode.verdict.reward for episode in rest] == [1, 1]
+
+
 def test_an_environment_that_fails_earns_nothing_rather_than_zero(phrases, grpo_config) -> None:
     class Failing(Here):
         def reply(self, turns):
