@@ -121,6 +121,7 @@ class PreferenceConfig:
     environments: tuple[str, ...] = ()  # all of the run where none is named
     judge_model: str = ""
     judge_timeout_s: float = 120.0
+    judge_calls: int = 64  # comparisons that are asked for at one time
     reasoning_weight: float = 0.1  # for short reasoning
     answer_weight: float = 0.1  # for short answers
     style_weight: float = 0.1  # for few marks of markdown
@@ -131,6 +132,7 @@ class PreferenceConfig:
         check(self, "judge", known, "must be empty, 'rules' or an address http://… or https://…")
         not_negative(self, "reasoning_weight", "answer_weight", "style_weight", "shortest_bonus")
         positive(self, "judge_timeout_s")
+        at_least_one(self, "judge_calls")
 
 
 @dataclasses.dataclass(frozen=True)

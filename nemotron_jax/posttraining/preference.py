@@ -8,6 +8,7 @@ import json
 import re
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Float
@@ -27,27 +28,44 @@ def preference_rewards(
     episodes: Sequence[Episode], config: PreferenceConfig, judge: Judge
 ) -> Float[np.ndarray, "N"]:
     """Each episode's share of its two comparisons won, in its group's ring, and what its length
-    and style add; NaN where no comparison of it was judged, or its environment failed."""
+    and style add; NaN where no comparison of it was judged, or its environment failed.
+
+    `judge` is asked by several threads at one time.
+    """
+    groups = [
+        [n for n, e in enumerate(episodes) if e.group == group and e.counted]
+        for group in sorted({episode.group for episode in episodes})
+    ]
+    pairs = [(places[a], places[b]) for places in groups for a, b in ring(len(places))]
+    with ThreadPoolExecutor(config.judge_calls) as threads:
+        asked = [threads.submit(judge, episodes[a], episodes[b]) for a, b in pairs]
+        preferred = dict(zip(pairs, (one.result() for one in asked), strict=True))
     out = np.full(len(episodes), np.nan, np.float32)
-    for group in sorted({episode.group for episode in episodes}):
-        places = [n for n, e in enumerate(episodes) if e.group == group and e.counted]
+    for places in groups:
         members = [episodes[n] for n in places]
-        scores = ring_scores(members, judge)
+        scores = ring_scores(
+            [preferred[places[a], places[b]] for a, b in ring(len(places))], len(places)
+        )
         out[places] = scores + shaping(members, scores, config)
     return out
 
 
-def ring_scores(members: Sequence[Episode], judge: Judge) -> Float[np.ndarray, "N"]:
-    """The mean preference for each member over its neighbours in a ring; 1/2 for one alone."""
-    if len(members) < 2:
-        return np.full(len(members), 0.5, np.float32)
-    won: list[list[float]] = [[] for _ in members]
-    pairs = [(n, (n + 1) % len(members)) for n in range(len(members))]
-    for first, second in pairs if len(members) > 2 else pairs[:1]:
-        preferred = judge(members[first], members[second])
-        if preferred is not None:
-            won[first].append(preferred)
-            won[second].append(1 - preferred)
+def ring(count: int) -> list[tuple[int, int]]:
+    """The pairs of a group to compare: each and the next one, the last and the first."""
+    pairs = [(n, (n + 1) % count) for n in range(count)]
+    return pairs if count > 2 else pairs[: count - 1]
+
+
+def ring_scores(preferred: Sequence[float | None], count: int) -> Float[np.ndarray, "N"]:
+    """The mean preference for each member over its neighbours, by that of each of the ring's pairs
+    for its first; 1/2 for one alone."""
+    if count == 1:
+        return np.full(1, 0.5, np.float32)
+    won: list[list[float]] = [[] for _ in range(count)]
+    for (first, second), preference in zip(ring(count), preferred, strict=True):
+        if preference is not None:
+            won[first].append(preference)
+            won[second].append(1 - preference)
     return np.array([np.mean(each) if each else np.nan for each in won], np.float32)
 
 

@@ -21,6 +21,7 @@ FREE_FIELDS = (
     "rl.result_tasks",
     "rl.transcripts",
     "rl.preference.judge_timeout_s",
+    "rl.preference.judge_calls",
     "rl.rollout.workers",
     "rl.rollout.worker_kind",
     "rl.rollout.timeout_s",

@@ -15,6 +15,7 @@ from nemotron_jax.posttraining.preference import (
     EndpointJudge,
     make_judge,
     preference_rewards,
+    ring,
     ring_scores,
     rule_judge,
     shaping,
@@ -38,9 +39,29 @@ def answer(
 def test_each_is_compared_with_its_neighbours() -> None:
     members = [answer(reward) for reward in (0.9, 0.1, 0.5, 0.5)]
     # 0.9 beats 0.1 and 0.5; 0.1 loses twice; the first 0.5 beats 0.1 and ties; the second ties.
-    np.testing.assert_allclose(ring_scores(members, rule_judge), [1, 0, 0.75, 0.25])
-    assert ring_scores(members[:2], rule_judge).tolist() == [1, 0]
-    assert ring_scores(members[:1], rule_judge).tolist() == [0.5]
+    np.testing.assert_allclose(preference_rewards(members, PLAIN, rule_judge), [1, 0, 0.75, 0.25])
+    assert preference_rewards(members[:2], PLAIN, rule_judge).tolist() == [1, 0]
+    assert preference_rewards(members[:1], PLAIN, rule_judge).tolist() == [0.5]
+    assert ring(5) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)]
+    assert ring(2) == [(0, 1)] and not ring(1) and not ring(0)
+    # Of four comparisons two were judged.
+    found = ring_scores([1.0, None, 0.25, None], 4)
+    np.testing.assert_allclose(found, [1, 0, 0.25, 0.75])
+    assert np.isnan(ring_scores([None, 1.0, None, None], 4)).tolist() == [True, False, False, True]
+
+
+def test_comparisons_are_asked_for_at_one_time() -> None:
+    """Each waits for the others: one after the other they would wait for ever."""
+    meet = threading.Barrier(6, timeout=60)
+
+    def judge(first: Episode, second: Episode) -> float:
+        meet.wait()
+        return rule_judge(first, second)
+
+    episodes = [answer(n / 8, group=n % 2) for n in range(6)]
+    config = dataclasses.replace(PLAIN, judge_calls=6)
+    found = preference_rewards(episodes, config, judge)
+    np.testing.assert_array_equal(found, preference_rewards(episodes, PLAIN, rule_judge))
 
 
 def test_groups_are_apart_and_failures_are_no_number() -> None:
