@@ -11,6 +11,7 @@ from nemotron_jax.config.rl import ObjectiveConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.posttraining import rl_loop
 from nemotron_jax.posttraining.curriculum import make_pools, pool, step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import health
@@ -148,6 +149,28 @@ def test_only_the_named_environments_are_paid_by_comparison(grpo_config) -> None
     )
     with pytest.raises(ValueError, match=r"environments=.*among those .* played: arithmetic"):
         check_rollouts(config)
+
+
+def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeypatch) -> None:
+    tasks = [training_task(NAMES[n % 3], 0, n) for n in range(11)]
+    asked = []
+
+    def play(model, tokenizer, players, tasks, rollout, *, copies, seed, sampler):
+        asked.append((len(tasks), copies, seed))
+        return [episode(task.index / 16, place, task=task) for place, task in enumerate(tasks)]
+
+    monkeypatch.setattr(rl_loop, "play_episodes", play)
+    config = tiny_run(grpo_config)  # plays four at a time
+    found = rl_loop.play_tasks_once(None, None, config, tasks, draw=0)
+    assert [one.task.id for one in found] == [task.id for task in tasks]
+    assert [values[:2] for values in asked] == [(4, 1)] * 3 and len(set(asked)) == 3
+    again = list(asked)
+    rl_loop.play_tasks_once(None, None, config, tasks, draw=0)
+    assert asked[3:] == again  # before and after are played with the same draws
+    rl_loop.play_tasks_once(None, None, config, tasks, draw=1)
+    assert not set(asked[6:]) & set(again)
+    rates = rl_loop.success_rates(None, None, config)(tasks)
+    np.testing.assert_allclose(rates, [task.index / 16 for task in tasks])
 
 
 def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> None:
