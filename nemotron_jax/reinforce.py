@@ -103,6 +103,7 @@ def warm_start_run(config: RunConfig) -> RunConfig:
     """The fine-tuning run that comes before."""
     first = config.warm_start
     sft = {"stage": "sft", "training": first.training, "data": first.data, "warm_start": None}
+    sft |= {"lora": config.lora if first.training.trains == "lora" else None}
     return dataclasses.replace(config, **sft)
 
 

@@ -8,6 +8,7 @@ import pytest
 from configs import grpo_tiny
 from nemotron_jax import reinforce
 from nemotron_jax.config.convert import from_config_dict
+from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.run import RunConfig
 
 CONFIG = from_config_dict(RunConfig, grpo_tiny.get_config())
@@ -104,6 +105,18 @@ def test_a_run_needs_a_model_that_can_play(tmp_path, parts) -> None:
         "grpo",
         "result",
     ]
+
+
+def test_adapters_may_learn_from_rewards_alone(tmp_path, parts) -> None:
+    """Fine-tuning moves the whole model, unless it trains adapters itself."""
+    training = dataclasses.replace(CONFIG.training, trains="lora")
+    config = dataclasses.replace(CONFIG, training=training, lora=LoRAConfig(rank=2))
+    assert run(config, tmp_path, parts) == ["sft", "grpo", "result"]
+    assert parts.asked[0].lora is None
+    first = dataclasses.replace(CONFIG.warm_start.training, trains="lora")
+    warm_start = dataclasses.replace(CONFIG.warm_start, training=first)
+    config = dataclasses.replace(config, warm_start=warm_start)
+    assert reinforce.warm_start_run(config).lora == config.lora
 
 
 def test_one_process_plays(tmp_path, parts, monkeypatch) -> None:
