@@ -47,6 +47,7 @@ def matmul(
     is positive of it, both in float32 before the only rounding.
     """
     rows, depth = lhs.shape
+    rhs = _like_rows(rhs, lhs)
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
     matrix = rhs[0].size * rhs.dtype.itemsize
     height = tile_rows(rows, (depth + width) * lhs.dtype.itemsize, matrix)
@@ -152,6 +153,7 @@ def hidden_gradient(
     One kernel makes them together from both matrices; neither is kept in float32.
     """
     rows, width, hidden_width = lhs.shape[0], lhs.shape[1], up.shape[2]
+    up, down = _like_rows(up, lhs), _like_rows(down, lhs)
     row_bytes = 2 * (width + hidden_width) * lhs.dtype.itemsize
     height = tile_rows(rows, row_bytes, 2 * up[0].size * up.dtype.itemsize)
     visits = by_tile(group_sizes, rows, height)
@@ -169,6 +171,12 @@ def hidden_gradient(
     return call(*visits.tables(), lhs, dout, up, down)
 
 
+def _like_rows(matrices: Float[Array, "E K N"], lhs: Array) -> Float[Array, "E K N"]:
+    """Matrices no wider than the rows. Training gives its masters' dtype, so that their gradient
+    stays in float32; what they were gathered in comes back here without a copy."""
+    return matrices.astype(lhs.dtype) if lhs.dtype.itemsize < matrices.dtype.itemsize else matrices
+
+
 def unsupported(lhs: Array, rhs: Array, *operands: Array | None, **options: Any) -> str | None:
     """Why these operands cannot run, or None: their dtypes, or a matrix too small or too large."""
     if others := {lhs.dtype, rhs.dtype} - {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
@@ -179,7 +187,8 @@ def unsupported(lhs: Array, rhs: Array, *operands: Array | None, **options: Any)
     # The weight gradient keeps an expert's float32 sums, and an MLP's backward pass two matrices.
     blocks = 2 * 4 * sides[0] * sides[1] + TILE_ROWS[-1] * sum(sides) * 12
     if operands and operands[0].ndim == 3:
-        both = 4 * (sides[0] * sides[1] + TILE_ROWS[-1] * sum(sides)) * rhs.dtype.itemsize
+        itemsize = min(lhs.dtype.itemsize, rhs.dtype.itemsize)
+        both = 4 * (sides[0] * sides[1] + TILE_ROWS[-1] * sum(sides)) * itemsize
         blocks = max(blocks, both)
     if blocks > VMEM_BLOCKS:
         return (

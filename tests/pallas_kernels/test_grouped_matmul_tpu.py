@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.grouped_matmul import pallas_tpu, pieces, reference, visits
+from pallas_kernels.grouped_matmul import pallas_tpu, pieces, reference, specs, visits
 from pallas_kernels.testing import assert_close
 
 ROWS, DEPTH, WIDTH, EXPERTS = 333, 24, 33, 6
@@ -133,6 +133,23 @@ def test_a_kernel_that_ignores_where_a_group_ends_is_caught(monkeypatch):
     out = pallas_tpu.matmul(lhs, rhs, sizes, transpose_rhs=False, interpret=True)
     with pytest.raises(AssertionError, match="out"):
         assert_close(out, reference.grouped_matmul(lhs, rhs, sizes), 1e-5, "out")
+
+
+@pytest.mark.parametrize("name", ["super", "nano"])
+def test_published_experts_run_in_bfloat16_beside_masters_in_float32(name):
+    routing, shape = specs.SHAPES[name], jax.ShapeDtypeStruct
+    rows = shape((routing.tokens * routing.choices, routing.latent), jnp.bfloat16)
+    up = shape((routing.experts, routing.latent, routing.hidden), jnp.float32)
+    down = shape((routing.experts, routing.hidden, routing.latent), jnp.float32)
+    operands = rows, up, down, shape((routing.experts,), jnp.int32)
+    assert pallas_tpu.unsupported(*operands) is None
+    traced = jax.make_jaxpr(pallas_tpu.mlp_gradients)(*operands, rows)
+    calls = [one for one in traced.eqns if one.primitive.name == "pallas_call"]
+    assert len(calls) == 4
+    given = [variable.aval for call in calls for variable in call.invars]
+    matrices = [one.dtype for one in given if one.shape in (up.shape, down.shape)]
+    assert matrices == [jnp.bfloat16] * 3  # both for the hidden and its gradient, up for the rows'
+    assert [gradient.dtype for gradient in traced.out_avals[1:]] == [jnp.float32] * 2
 
 
 def test_a_matrix_too_large_for_fast_memory_is_an_error_that_says_so():
