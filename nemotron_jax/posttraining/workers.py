@@ -194,10 +194,10 @@ def serve(pipe: Connection, make: Callable[[], Players]) -> None:
     while True:
         try:
             question, values = pipe.recv()
-        except (EOFError, OSError):
+            pipe.send(answered(players, question, values))
+        except (EOFError, OSError):  # the run has ended, by a kill or otherwise
             players.close()
             return
-        pipe.send(answered(players, question, values))
 
 
 def answered(players: Players, question: str, values: Any) -> tuple[Any, str | None]:
