@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import models, pretrain_tiny_nvfp4
+from configs import models, pretrain_super_phase1, pretrain_tiny_nvfp4
 from nemotron_jax.config.convert import from_config_dict, to_config_dict
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.parameters import abstract_model, flatten
@@ -117,3 +117,17 @@ def test_a_sharded_train_step_compiles_for_v5p_with_every_kernel_in_it(monkeypat
     assert plan(from_config_dict(RunConfig, config), "v5p:2x2x1")["fits"]
     names = set(re.findall(r'kernel_name = "([^"]+)"', "".join(texts)))
     assert OF_A_STEP <= names
+
+
+@pytest.mark.prove_tpu
+def test_supers_own_step_is_lowered_with_every_kernel_in_it(monkeypatch):
+    texts = []
+
+    def stops(lowered, *arguments, **options):
+        texts.append(lowered.as_text())
+        raise InterruptedError
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", stops)
+    with pytest.raises(InterruptedError):  # compiling it takes minutes
+        plan(from_config_dict(RunConfig, pretrain_super_phase1.get_config()), "v5p:8x8x4")
+    assert OF_A_STEP <= set(re.findall(r'kernel_name = "([^"]+)"', texts[0]))
