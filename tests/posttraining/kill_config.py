@@ -9,17 +9,20 @@ from nemotron_jax.config.convert import from_config_dict, to_config_dict
 from nemotron_jax.config.run import RunConfig
 from tests.training.runs import changed
 
-STEPS, PROMPTS, GENERATIONS = 12, 4, 3
+STEPS, PROMPTS, GENERATIONS = 16, 4, 3
+SFT_STEPS = 24
+ENVIRONMENTS = ("arithmetic/0", "retention/0")
 
 
 def get_config() -> ConfigDict:
-    """A run whose steps are short. Its model hardly writes a turn that means anything, so answers
-    are paid by comparison and their length: every group differs, and every step moves weights."""
+    """A run whose steps are short. Its model has hardly learned more than to end a turn, so answers
+    are paid by comparison and their length: groups differ, and steps move weights. A conversation
+    of `retention` goes on whatever the turn says, so that some are in flight at each step."""
     config = from_config_dict(RunConfig, grpo_tiny.get_config())
     warm_start = config.warm_start
     rollout = dataclasses.replace(
         config.rl.rollout,
-        environments=("arithmetic/0", "multiple_choice/0"),
+        environments=ENVIRONMENTS,
         prompts=PROMPTS,
         generations=GENERATIONS,
         max_tokens=104,
@@ -46,9 +49,16 @@ def get_config() -> ConfigDict:
             "easy_slip": "",
         },
         mesh={"data": 1},
-        logging={"evaluate_every": 6, "evaluate_rows": 4, "checkpoint_every": 2},
+        logging={"evaluate_every": 8, "evaluate_rows": 4, "checkpoint_every": 2},
     )
-    first = dataclasses.replace(
-        warm_start, training=dataclasses.replace(warm_start.training, steps=8)
+    rate = {"peak_learning_rate": 1e-2, "final_learning_rate": 1e-2, "warmup_tokens": 0}
+    schedule = dataclasses.replace(warm_start.training.schedule, **rate)
+    first = changed(
+        warm_start,
+        training={"steps": SFT_STEPS, "schedule": schedule},
+        data={
+            "sources": tuple(f"oracle:{name}" for name in ENVIRONMENTS),
+            "source_weights": (0.5, 0.5),
+        },
     )
     return to_config_dict(dataclasses.replace(small, warm_start=first))

@@ -24,14 +24,13 @@ KINDS = {
     "two_updates": ["--config.rl.updates=2", CLIPPED, "--config.logging.checkpoint_every=1"],
     "asynchronous": ["--config.rl.max_age=1"],
 }
-KILLS = 4
+KILLS, LONGEST_WAIT_S = 3, 0.2  # a step takes a tenth of a second, or more on a busy machine
 
 
 def start(workdir, flags):
     command = [sys.executable, "train.py", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
 
 
 def finish(process):
@@ -58,11 +57,25 @@ def alive(pid: int) -> bool:
         return False
 
 
-def kill_after(process, log, steps: int, wait_s: float) -> None:
-    """Kill the run when it has written that many more steps, and a moment; its workers end too."""
+def wait_for(process, log, steps: int) -> None:
+    """Until the run has written that many more steps."""
     before = len(lines(log))
     while process.poll() is None and len(lines(log)) < before + steps:
         time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def interrupt(process, log) -> None:
+    """Stop the run as Ctrl-C does in a terminal, which reaches its workers too."""
+    wait_for(process, log, 1)
+    os.killpg(process.pid, signal.SIGINT)
+    finish(process)
+    assert 0 < len(lines(log)) < STEPS
+
+
+def kill_after(process, log, steps: int, wait_s: float) -> None:
+    """Kill the run when it has written that many more steps, and a moment; its workers end too."""
+    wait_for(process, log, steps)
     time.sleep(wait_s)
     assert process.poll() is None, process.communicate()[0]
     workers = children(process.pid)
@@ -79,6 +92,14 @@ def lines(log) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
+def in_flight(workdir) -> dict[int, list[list[dict]]]:
+    """By batch, the messages so far of the episodes that the newest checkpoint has begun."""
+    newest = sorted((workdir / "grpo/checkpoints").glob("step_*/state.json"))[-1:]
+    data = json.loads(newest[0].read_text())["data"] if newest else {}
+    playing = data.get("in_flight")
+    return {data["step"]: [one["messages"] for one in playing["episodes"]]} if playing else {}
+
+
 def told(workdir) -> tuple[list[dict], list[dict], dict]:
     """Records, episodes and result of a run, without what the clock says."""
     records = [json.loads(line) for line in lines(workdir / "grpo/metrics.jsonl")]
@@ -93,14 +114,17 @@ def told(workdir) -> tuple[list[dict], list[dict], dict]:
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="finds workers in /proc")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_killed_at_any_step_counts_every_rollout_once(tmp_path, kind) -> None:
-    generator = random.Random(kind)
+def test_a_run_that_was_stopped_and_killed_counts_every_rollout_once(tmp_path, kind) -> None:
+    generator, begun = random.Random(kind), {}
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", KINDS[kind]
     finish(start(whole, flags))
+    log = cut / "grpo/metrics.jsonl"
+    interrupt(start(cut, flags), log)
+    begun |= in_flight(cut)
     for _ in range(KILLS):
-        process = start(cut, flags)
-        log = cut / "grpo/metrics.jsonl"
-        kill_after(process, log, generator.randint(1, 3), generator.uniform(0, 0.5))
+        wait_s = generator.uniform(0, LONGEST_WAIT_S)
+        kill_after(start(cut, flags), log, generator.randint(1, 2), wait_s)
+        begun |= in_flight(cut)
     finish(start(cut, flags))
     (records, episodes, result), (cut_records, cut_episodes, cut_result) = told(whole), told(cut)
     assert [record["step"] for record in cut_records] == list(range(1, STEPS + 1))
@@ -110,6 +134,7 @@ def test_a_run_that_was_killed_at_any_step_counts_every_rollout_once(tmp_path, k
     assert any(record["grad_norm"] > 0 for record in records)
     assert [e["task"] for e in cut_episodes] == [e["task"] for e in episodes]
     if kind != "asynchronous":  # bit for bit
+        assert not begun
         assert cut_records == records and cut_episodes == episodes and cut_result == result
         return
     # What was in flight is read into a new cache by newer weights, so later draws may differ.
@@ -118,3 +143,8 @@ def test_a_run_that_was_killed_at_any_step_counts_every_rollout_once(tmp_path, k
     versions = [[turn["version"] for turn in episode["turns"]] for episode in cut_episodes]
     for batch, played in zip(of_batches, versions, strict=True):
         assert played[0] == max(batch - 1, 0) and set(played[1:]) <= {batch}
+    assert begun and any(len(played) > 1 for played in versions)
+    for batch, conversations in begun.items():  # nothing of them is played again
+        of_batch = [e["messages"] for e in cut_episodes if e["batch"] == batch]
+        for before, after in zip(conversations, of_batch, strict=True):
+            assert after[: len(before)] == before
