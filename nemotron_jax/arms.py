@@ -39,19 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     flags, overrides = parser.parse_known_args(arguments)
-    for arm in flags.arms:
-        status = run_arm(arm, flags.config, flags.output, overrides)
+    missing = [arm for arm in flags.arms if not (flags.output / arm / "result.json").exists()]
+    status = 0
+    for arm in missing:
+        if status := run_arm(arm, flags.config, flags.output, overrides):
+            break
         draw_arms(read_arms(flags.output), flags.output)
-        if status:
-            return status
-    return 0
+    if status or not missing:
+        draw_arms(read_arms(flags.output), flags.output)
+    return status
 
 
 def run_arm(arm: str, config: str, output: Path, overrides: Sequence[str]) -> int:
-    """Run one arm to its end, unless it is there already; train.py's exit status."""
+    """Run one arm to its end, or on to it; train.py's exit status."""
     directory = output / arm
-    if (directory / "result.json").exists():
-        return 0
     if arm in SHARED and (output / FIRST / "result.json").exists() and not directory.exists():
         partial = output / f".{arm}"  # a copy that was cut short is none
         shutil.rmtree(partial, ignore_errors=True)

@@ -64,7 +64,8 @@ def test_each_arm_is_run_once_and_the_rest_after_a_failure(tmp_path, trained) ->
     assert found["longer_fine_tuning"]["success"] == [[0, 0.125], [2, 0.875]]
 
 
-def test_controls_start_with_the_first_arms_fine_tuning(tmp_path, trained) -> None:
+def test_controls_start_with_the_first_arms_fine_tuning(tmp_path, trained, monkeypatch) -> None:
+    monkeypatch.setattr(arms, "draw_arms", lambda *unused: None)
     (tmp_path / ".permuted_rewards/sft").mkdir(parents=True)
     (tmp_path / ".permuted_rewards/sft/half").touch()  # as a kill leaves it
     assert experiment(tmp_path) == 0

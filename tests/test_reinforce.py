@@ -51,6 +51,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
         "load_pretrained": lambda *unused, **options: None,
         "_reinforce": made.train,
         "result": made.result,
+        "draw_result": lambda *unused: None,
     }
     for name, value in replaced.items():
         monkeypatch.setattr(reinforce, name, value)
