@@ -220,8 +220,7 @@ def gathered(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
     """
     if axis is None:
         return part
-    sent = part.astype(dtype)
-    return jax.lax.all_gather(sent, "fsdp", axis=axis, tiled=True).astype(part.dtype)
+    return whole(part, axis, dtype).astype(part.dtype)
 
 
 def _gathered_forward(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> tuple:
@@ -235,6 +234,21 @@ def _gathered_backward(axis: int | None, dtype: jnp.dtype, _: None, gradient: ja
 
 
 gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def whole(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
+    """What `gathered` gives, in `dtype` and without a gradient: for products with their own."""
+    part = part.astype(dtype)
+    return part if axis is None else jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+
+
+def scattered(gradient: jax.Array, axis: int | None) -> jax.Array:
+    """This device's part of a whole weight's gradient, summed over the devices of FSDP: what the
+    backward pass of `gathered` gives, at once."""
+    (part,) = _gathered_backward(axis, gradient.dtype, None, gradient)
+    # The compiler would add up the gradients of a weight that is used twice, or in a loop, and
+    # scatter the sum: several whole ones would be held. It adds nothing across a barrier.
+    return part if axis is None else jax.lax.optimization_barrier(part)
 
 
 def max_over_devices(value: jax.Array) -> jax.Array:

@@ -3,7 +3,12 @@
 from pallas_kernels import nvfp4
 from pallas_kernels.attention.op import attention
 from pallas_kernels.causal_conv1d.op import causal_conv1d
-from pallas_kernels.grouped_matmul.op import grouped_matmul, grouped_mlp, grouped_outer
+from pallas_kernels.grouped_matmul.op import (
+    grouped_matmul,
+    grouped_mlp,
+    grouped_mlp_gradients,
+    grouped_outer,
+)
 from pallas_kernels.grouped_matmul.packed import (
     PackedExperts,
     grouped_matmul_packed,
@@ -28,6 +33,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_matmul_packed",
     "grouped_mlp",
+    "grouped_mlp_gradients",
     "grouped_outer",
     "nvfp4",
     "pack_experts",

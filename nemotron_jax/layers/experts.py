@@ -53,15 +53,19 @@ def mix(
     matrices: Sequence[Float[Array, "E _ _"]],
     rows: Rows,
     context: Context,
+    *,
+    num_experts: int,
+    cuts: tuple[int | None, int | None] = (None, None),
 ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
     """Mixed expert outputs and how many tokens each expert got; padding gets zeros.
 
-    A function of tokens and experts that are all at hand: `Rows` hold those of these N tokens.
+    A function of tokens that are all at hand: `Rows` hold those of these N. Of the experts' up and
+    down it takes this device's parts, cut along the axes `cuts`.
     """
     valid = None if rows.valid is None else rows.valid.reshape(-1)
     align = quant.row_alignment(context)
-    order = sort_by_expert(index, matrices[0].shape[0], valid, align=align)
-    sorted_rows = quant.expert_mlp(
-        gather_rows(x, order), *matrices[:2], order, matrices[2:], rows=rows, context=context
-    )
+    order = sort_by_expert(index, num_experts, valid, align=align)
+    options = {"cuts": cuts, "rows": rows, "context": context}
+    up, down, *adapters = matrices
+    sorted_rows = quant.expert_mlp(gather_rows(x, order), up, down, order, adapters, **options)
     return combine_rows(sorted_rows, weights, order).astype(x.dtype), order.load

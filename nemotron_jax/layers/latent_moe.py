@@ -95,8 +95,11 @@ class LatentMoE(nnx.Module):
             own = Rows(documents=documents, valid=valid, numbers=numbers, words=words)
             flat = lambda array: array.reshape(-1, array.shape[-1])
             index, weights, scores = choose(flat(logits), bias, self.config)
-            matrices = tuple(gathered(*one, context.dtype) for one in zip(parts, cuts, strict=True))
-            mixed, load = mix(flat(latent), index, weights, matrices, own, context)
+            # The products gather the experts' own matrices, each as they need it.
+            adapters = zip(parts[2:], cuts[2:], strict=True)
+            matrices = (*parts[:2], *(gathered(*one, context.dtype) for one in adapters))
+            options = {"num_experts": logits.shape[-1], "cuts": tuple(cuts[:2])}
+            mixed, load = mix(flat(latent), index, weights, matrices, own, context, **options)
             loss = balance_loss(
                 scores.reshape(logits.shape), self.config.experts_per_token, documents, valid
             )

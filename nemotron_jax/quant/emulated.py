@@ -26,7 +26,7 @@ from nemotron_jax.quant.operands import (
     stream,
     treatments,
 )
-from nemotron_jax.sharding import gather_parameter, shard_parameter
+from nemotron_jax.sharding import gather_parameter, gathered, scattered, shard_parameter, whole
 from pallas_kernels import grouped_matmul, grouped_outer, nvfp4
 
 
@@ -39,6 +39,7 @@ class Spec:
     options: NVFP4Config
     out_dtypes: tuple[jnp.dtype, ...]  # one for each weight
     axes: tuple[tuple[str, ...], ...] = ()  # the weights' logical axes; () where they are whole
+    cut: int | None = None  # of experts inside `local`: the axis along which devices share them
     implementation: str | None = None  # of kernels, as the two things their ops choose by
     target: str | None = None
 
@@ -110,16 +111,20 @@ dot.defvjp(_dot_forward, _dot_backward)
 def grouped_dot(
     spec: Spec,
     x: Float[Array, "rows In"],
-    weight: Float[Array, "E In Out"],
+    weight: Float[Array, "_ In _"],
     group_sizes: Int[Array, "E"],
     words: Array | None,
     rows: Int[Array, "rows"],
-) -> Float[Array, "rows Out"]:
+) -> Float[Array, "rows _"]:
     """Each row times its expert's matrix; every expert's rows and matrix are tensors of their own.
 
     Groups start at multiples of the blocks' rows and are filled up with rows of zeros, as
-    `sort_by_expert` with `align` makes them.
+    `sort_by_expert` with `align` makes them. `weight` may be this device's part, cut along the axis
+    `spec.cut`: whole experts are quantised where they lie, and then gathered.
     """
+    if spec.cut:
+        weight = gathered(weight, spec.cut, x.dtype)
+        spec = dataclasses.replace(spec, cut=None)
     padding = [(0, -size % spec.step) for size in weight.shape[1:]]
     y = _grouped_dot(
         spec,
@@ -168,7 +173,8 @@ def _grouped_backward(spec, residuals, dy):
     right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw, groups)
     left, right = left.astype(dtype), right.astype(dtype)
     dweight = grouped_outer(left, right, group_sizes, scale=scale * gradient_scale, **spec.kernel)
-    return dx.astype(dtype), dweight.astype(weight.dtype), None, None, None
+    dweight = scattered(dweight, spec.cut).astype(weight.dtype)
+    return dx.astype(dtype), dweight, None, None, None
 
 
 _grouped_dot.defvjp(_grouped_forward, _grouped_backward)
@@ -201,14 +207,19 @@ def _weight_operand(
 
 
 def _expert_operand(
-    spec: Spec, weight: Float[Array, "E In Out"], product: str
+    spec: Spec, weight: Float[Array, "_ In Out"], product: str
 ) -> tuple[Float[Array, "E In Out"], Float[Array, "E"]]:
+    """All experts' matrices, quantised where they lie and then gathered: bfloat16 holds them
+    exactly."""
     count, rows, columns = weight.shape
     blocks = rows // spec.step
-    groups = Groups(jnp.repeat(jnp.arange(count), blocks), count)
+    groups = Groups(jnp.repeat(jnp.arange(count), blocks), count, shared=False)
     flat = weight.reshape(count * rows, columns)
     operand, scale = _operand(spec, flat, product, WEIGHT, groups=groups)
-    return operand.reshape(weight.shape), scale
+    operand = operand.reshape(weight.shape)
+    if spec.cut is None:
+        return operand, scale
+    return whole(operand, spec.cut, jnp.bfloat16), whole(scale, spec.cut, scale.dtype)
 
 
 def _row_groups(spec: Spec, x: Float[Array, "rows _"], group_sizes: Int[Array, "E"]) -> Groups:

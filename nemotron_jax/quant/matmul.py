@@ -11,9 +11,15 @@ from jaxtyping import Array, Float
 from nemotron_jax.config.precision import HIGH, ROLES
 from nemotron_jax.quant import emulated
 from nemotron_jax.quant.operands import alignment
-from nemotron_jax.sharding import gather_parameter, shard_parameter
+from nemotron_jax.sharding import gather_parameter, gathered, scattered, shard_parameter, whole
 from nemotron_jax.types import Context, Rows, Weight
-from pallas_kernels import ExpertOrder, grouped_matmul, grouped_mlp, nvfp4
+from pallas_kernels import (
+    ExpertOrder,
+    grouped_matmul,
+    grouped_mlp,
+    grouped_mlp_gradients,
+    nvfp4,
+)
 
 EXPERT_ROLES = ("expert_up", "expert_down")
 
@@ -73,30 +79,34 @@ def row_alignment(context: Context) -> int:
 
 def expert_mlp(
     x: Float[Array, "rows L"],
-    up: Float[Array, "E L F"],
-    down: Float[Array, "E F L"],
+    up: Float[Array, "_ _ _"],
+    down: Float[Array, "_ _ _"],
     order: ExpertOrder,
     adapters: Sequence[Float[Array, "E _ _"]] = (),
     *,
     context: Context,
     rows: Rows = Rows(),
+    cuts: tuple[int | None, int | None] = (None, None),
 ) -> Float[Array, "rows L"]:
     """Squared-ReLU experts over rows sorted by expert; rows past the groups' sum give zeros.
 
+    `up` [E L F] and `down` [E F L] are masters, or inside `local` this device's parts of them, cut
+    along the axes `cuts`: they are gathered here, and their gradients scattered, one at a time.
     `adapters` are A and B of up, then of down: each product gets `x A B` of its input added, in
     high precision.
     """
     x, sizes = x.astype(context.dtype), order.group_sizes
     kernel = {"implementation": context.kernel("grouped_matmul"), "target": context.target}
     if not adapters and all(context.format(role) == HIGH for role in EXPERT_ROLES):
-        return grouped_mlp(x, up, down, sizes, **kernel)
+        return _mlp(cuts, tuple(kernel.values()), x, up, down, sizes)
     choices = order.entry_row.shape[1]
     tokens = order.entry_row.shape[0]
     numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
     entries = numbers[order.row_token] * choices + order.row_entry % choices
     entries = jnp.where(order.holds, entries, ~jnp.arange(entries.shape[0]))
     grouped = functools.partial(grouped_matmul, **kernel)
-    for number, (role, weight) in enumerate(zip(EXPERT_ROLES, (up, down), strict=True)):
+    each = enumerate(zip(EXPERT_ROLES, (up, down), cuts, strict=True))
+    for number, (role, weight, cut) in each:
         if role == EXPERT_ROLES[1]:
             x = jnp.square(jax.nn.relu(x))
         added = jnp.zeros((), x.dtype)
@@ -104,9 +114,9 @@ def expert_mlp(
             a, b = adapters[2 * number : 2 * number + 2]
             added = grouped(grouped(x, a, sizes), b, sizes)
         if context.format(role) == HIGH:
-            x = grouped(x, weight, sizes) + added
+            x = grouped(x, gathered(weight, cut, context.dtype), sizes) + added
         else:
-            spec = _spec(role, context, (jnp.dtype(context.dtype),))
+            spec = _spec(role, context, (jnp.dtype(context.dtype),), cut=cut)
             x = emulated.grouped_dot(spec, x, weight, sizes, _words(role, rows), entries) + added
     return x
 
@@ -116,10 +126,11 @@ def _spec(
     context: Context,
     out_dtypes: tuple[jnp.dtype, ...],
     axes: tuple[tuple[str, ...], ...] = (),
+    cut: int | None = None,
 ) -> emulated.Spec:
     options = context.execution.precision.nvfp4
     kernel = context.kernel("grouped_matmul"), context.target
-    return emulated.Spec(role, context.format(role), options, out_dtypes, axes, *kernel)
+    return emulated.Spec(role, context.format(role), options, out_dtypes, axes, cut, *kernel)
 
 
 def _words(role: str, rows: Rows) -> Array | None:
@@ -150,6 +161,44 @@ def _dot_backward(
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp(
+    cuts: tuple[int | None, int | None],
+    kernel: tuple[str | None, str | None],
+    x: Array,
+    up: Array,
+    down: Array,
+    sizes: Array,
+) -> Array:
+    implementation, target = kernel
+    matrices = _experts(cuts, x, up, down)
+    return grouped_mlp(x, *matrices, sizes, implementation=implementation, target=target)
+
+
+def _mlp_forward(cuts: tuple, kernel: tuple, *operands: Array) -> tuple[Array, tuple]:
+    return _mlp(cuts, kernel, *operands), operands
+
+
+def _mlp_backward(cuts: tuple, kernel: tuple, operands: tuple, dy: Array) -> tuple:
+    x, up, down, sizes = operands
+    implementation, target = kernel
+    dx, dup, ddown = grouped_mlp_gradients(
+        *(x, *_experts(cuts, x, up, down), sizes, dy),
+        implementation=implementation,
+        target=target,
+    )
+    dup, ddown = (scattered(*one) for one in zip((dup, ddown), cuts, strict=True))
+    return dx, dup.astype(up.dtype), ddown.astype(down.dtype), None
+
+
+_mlp.defvjp(_mlp_forward, _mlp_backward)
+
+
+def _experts(cuts: tuple, x: Array, *parts: Array) -> list[Array]:
+    """All experts' matrices in the dtype of `x`."""
+    return [whole(part, cut, x.dtype) for part, cut in zip(parts, cuts, strict=True)]
 
 
 def _whole(weight: Array, axes: tuple[str, ...], x: Array) -> Array:

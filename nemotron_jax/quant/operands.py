@@ -37,6 +37,7 @@ class Groups:
 
     of_rows: Int[Array, "R/n"]
     count: int
+    shared: bool = True  # whether other devices hold rows of the same tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ def quantized(
     for each group.
 
     Sizes are multiples of `alignment`. `amax` is the largest magnitude to scale by: that of `x`, or
-    of each group, unless given. It is all devices' together, inside `local` too.
+    of each group, unless given. It is all devices' together, inside `local` too, but for groups
+    that are not `shared`.
     """
     if treatment.format == MXFP8:
         ones = jnp.ones(() if groups is None else groups.count, jnp.float32)
@@ -122,7 +124,8 @@ def quantized(
         found = jax.ops.segment_max(
             rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
         )
-        found = max_over_devices(jnp.maximum(found, 0))  # an empty group's maximum is -inf
+        found = jnp.maximum(found, 0)  # an empty group's maximum is -inf
+        found = max_over_devices(found) if groups.shared else found
         of_strips = found[groups.of_rows][:, None]  # of 16 rows each
     draws = {} if draw is None else {"words": draw.words, "rows": draw.rows}
     operand = nvfp4.round_trip(

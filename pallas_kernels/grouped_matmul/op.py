@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -27,6 +28,11 @@ def _gradients(matmul: Callable[..., Array], outer: Callable[..., Array]) -> Cal
         return dlhs, drhs, None, None if scale is None else jnp.zeros_like(scale)
 
     return backward
+
+
+def _reference_mlp_gradients(lhs, up, down, group_sizes, dout):
+    mlp = lambda lhs, up, down: reference.grouped_mlp(lhs, up, down, group_sizes)
+    return jax.vjp(mlp, lhs, up.astype(jnp.float32), down.astype(jnp.float32))[1](dout)
 
 
 def mlp_gradients(gradients: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +84,18 @@ MLP = dispatch.Op(
             pallas_tpu.unsupported,
             ("tpu",),
         ),
+    },
+)
+# Operands: (lhs, up, down, group_sizes, dout).
+MLP_GRADIENTS = dispatch.Op(
+    "grouped_mlp_gradients",
+    {
+        name: dispatch.Implementation(dispatch.keeping_operands(gradients), None, *limits)
+        for name, gradients, *limits in (
+            ("reference", _reference_mlp_gradients),
+            ("xla", xla.mlp_gradients),
+            ("pallas_tpu", pallas_tpu.mlp_gradients, pallas_tpu.unsupported, ("tpu",)),
+        )
     },
 )
 
@@ -169,6 +187,34 @@ def grouped_mlp(
         group_sizes=(group_sizes, "E"),
     )
     return MLP(lhs, up, down, group_sizes, implementation=implementation, target=target)
+
+
+def grouped_mlp_gradients(
+    lhs: Float[Array, "rows L"],
+    up: Float[Array, "E L F"],
+    down: Float[Array, "E F L"],
+    group_sizes: Int[Array, "E"],
+    dout: Float[Array, "rows L"],
+    *,
+    implementation: str | None = None,
+    target: str | None = None,
+) -> tuple[Float[Array, "rows L"], Float[Array, "E L F"], Float[Array, "E F L"]]:
+    """Gradients of `grouped_mlp` in lhs, up and down, given that of its result; the latter two in
+    float32, whatever the matrices' dtype is.
+
+    It has no derivative of its own. Raises ValueError for shapes that disagree and for an
+    implementation that cannot run.
+    """
+    _check(
+        "grouped_mlp_gradients",
+        lhs=(lhs, "rows L"),
+        up=(up, "E L F"),
+        down=(down, "E F L"),
+        group_sizes=(group_sizes, "E"),
+        dout=(dout, "rows L"),
+    )
+    operands = lhs, up, down, group_sizes, dout
+    return MLP_GRADIENTS(*operands, implementation=implementation, target=target)
 
 
 def _scales(scale: Array | None) -> dict[str, tuple[Array, str]]:

@@ -43,6 +43,8 @@ def switch_in_the_kernels(monkeypatch):
         grouped.mlp_gradients(inner(grouped_tpu.mlp_gradients)),
     )
     monkeypatch.setitem(grouped.MLP.implementations, "xla", mlp)
+    alone = dispatch.Implementation(dispatch.keeping_operands(inner(grouped_tpu.mlp_gradients)))
+    monkeypatch.setitem(grouped.MLP_GRADIENTS.implementations, "xla", alone)
 
 
 def gradient_of_packed(model, tokens):

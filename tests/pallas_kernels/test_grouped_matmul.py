@@ -12,6 +12,7 @@ from pallas_kernels import (
     gather_rows,
     grouped_matmul,
     grouped_mlp,
+    grouped_mlp_gradients,
     grouped_outer,
     sort_by_expert,
 )
@@ -48,6 +49,24 @@ def test_transposed_experts_equal_the_definition(case):
 @pytest.mark.parametrize("case", FEWER_CASES)
 def test_grouped_mlp_and_gradients_equal_the_definition(case):
     check(grouped_mlp, reference.grouped_mlp, case.mlp_arrays(), tolerance=F32)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_gradients_of_matrices_in_bfloat16_are_float32_sums(implementation):
+    arrays = specs.EDGE_CASES[5].mlp_arrays()
+    low = {name: jnp.asarray(arrays[name], jnp.bfloat16) for name in ("lhs", "up", "down")}
+    dout = jnp.asarray(np.random.default_rng(1).standard_normal(low["lhs"].shape), jnp.bfloat16)
+    sizes = jnp.asarray(arrays["group_sizes"])
+    mlp = lambda *operands: reference.grouped_mlp(*operands, sizes)
+    wide = [a.astype(jnp.float32) for a in low.values()]
+    expected = jax.vjp(mlp, *wide)[1](dout.astype(jnp.float32))
+    found = grouped_mlp_gradients(
+        **low, group_sizes=sizes, dout=dout, implementation=implementation
+    )
+    assert [a.dtype for a in found] == [jnp.bfloat16, jnp.float32, jnp.float32]
+    for got, value in zip(found, expected, strict=True):
+        # A hidden is rounded to bfloat16 on the way, by 2**-9 of itself at most.
+        assert jnp.linalg.norm(got - value) < 2**-8 * jnp.linalg.norm(value)
 
 
 def test_each_expert_has_a_scale_that_is_a_constant():

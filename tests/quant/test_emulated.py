@@ -1,15 +1,19 @@
 """Emulated products are those of operands quantised apart, in each direction as it should be."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from nemotron_jax.config.precision import NVFP4Config
+from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.quant import emulated
 from nemotron_jax.quant.operands import DGRAD, GRADIENT, INPUT, WGRAD, stream
+from nemotron_jax.sharding import make_mesh
 from pallas_kernels import nvfp4
 from tests.tiny_models import quick_jit
 
@@ -171,3 +175,27 @@ def test_operands_are_exact_in_bfloat16():
     x, w = normal(0, 32, 64).astype(jnp.bfloat16), normal(1, 64, 32)
     product = quick_jit(lambda x: emulated.dot(spec(), x, (w,), WORDS, jnp.arange(32))[0])
     close(product(x), product(x.astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_experts_that_devices_share_are_quantised_as_one_device_quantises_them(cut):
+    x, w, dy = normal(0, 112, 32), normal(1, 4, 32, 64), normal(2, 112, 64)
+    sizes, rows = jnp.array([32, 0, 16, 48]), jnp.arange(112)
+    mesh = make_mesh(MeshConfig(fsdp=4), jax.devices())
+
+    def grouped(cut, x, w, dy):
+        chosen = dataclasses.replace(spec(), cut=cut)
+        product = lambda x, w: emulated.grouped_dot(chosen, x, w, sizes, WORDS, rows)
+        y, pull = jax.vjp(product, x, w)
+        return y, *pull(dy)
+
+    part = PartitionSpec(*(None,) * cut, "fsdp")
+    whole = PartitionSpec()
+    options = {"in_specs": (whole, part, whole), "out_specs": (whole, whole, part)}
+    options |= {"mesh": mesh, "check_vma": False}
+    shared = quick_jit(jax.shard_map(functools.partial(grouped, cut), **options))
+    found = shared(x, w, dy)
+    expected = quick_jit(functools.partial(grouped, None))(x, w, dy)
+    for got, value in zip(found[:2], expected[:2], strict=True):
+        np.testing.assert_array_equal(got, value)
+    close(found[2], 4 * expected[2])  # every device has the same rows
