@@ -1,5 +1,6 @@
 """Multi-token prediction: one physical block that serves every depth."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -47,8 +48,11 @@ class MTPBlock(nnx.Module):
         halves = [self.embedding_norm(embedded), self.hidden_norm(hidden.astype(embedded.dtype))]
         x = self.project(jnp.concatenate(halves, axis=-1), context)
         new_states, metrics = [], []
+        remat = states is None and context.execution.remat != "none"
         for number, block in enumerate(self.blocks):
-            x, state, report = block(x, rows, None if states is None else states[number], context)
+            state = None if states is None else states[number]
+            run = lambda x, block=block, state=state: block(x, rows, state, context)
+            x, state, report = (jax.checkpoint(run) if remat else run)(x)
             new_states.append(state)
             if report is not None:
                 metrics.append(report)

@@ -13,7 +13,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig, TrainingConfig
 from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.nemotron import Nemotron, number_documents
-from nemotron_jax.sharding import cut_axis, gathered, local
+from nemotron_jax.sharding import cut_axis, gathered, local, scattered
 from nemotron_jax.types import Batch, Weight
 
 Sums = dict[str, Array]
@@ -118,9 +118,8 @@ def _mean_nll(
     cut = cut_axis(head)
 
     def own(hidden: Array, part: Array, targets: Array, weights: Array) -> Float[Array, "devices"]:
-        matrix = gathered(part, cut, hidden.dtype)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return weighted_nll(flat, matrix, targets.reshape(-1), weights.reshape(-1), chunk)[None]
+        return weighted_nll(flat, part, targets.reshape(-1), weights.reshape(-1), chunk, cut)[None]
 
     by_row = ("batch",)
     run = local(own, (by_row, head, by_row, by_row), by_row)
@@ -153,19 +152,23 @@ def token_nll(
     return local(own, (by_row, head, by_row), by_row)(hidden, head.value, targets)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_nll(
     hidden: Float[Array, "N D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "D _"],
     targets: Int[Array, "N"],
     weights: Float[Array, "N"],
     chunk: int,
+    cut: int | None = None,
 ) -> Float[Array, ""]:
     """Sum of weights times cross entropy, never holding more than [chunk, V] logits; float32.
 
-    Differentiable in `hidden` and `head`. Its gradient is made in the same pass as the loss, while
-    a chunk's logits are at hand, so that no logits are computed twice.
+    Inside `local`, `head` may be this device's part, cut along the axis `cut`. Differentiable in
+    `hidden` and `head`. Its gradient is made in the same pass as the loss, while a chunk's logits
+    are at hand, so that no logits are computed twice; until the backward pass asks for it, each
+    device keeps its part of the head's.
     """
+    head = gathered(head, cut, hidden.dtype)
 
     def add(total: Array, part: tuple) -> tuple[Array, None]:
         rows, labels, weight = part
@@ -175,8 +178,9 @@ def weighted_nll(
 
 
 def _nll_forward(
-    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int
+    hidden: Array, part: Array, targets: Array, weights: Array, chunk: int, cut: int | None
 ) -> tuple[Array, tuple]:
+    head = gathered(part, cut, hidden.dtype)
     matrix = head.astype(hidden.dtype)
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
@@ -192,10 +196,10 @@ def _nll_forward(
     parts = _chunks(hidden, targets, weights, chunk)
     (total, dhead), dhidden = jax.lax.scan(add, start, parts)
     dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return total, (dhidden.astype(hidden.dtype), dhead.astype(head.dtype))
+    return total, (dhidden.astype(hidden.dtype), scattered(dhead, cut).astype(part.dtype))
 
 
-def _nll_backward(chunk: int, residuals: tuple, cotangent: Array) -> tuple:
+def _nll_backward(chunk: int, cut: int | None, residuals: tuple, cotangent: Array) -> tuple:
     dhidden, dhead = residuals
     return dhidden * cotangent.astype(dhidden.dtype), dhead * cotangent, None, None
 
