@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from configs import models, pretrain_tiny
 from nemotron_jax.compiled import collectives, summary
@@ -21,7 +21,7 @@ from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import MeshConfig, RunConfig
 from nemotron_jax.model import accounting
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.plan import compile_step, plan
+from nemotron_jax.plan import compile_step, memory_of_program, plan
 from nemotron_jax.sharding import make_mesh
 from pallas_kernels import absent
 from tests.training.runs import changed, small_run
@@ -222,3 +222,21 @@ def test_on_v5p_weights_are_gathered_in_bfloat16_and_gradients_scattered_in_floa
 def test_an_axis_may_take_half_of_a_torus() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=128), absent.tpu_devices("v5p:8x8x4"))
     assert mesh.shape["fsdp"] == 128 and len(set(mesh.devices.flat)) == 256
+
+
+@pytest.mark.prove_tpu
+def test_what_a_loop_inside_a_loop_holds_is_counted_once_on_a_tpu() -> None:
+    def inner(carry, number):
+        return jnp.roll(carry, 1, 0) * number, None
+
+    def outer(carry, number):
+        return jax.lax.scan(inner, carry, jnp.arange(3.0) + number)[0] + carry, None
+
+    total = lambda x: jnp.sum(jax.lax.scan(outer, x, jnp.arange(5.0))[0])
+    sharding = SingleDeviceSharding(absent.tpu_devices("v6e:2x2")[0])
+    x = jax.ShapeDtypeStruct((8192, 8192), np.float32, sharding=sharding)
+    temporaries, everything = memory_of_program(jax.jit(total).lower(x).compile(), "v6e:2x2")
+    # Both carries and the rolled array: as many allocations as the compiler's own report has.
+    array = 4 * math.prod(x.shape)
+    assert temporaries == pytest.approx(3 * array, rel=0.01)
+    assert everything == pytest.approx(4 * array, rel=0.01)
