@@ -40,7 +40,8 @@ def get_config() -> ConfigDict:
             model=models.super_120b(),
             # One row a chip in each of the micro-batches.
             training=TrainingConfig(steps=794_728, schedule=SCHEDULE, micro_batches=12),
-            mesh=MeshConfig(fsdp=256),
+            # fsdp along the whole slice would gather by all-reduces: docs/sharding.md.
+            mesh=MeshConfig(data=2, fsdp=128),
             data=DataConfig(
                 sources=("hf:/data/phase1",),
                 sequence_length=TOKENS_PER_ROW,
