@@ -100,6 +100,15 @@ def test_permuted_rewards_are_the_same_ones_dealt_out(grpo_config) -> None:
     assert np.any(dealt != shaped_rewards(episodes, rollout, 0, 6))
 
 
+def test_length_is_paid_where_low_effort_was_asked_for(grpo_config) -> None:
+    rollout = dataclasses.replace(grpo_config.rl.rollout, low_effort_tokens=8)
+    low = {"low_effort": True}  # each has written four tokens: a tenth more for a right one
+    episodes = [episode(1, 0), episode(1, 1, **low), episode(0, 1, **low)]
+    episodes.append(episode(0, 1, paid=0.5, **low))
+    paid = shaped_rewards(episodes, rollout, 0, 0)
+    np.testing.assert_allclose(paid, [1, 1.1, 0, 0.55], rtol=1e-6)
+
+
 def test_health_is_by_environment_and_leaves_failures_out() -> None:
     other = registry["lookup"].split(0, "train", 0)
     episodes = [
