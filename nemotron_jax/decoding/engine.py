@@ -346,9 +346,8 @@ class Engine:
         slot.length = int(given.length[row])
         if reason is None:
             return
-        if (
-            slot.job.stop_text is None
-        ):  # after a stop string it holds tokens that are not the request's
+        # Once a stop string was looked for, a slot may hold tokens that are not the request's.
+        if slot.job.stop_text is None:
             entry = self._scheduler.remember_turn(slot, complete=self.speculative > 0)
             if entry is not None:
                 self._runner.save(slot, entry)
