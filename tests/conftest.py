@@ -22,7 +22,7 @@ XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
-if importlib.metadata.version("jaxlib") < "0.11":
+if [int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]] < [0, 11]:
     XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
