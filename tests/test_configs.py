@@ -79,6 +79,9 @@ def test_super_runs_with_its_published_batch_and_optimizer() -> None:
     config = from_config_dict(RunConfig, pretrain_super_phase1.get_config())
     optimizer, training = config.training.optimizer, config.training
     assert config.data.batch_size * config.data.sequence_length == 25_165_824
+    # 256 chips, a row each at a time; along all of a slice fsdp would gather by all-reduces.
+    assert (config.mesh.data, config.mesh.fsdp) == (2, 128)
+    assert config.mesh.size * training.micro_batches == config.data.batch_size
     assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)
     assert (training.mtp_depths, training.mtp_loss_scale) == (2, 0.3)
