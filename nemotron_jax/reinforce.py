@@ -37,7 +37,7 @@ def run(
     """Train in workdir/sft and workdir/grpo; write workdir/result.json and plots/result.png.
 
     Whatever is done already is not done again, the result of as many steps and tasks included; its
-    seconds are those of the session that came to the end. `fine_tune` trains a run of stage `sft`.
+    seconds are those of the process that came to the end. `fine_tune` trains a run of stage `sft`.
     Gives the exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
