@@ -1,4 +1,4 @@
-"""What a loss keeps for its backward pass on a mesh: nothing of which every device holds all."""
+"""What a loss keeps for its backward pass: no whole matrix on a mesh, and with remat only inputs."""
 
 import math
 
@@ -24,18 +24,35 @@ MOE = MoEConfig(
 
 @pytest.mark.parametrize("remat", ["mixers", "full"])
 def test_no_device_keeps_a_whole_matrix_or_its_gradient(remat):
+    kept, table = residuals(remat, DEPTHS, DEVICES)
+    # What each of the devices holds of a residual is a part of a larger array.
+    matrices = ("head.weight", "embedding", "mtp_block.blocks.1.mixer.experts.up")
+    least = DEVICES * min(table[name].size for name in matrices)
+    assert kept and max(kept) < least
+
+
+def test_the_mtp_block_follows_remat():
+    kept = lambda remat, depths: sum(residuals(remat, depths, length=256)[0])
+    none, full = (kept(remat, 1) - kept(remat, 0) for remat in ("none", "full"))
+    assert full < 0.7 * none  # what is left is mostly the loss of the depth itself
+
+
+def residuals(
+    remat: str, mtp_depths: int, devices: int = 1, length: int = LENGTH
+) -> tuple[list[int], dict]:
+    """Numbers in each array that a loss keeps for its backward pass, and the parameters."""
     config = changed(
         small_run("somewhere"),
         model={"vocab_size": 512, "moe": MOE},
-        mesh={"data": 1, "fsdp": DEVICES},
+        mesh={"data": 1, "fsdp": devices},
         execution={"remat": remat},
-        training={"mtp_depths": DEPTHS},
-        data={"sequence_length": LENGTH, "batch_size": DEVICES},
+        training={"mtp_depths": mtp_depths},
+        data={"sequence_length": length, "batch_size": devices},
     )
-    tokens = jnp.arange(LENGTH + 1 + DEPTHS, dtype=jnp.int32)
-    batch = make_batch([Row(tokens, jnp.ones_like(tokens))] * DEVICES, mtp_depths=DEPTHS)
+    tokens = jnp.arange(length + 1 + mtp_depths, dtype=jnp.int32)
+    batch = make_batch([Row(tokens, jnp.ones_like(tokens))] * devices, mtp_depths=mtp_depths)
     objective = pretrain_objective(config)
-    mesh = make_mesh(MeshConfig(fsdp=DEVICES), jax.devices())
+    mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices())
     model = abstract_state(config, mesh).model
 
     def backward(parameters):
@@ -47,8 +64,5 @@ def test_no_device_keeps_a_whole_matrix_or_its_gradient(remat):
 
     table = flatten(model)
     with jax.set_mesh(mesh):
-        kept = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, table))]
-    # What each of the devices holds of a residual is a part of a larger array.
-    matrices = ("head.weight", "embedding", "mtp_block.blocks.1.mixer.experts.up")
-    least = DEVICES * min(table[name].size for name in matrices)
-    assert kept and max(map(math.prod, kept)) < least
+        kept = jax.tree.leaves(jax.eval_shape(backward, table))
+    return [math.prod(leaf.shape) for leaf in kept], table
