@@ -1,4 +1,4 @@
-"""What a loss keeps for its backward pass: no whole matrix on a mesh, and with remat only inputs."""
+"""What a loss keeps for its backward pass: no whole matrix on a mesh, and less with remat."""
 
 import math
 
