@@ -54,7 +54,10 @@ class Linear(nnx.Module):
         return Weight(self.weight[...], self.weight.axes)
 
     def _biased(self, y: Float[Array, "... Out"]) -> Float[Array, "... Out"]:
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        if self.bias is None:
+            return y
+        # In float32, so that the bias's gradient is added up so over tokens and devices.
+        return (y.astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(y.dtype)
 
 
 def project_together(

@@ -62,10 +62,11 @@ class CausalConv(nnx.Module):
         context: Context,
     ) -> tuple[Float[Array, "B T channels"], Array]:
         def convolve(x, weight, bias, tail, documents, lengths):
+            # Cast here and not outside, so that devices add up their float32 gradients.
             return causal_conv1d(
                 x,
-                weight,
-                bias,
+                weight.astype(x.dtype),
+                None if bias is None else bias.astype(x.dtype),
                 tail=tail,
                 segment_ids=documents,
                 lengths=lengths,
@@ -74,12 +75,11 @@ class CausalConv(nnx.Module):
                 target=context.target,
             )
 
-        weight = self.weight[...].astype(x.dtype)
-        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...]
         by_row, channel = ("batch",), self.weight.axes[1]
         whole = (("batch", None, channel), (None, channel), (channel,))
         run = local(convolve, (*whole, by_row, by_row, by_row), (by_row, by_row))
-        return run(x, weight, bias, tail, rows.documents, rows.lengths)
+        return run(x, self.weight[...], bias, tail, rows.documents, rows.lengths)
 
 
 class Mamba2(nnx.Module):
