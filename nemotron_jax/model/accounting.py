@@ -261,7 +261,9 @@ def _mixer_tensors(config: ModelConfig, letter: str) -> list[_Tensor]:
         return [_Tensor((rows, width)) for rows in (queries, keys, keys, queries)]
     if letter == "-":
         return _two_layers(config.mlp.width, width, config.mlp.projection_bias)
-    return _moe_tensors(config.moe, width)
+    if letter == "E":
+        return _moe_tensors(config.moe, width)
+    raise ValueError(f"accounting: blocks {letter!r} have no list of tensors; add it here")
 
 
 def _moe_tensors(moe: MoEConfig, width: int) -> list[_Tensor]:

@@ -113,13 +113,17 @@ def _sites(letter: str, path: str, mixer: nnx.Module) -> Iterator[Site]:
         yield from _linears("attention", path, mixer, ("q", "k", "v", "out"))
     elif letter == "-":
         yield from _linears("mlp", path, mixer, ("up", "down"))
-    else:
+    elif letter == "E":
         if mixer.latent_down is not None:
             yield from _linears("latent", path, mixer, ("latent_down", "latent_up"))
         yield from _linears("shared", f"{path}.shared", mixer.shared, ("up", "down"))
         for name in ("up", "down"):
             site = Site(f"{path}.experts.{name}", "experts", mixer.experts, name, f"{name}_adapter")
             yield site
+    else:
+        raise ValueError(
+            f"adapter_sites: blocks {letter!r} ({path}) have no list of matrices; write one here"
+        )
 
 
 def _linears(

@@ -37,14 +37,20 @@ MOVES = {
 @dataclasses.dataclass(frozen=True)
 class UnitTable:
     """Which blocks each unit `M? *? (E|-)?` of a pattern holds, by letter: the place in its stack
-    and the layer, or -1."""
+    and the layer, or -1. Other kinds of block than mixers of tokens stand where `E` and `-` do."""
 
     index: dict[str, np.ndarray]
     layer: dict[str, np.ndarray]
 
     @classmethod
     def parse(cls, pattern: str) -> "UnitTable":
-        units = re.findall(r"M?\*?[E-]?", pattern)[:-1]  # the last match is empty
+        last = "".join(map(re.escape, BLOCK_KINDS.keys() - {"M", "*"}))
+        units = re.findall(rf"M?\*?[{last}]?", pattern)[:-1]  # the last match is empty
+        if "".join(units) != pattern:
+            raise ValueError(
+                f"ModelConfig.pattern={pattern!r}: its units {units} leave letters out; use the "
+                f"letters {''.join(BLOCK_KINDS)}"
+            )
         index = {letter: np.full(len(units), -1, np.int32) for letter in BLOCK_KINDS}
         layer = {letter: np.full(len(units), -1, np.int32) for letter in BLOCK_KINDS}
         count = dict.fromkeys(BLOCK_KINDS, 0)

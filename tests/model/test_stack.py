@@ -3,17 +3,23 @@
 import collections
 import logging
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import nemotron_jax as nj
+from nemotron_jax.config.model import BLOCK_KINDS
+from nemotron_jax.model import accounting
+from nemotron_jax.model.adapters import adapter_sites
+from nemotron_jax.model.block import Block
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.model.stack import UnitTable
 from tests.golden_cases import relative_l2
-from tests.tiny_models import quick_jit, random_tokens, randomised, tiny_model
+from tests.tiny_models import quick_jit, random_tokens, randomised, tiny_config, tiny_model
 
 LONG = "M*MEE-"  # units M*, ME, E and -: every part is missing somewhere
 VARIANTS = [
@@ -127,6 +133,29 @@ def test_a_pattern_is_cut_into_units(pattern, units):
             assert places[number] == (seen[letter] if letter in unit else -1)
             seen[letter] += letter in unit
     assert all(len(places) == len(units) for places in table.values())
+
+
+def test_a_new_kind_of_block_is_in_some_unit_and_a_stray_letter_is_refused(monkeypatch):
+    monkeypatch.setitem(BLOCK_KINDS, "G", "gated")
+    table = UnitTable.parse("MGE*G-")
+    layers = sorted(int(n) for column in table.layer.values() for n in column if n >= 0)
+    assert layers == list(range(6))
+    for pattern in ("ME?", "?", "M E"):
+        with pytest.raises(ValueError, match="leave letters out"):
+            UnitTable.parse(pattern)
+
+
+def test_a_kind_that_a_table_lacks_is_an_error_and_not_the_last_kind_s(monkeypatch):
+    config = tiny_config("M-")
+    monkeypatch.setitem(BLOCK_KINDS, "G", "gated")
+    with pytest.raises(ValueError, match="kind='gated' has no mixer"):
+        Block(config, "gated", rngs=nnx.Rngs(0), dtype="float32")
+    with pytest.raises(ValueError, match="blocks 'G' have no list of tensors"):
+        accounting.hub_tensors(SimpleNamespace(pattern="MG", mtp=None, width=8, mamba=config.mamba))
+    model = SimpleNamespace(**dict.fromkeys(BLOCK_KINDS.values()))
+    model.gated = SimpleNamespace(mixer=None)
+    with pytest.raises(ValueError, match="blocks 'G' .* have no list of matrices"):
+        list(adapter_sites(model))
 
 
 def test_eager_calls_compile_once(caplog):
