@@ -18,9 +18,9 @@ from nemotron_jax.data.packing import Row, lookahead_of, make_batch
 from nemotron_jax.decoding.generate import generate, prefill
 from nemotron_jax.evaluation.evaluator import Result, Subject, Table
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
+from nemotron_jax.model.adapters import merge_adapters
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
-from nemotron_jax.training.state import TrainState
+from nemotron_jax.training.state import TrainState, first_state
 from nemotron_jax.training.step import make_train_step
 
 COLUMNS = ("what", "rows", "tokens a row", "best tokens/s", "median tokens/s", "compile s")
@@ -160,9 +160,6 @@ def _config_of(model: Nemotron, config: RunConfig | None) -> RunConfig:
 
 
 def _fresh_state(model: Nemotron, config: RunConfig) -> TrainState:
-    """A first step's state with its own copy of the parameters: the step takes the state over."""
-    model = jax.tree.map(jnp.copy, model)
-    optimizer = make_optimizer(config.training.optimizer, model)
-    zero = lambda: jnp.zeros((), jnp.int32)
-    moments = optimizer.init(trained_parameters(model))
-    return TrainState(model, moments, zero(), zero(), zero())
+    """A run's first state with its own copy of the parameters: the step takes the state over."""
+    model = model if config.lora is None else merge_adapters(model)  # the state has its own
+    return first_state(config, jax.tree.map(jnp.copy, model))

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nemotron_jax.config.lora import LoRAConfig
+from nemotron_jax.config.model import MTPConfig
 from nemotron_jax.evaluation import speed
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.training.state import abstract_state
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,21 @@ def test_the_engine_is_timed_by_concurrency_and_context(result):
 def test_rates_are_tokens_over_seconds():
     timing = speed.Timing(seconds=(0.5, 0.2, 0.4), compile_s=1.0, tokens=100)
     assert timing.best == pytest.approx(500) and timing.median == pytest.approx(250)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"freeze_routers": True}, {"trains": "lora"}, {"mtp_depths": 0}, {"trains": "mtp"}],
+    ids=str,
+)
+def test_the_timed_state_is_the_one_that_the_run_trains(run_config, change):
+    sizes = dataclasses.replace(run_config.model, mtp=MTPConfig("*"))
+    training = dataclasses.replace(run_config.training, **{"mtp_depths": 1} | change)
+    lora = LoRAConfig(rank=2) if training.trains == "lora" else None
+    config = dataclasses.replace(run_config, model=sizes, training=training, lora=lora)
+    expected = abstract_state(config)
+    timed = jax.eval_shape(lambda model: speed._fresh_state(model, config), expected.model)
+    assert jax.tree.structure(timed) == jax.tree.structure(expected)
 
 
 def test_a_model_without_mtp_is_timed_without_it(model, run_config):
