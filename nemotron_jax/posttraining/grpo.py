@@ -83,16 +83,27 @@ def low_effort_reward(reward: float, num_tokens: int, limit: int) -> float:
 def importance_weights(
     trainer: Float[np.ndarray, "N"], generator: Float[np.ndarray, "N"], cap: float
 ) -> Float[np.ndarray, "N"]:
-    """exp(trainer - generator) of each token's log-probability, at most `cap`."""
-    return np.exp(np.minimum(trainer - generator, np.log(cap))).astype(np.float32)
+    """exp(trainer - generator) of each token's log-probability, at most `cap`.
+
+    0 where that is no finite float32 number, as in NeMo RL: such a token says nothing of the two
+    policies but that one of them is broken.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        weights = np.exp(np.asarray(trainer - generator, np.float32))
+    return np.where(np.isfinite(weights), np.minimum(weights, cap), 0).astype(np.float32)
 
 
 def mismatch(trainer: Float[np.ndarray, "N"], generator: Float[np.ndarray, "N"]) -> float:
-    """An episode's mean of exp|trainer - generator|; 1 where both agree."""
+    """An episode's mean of exp|trainer - generator|; 1 where both agree.
+
+    Finite, since it is only compared: a gap of more than 80 nats, or one that is no number, counts
+    as 80, which is beyond every limit.
+    """
     if len(trainer) == 0:
         return 1.0
-    gap = np.abs(trainer.astype(np.float64) - generator.astype(np.float64))
-    return float(np.mean(np.exp(np.minimum(gap, 80.0))))  # finite: it is only compared
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(trainer.astype(np.float64) - generator.astype(np.float64))
+    return float(np.mean(np.exp(np.nan_to_num(gap, nan=80.0).clip(max=80.0))))
 
 
 def turn_advantages(
@@ -160,6 +171,7 @@ def policy_loss(
     The sums: `loss`, `kl` (k3, unweighted by its coefficient), `entropy` (the mean surprise of the
     sampled tokens, nats), `clipped` (share of tokens whose ratio the clip holds).
     """
+    logprobs, batch = counted_only(logprobs, batch)
     weights = batch.weights / totals
     fixed = jax.lax.stop_gradient(logprobs)
     if config.ratio == "one":
@@ -175,7 +187,8 @@ def policy_loss(
     if config.kl_weight:
         # Tokens are the generator's, so the mean under the policy needs the policy's weight.
         drawn = jnp.exp(fixed - batch.generator_logprobs)
-        kl = jnp.sum(jnp.where(batch.weights > 0, weights * drawn * k3(logprobs, batch), 0.0))
+        drawn = jnp.where(jnp.isfinite(drawn), drawn, 0.0)  # as importance_weights
+        kl = jnp.sum(weights * drawn * k3(logprobs, batch))
         loss += config.kl_weight * kl
     sums = {
         "loss": loss,
@@ -184,6 +197,22 @@ def policy_loss(
         "clipped": jnp.sum(weights * held),
     }
     return loss, jax.lax.stop_gradient(sums)
+
+
+def counted_only(
+    logprobs: Float[Array, "B T"], batch: PolicyBatch
+) -> tuple[Float[Array, "B T"], PolicyBatch]:
+    """Log-probabilities and batch with 0 wherever a token's weight is 0, whatever stood there.
+
+    Before any exponential: one that overflows is inf, and inf times a weight of 0 is NaN, in the
+    gradient also where the value is replaced afterwards.
+    """
+    counted = batch.weights > 0
+    kept = lambda values: None if values is None else jnp.where(counted, values, 0.0)
+    names = ("advantages", "importance")
+    names += ("generator_logprobs", "trainer_logprobs", "reference_logprobs")
+    values = {name: kept(getattr(batch, name)) for name in names}
+    return kept(logprobs), dataclasses.replace(batch, **values)
 
 
 def k3(logprobs: Float[Array, "B T"], batch: PolicyBatch) -> Float[Array, "B T"]:

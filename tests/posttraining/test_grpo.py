@@ -142,12 +142,34 @@ def test_the_kl_term_is_k3_under_the_policy():
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_masked_tokens_may_hold_anything():
-    config = ObjectiveConfig(kl_weight=0.1)
-    spoiled = LOGPROBS.copy()
-    spoiled[0, 2] = -50
-    ours, theirs = (loss_and_gradient(one, small_batch(), config) for one in (LOGPROBS, spoiled))
-    assert ours[0] == pytest.approx(theirs[0]) and theirs[1][2] == 0
+def test_tokens_that_do_not_count_may_hold_anything():
+    """Far off, infinite or no number at all, in any field: loss, sums and gradient stay as they
+    are."""
+    for config in (ObjectiveConfig(kl_weight=0.1), ObjectiveConfig(ratio="clipped", kl_weight=0.1)):
+        batch = small_batch()
+        whole = loss_and_gradient(LOGPROBS, batch, config)
+        floats = ("advantages", "importance", "generator_logprobs", "trainer_logprobs")
+        for name in ("logprobs", "reference_logprobs", *floats):
+            for value in (-200, 200, -np.inf, np.inf, np.nan):
+                logprobs = LOGPROBS.copy()
+                spoiled = logprobs if name == "logprobs" else getattr(batch, name).copy()
+                spoiled[0, 2] = value
+                other = (
+                    batch if name == "logprobs" else dataclasses.replace(batch, **{name: spoiled})
+                )
+                loss, gradient, sums = loss_and_gradient(logprobs, other, config)
+                assert loss == whole[0] and sums == whole[2], (name, value)
+                np.testing.assert_array_equal(gradient, whole[1], f"{name} {value}")
+
+
+def test_weights_that_are_no_numbers_are_none():
+    """As in NeMo RL; an episode that holds one is beyond every limit of its mismatch."""
+    trainer = np.array([-1, -1, np.nan, -1, -np.inf, np.inf, -200], np.float32)
+    generator = np.array([-1, -200, -1, np.nan, -1, -1, -1], np.float32)
+    assert importance_weights(trainer, generator, 5.0).tolist() == [1, 0, 0, 0, 0, 0, 0]
+    for place in range(1, 7):
+        found = mismatch(trainer[place : place + 1], generator[place : place + 1])
+        assert 1e30 < found < np.inf
 
 
 def test_settings_that_cannot_be_are_refused():
