@@ -15,7 +15,8 @@ class LoRAConfig:
     into and out of the experts' width; `experts` get an A and a B each. Attention alone reaches few
     of the family's layers. Source of the defaults: Megatron-Bridge's recipes for this family, which
     adapt every linear. `dropout` is the share of an adapter's inputs that are left out in training;
-    routed experts have none, as in PEFT.
+    routed experts have none, as in PEFT, and stage grpo refuses it: its ratio and its KL term would
+    compare the policy with a thinned one.
     """
 
     rank: int = 32

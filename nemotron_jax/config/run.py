@@ -215,6 +215,12 @@ class RunConfig:
             "be trained alone; set both or neither"
         )
         check(self, "lora", (self.training.trains == "lora") == (self.lora is not None), rule)
+        if self.stage == "grpo" and self.lora is not None:
+            rule = (
+                "must be 0 in stage grpo: the policy that learns is the one that played, whole; "
+                "set lora.dropout=0"
+            )
+            check(self.lora, "dropout", self.lora.dropout == 0, rule)
         parts, rows = self.training.micro_batches * self.mesh.size, self.data.batch_size
         fewer = max(parts, rows - rows % parts)
         rule = (

@@ -7,6 +7,7 @@ import pytest
 
 from configs import models
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.model import (
     AttentionConfig,
     MambaConfig,
@@ -104,6 +105,16 @@ def test_a_bad_value_is_named_when_the_config_is_built(cls, change: dict, messag
         arguments["training"] = dataclasses.replace(arguments["training"], micro_batches=micro)
     with pytest.raises(ValueError, match=f"{cls.__name__}.*{message}"):
         cls(**arguments)
+
+
+def test_adapters_that_learn_from_rewards_have_no_dropout() -> None:
+    training = TrainingConfig(steps=5, schedule=SCHEDULE, trains="lora")
+    run = lambda stage, dropout: RunConfig(
+        models.tiny(), training, stage=stage, lora=LoRAConfig(dropout=dropout)
+    )
+    assert run("sft", 0.1) and run("grpo", 0.0)
+    with pytest.raises(ValueError, match=r"LoRAConfig\.dropout=0\.1: must be 0 in stage grpo"):
+        run("grpo", 0.1)
 
 
 def test_a_pattern_needs_the_parts_that_it_uses() -> None:
