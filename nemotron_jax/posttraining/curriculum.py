@@ -1,6 +1,7 @@
 """Which tasks are played when: shares of environments, a difficulty filter, easy ones first."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -79,9 +80,9 @@ def _environment_of_prompts(config: RolloutConfig, count: int) -> Int[np.ndarray
 def make_pools(config: RunConfig, success: Success, path: Path) -> Pools | None:
     """Each environment's pool: its tasks but those that the model always solves, easiest first.
 
-    `success` gives the share of plays that solve each of some tasks. The pools are kept in a file,
-    since a run that goes on has another model by then. None where the config wants none; an
-    environment whose tasks are all solved keeps them all.
+    `success` gives the share of plays that solve each of some tasks, NaN where that is unknown. The
+    pools are kept in a file, since a run that goes on has another model by then. None where the
+    config wants none; an environment whose tasks are all solved keeps them all.
     """
     if not config.rl.pool_tasks:
         return None
@@ -91,13 +92,21 @@ def make_pools(config: RunConfig, success: Success, path: Path) -> Pools | None:
     tasks = [training_task(name, config.seed, n) for name in names for n in range(count)]
     found = np.asarray(success(tasks)).reshape(len(names), count)
     pools = {name: pool(rates) for name, rates in zip(names, found, strict=True)}
-    solved = {name: float(np.mean(r == 1)) for name, r in zip(names, found, strict=True)}
+    share = lambda of: {name: float(np.mean(of(r))) for name, r in zip(names, found, strict=True)}
+    shares = {"always_solved": share(lambda rates: rates == 1), "unknown": share(np.isnan)}
     with atomic_writer(path) as out:
-        out.write(json.dumps({"pools": pools, "always_solved": solved}).encode())
+        out.write(json.dumps({"pools": pools, **shares}).encode())
     return pools
 
 
 def pool(rates: Sequence[float]) -> list[int]:
-    """The numbers of tasks by falling success, without those that always succeed."""
-    order = sorted(range(len(rates)), key=lambda n: -rates[n])
-    return [n for n in order if rates[n] < 1] or order
+    """The numbers of tasks by falling success, without those that always succeed.
+
+    A task of unknown success (NaN) stays, among those of the mean. All of them stay where no task
+    is known to fail: a pool of unknown ones alone might be one that cannot be played.
+    """
+    known = [rate for rate in rates if not math.isnan(rate)]
+    middle = sum(known) / len(known) if known else 0.0
+    order = sorted(range(len(rates)), key=lambda n: -(middle if math.isnan(rates[n]) else rates[n]))
+    useful = any(rate < 1 for rate in known)
+    return [n for n in order if not (useful and rates[n] >= 1)]

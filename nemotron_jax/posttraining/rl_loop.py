@@ -284,13 +284,24 @@ def success_of_tasks(
 def success_rates(
     model: Nemotron, tokenizer: Tokenizer, config: RunConfig
 ) -> Callable[[Sequence[Task]], list[float]]:
-    """A function of tasks: each one's mean reward over `rl.pool_samples` plays of the model."""
+    """A function of tasks: each one's mean reward over `rl.pool_samples` plays of the model.
+
+    Over those that count: NaN where the environment failed in all of a task's plays, which says
+    nothing of how hard it is.
+    """
 
     def rates(tasks: Sequence[Task]) -> list[float]:
         plays = [
             play_tasks_once(model, tokenizer, config, tasks, draw=1 + draw)
             for draw in range(config.rl.pool_samples)
         ]
-        return [float(np.mean([e.verdict.reward for e in one])) for one in zip(*plays, strict=True)]
+        return [
+            _mean([e.verdict.reward for e in one if e.verdict.infra_error is None])
+            for one in zip(*plays, strict=True)
+        ]
 
     return rates
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

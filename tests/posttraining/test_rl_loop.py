@@ -68,6 +68,9 @@ def test_tasks_are_drawn_by_shares_and_none_twice(grpo_config) -> None:
 def test_pools_drop_what_is_always_solved_and_begin_with_the_easy(grpo_config, tmp_path) -> None:
     assert pool([0.5, 1, 0, 0.75]) == [3, 0, 2]
     assert pool([1, 1]) == [0, 1]
+    # Of the third nothing is known: it is no hard one, and stays.
+    assert pool([0.9, 0.2, np.nan, 1, 0]) == [0, 2, 1, 4]
+    assert pool([np.nan, np.nan]) == [0, 1] and pool([1, np.nan]) == [0, 1]
     rollout = dataclasses.replace(grpo_config.rl.rollout, environments=NAMES[:2], prompts=4)
     config = dataclasses.replace(
         grpo_config, rl=dataclasses.replace(grpo_config.rl, rollout=rollout, pool_tasks=3)
@@ -180,6 +183,19 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
     assert not set(asked[6:]) & set(again)
     rates = rl_loop.success_rates(None, None, config)(tasks)
     np.testing.assert_allclose(rates, [task.index / 16 for task in tasks])
+
+
+def test_a_tasks_success_is_that_of_the_plays_that_count(grpo_config, monkeypatch) -> None:
+    gone = {"verdict": Verdict(0.0, infra_error="gone")}
+    plays = [
+        [episode(1, 0), episode(0, 1), episode(0, 2, **gone)],
+        [episode(1, 0, **gone), episode(1, 1), episode(0, 2, **gone)],
+    ]
+    monkeypatch.setattr(rl_loop, "play_tasks_once", lambda *given, draw: plays[draw - 1])
+    config = tiny_run(grpo_config, pool_samples=2)
+    np.testing.assert_array_equal(
+        rl_loop.success_rates(None, None, config)([TASK] * 3), [1, 0.5, np.nan]
+    )
 
 
 def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> None:
