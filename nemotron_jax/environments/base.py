@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.schema import canonical, faults, too_large
+from nemotron_jax.environments.sound import sound_text
 from nemotron_jax.environments.turns import Turn
 
 SPLITS = ("train", "held_out")
@@ -168,7 +169,7 @@ class Session:
             return ()
         if turn.calls:
             results = [self.call(call.name, call.arguments) for call in turn.calls]
-            messages = tuple({"role": "tool", "content": result} for result in results)
+            messages = tuple({"role": "tool", "content": sound_text(r)} for r in results)
         else:
             words = self._guarded(lambda: self.answered(turn.text))
             messages = () if words is None else ({"role": "user", "content": words},)

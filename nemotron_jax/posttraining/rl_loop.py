@@ -151,7 +151,7 @@ class Rollouts:
         self._report = health(episodes, rewards, mismatches, objective.sequence_limit)
         ages = [self._step - turn.version for e in episodes for turn in e.turns]
         self._report |= {
-            "age": float(np.max(ages)),
+            "age": float(max(ages, default=0)),
             "scoring_seconds": time.perf_counter() - began,
         }
         if self._on_episodes is not None:

@@ -4,8 +4,9 @@ A model's turn is never encoded again. What the environment says is encoded once
 text of a conversation is only a view of its tokens.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,14 @@ from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK, Ch
 from nemotron_jax.data.chat.tokens import encode_pieces, encode_prompt
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments.base import Task, Verdict
+from nemotron_jax.environments.sound import sound_text, sound_value
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.players import Players, Replies
 from nemotron_jax.posttraining.sampler import Conversations, Sampler, SideBySide, Written
+
+_MAX_REASON = (
+    300  # characters of what an error says: a transcript holds it, and it may quote a turn
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +96,21 @@ class Playing:
     ) -> None:
         """Begins every session; `sampler` is how the model is asked.
 
-        A prompt that leaves no room to answer makes an episode that does not count. Raises
-        ValueError where no prompt leaves any.
+        A prompt that leaves no room to answer, or that cannot be encoded, makes an episode that
+        does not count, and so does whatever fails in one episode later: it costs no other.
         """
         self._tokenizer, self._players, self._config = tokenizer, players, config
         self._copies, self._seed, self._begin = copies, seed, sampler
         low = list(low_effort or [False] * len(tasks))
         options = [ChatOptions(enable_thinking=config.thinking, low_effort=flag) for flag in low]
         prompts = [
-            encode_prompt(tokenizer, task.messages, task.tools, chosen)
+            _prompt(tokenizer, task, chosen, config.max_tokens)
             for task, chosen in zip(tasks, options, strict=True)
         ]
-        unfit = _unfit_prompts(prompts, tasks, config)
-        self._prompts = [prompt[: config.max_tokens - 1] for prompt in prompts]
+        self._prompts = [prompt for prompt, _ in prompts]
         self._places = [place for place in range(len(tasks)) for _ in range(copies)]
         self._options = [options[place] for place in self._places]
-        self._episodes = [_Unfinished(tasks[p], self._prompts[p], unfit[p]) for p in self._places]
+        self._episodes = [_Unfinished(tasks[place], *prompts[place]) for place in self._places]
         self._sampler: Conversations | None = None
         self._turns = 0
         self._replies: Replies | None = None  # to the last turns, if they were not heard yet
@@ -128,11 +133,11 @@ class Playing:
         self._sampler.read([one.take_unread() for one in going])
         room = lambda one: min(config.max_turn_tokens, config.max_tokens - len(one.tokens))
         written = self._sampler.write([0 if one.over else room(one) for one in going])
-        turns = {
-            place: one.add(new, self._tokenizer, config.thinking, version)
-            for place, (one, new) in enumerate(zip(going, written, strict=True))
-            if not one.over
-        }
+        turns = {}
+        for place, (one, new) in enumerate(zip(going, written, strict=True)):
+            if not one.over:
+                turn = one.add(new, self._tokenizer, config.thinking, version)
+                turns |= {} if one.over else {place: turn}
         self._replies = self._players.begin_reply(turns)
         self._turns += 1
 
@@ -180,8 +185,10 @@ class Playing:
             one = self._episodes[place]
             one.over = reply.over or not one.turns[-1].closed
             if not one.over:
-                ids = encode_reply(self._tokenizer, reply.messages, self._options[place])
-                one.hear(reply.messages, ids, self._config.max_tokens)
+                with one.failing("what its environment said cannot be encoded"):
+                    messages = sound_value(reply.messages)
+                    ids = encode_reply(self._tokenizer, messages, self._options[place])
+                    one.hear(messages, ids, self._config.max_tokens)
 
 
 def play_episodes(
@@ -208,15 +215,15 @@ def play_episodes(
 class _Unfinished:
     """An episode while it lasts."""
 
-    def __init__(self, task: Task, prompt: list[int], unfit: str | None) -> None:
-        """`unfit`: why it cannot be played, if it cannot."""
-        self.task, self._unfit = task, unfit
+    def __init__(self, task: Task, prompt: list[int], failure: str | None) -> None:
+        """`failure`: why it cannot be played, if it cannot."""
+        self.task, self.failure = task, failure
         self.tokens = list(prompt)
         self.logprobs = [0.0] * len(prompt)
         self.turns: list[TurnSpan] = []
         self.messages: list[dict] = list(task.messages)
         self.truncated = False
-        self.over = unfit is not None
+        self.over = failure is not None
         self._unread: list[int] = []  # tokens that the model has not been fed yet
 
     def add(self, written: Written, tokenizer: Tokenizer, thinking: bool, version: int) -> dict:
@@ -224,14 +231,25 @@ class _Unfinished:
         start = len(self.tokens)
         self.tokens += written.tokens
         self.logprobs += written.logprobs
-        text = tokenizer.decode(written.tokens, show_special=True)
-        parsed = parse_turn(text, thinking=thinking, tools=self.task.tools)
-        well_formed, calls = is_well_formed(parsed), len(parsed.calls)
-        stop = len(self.tokens)
+        stop, well_formed, calls = len(self.tokens), False, 0
+        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        with self.failing("its turn cannot be read"):
+            text = tokenizer.decode(written.tokens, show_special=True)
+            parsed = parse_turn(text, thinking=thinking, tools=self.task.tools)
+            well_formed, calls = is_well_formed(parsed), len(parsed.calls)
+            message = sound_value(parsed.message())
         self.turns.append(TurnSpan(start, stop, well_formed, calls, written.stopped, version))
         self.truncated |= not written.stopped
-        self.messages.append(parsed.message())
-        return self.messages[-1]
+        self.messages.append(message)
+        return message
+
+    @contextlib.contextmanager
+    def failing(self, what: str) -> Iterator[None]:
+        """Ends the episode where the block raises: it does not count, and the others go on."""
+        try:
+            yield
+        except Exception as error:
+            self.failure, self.over = _reason(what, error), True
 
     def hear(self, messages: Sequence[dict], ids: list[int], limit: int) -> None:
         """Append what the environment said; without room for it and a token more the episode is
@@ -262,13 +280,13 @@ class _Unfinished:
             logprobs=np.array(self.logprobs, np.float32),
             turns=tuple(self.turns),
             truncated=self.truncated or not self.over,
-            verdict=verdict if self._unfit is None else Verdict(0.0, infra_error=self._unfit),
+            verdict=verdict if self.failure is None else Verdict(0.0, infra_error=self.failure),
             messages=tuple(self.messages),
             low_effort=low_effort,
         )
 
     def state(self) -> dict[str, Any]:
-        kept = ("tokens", "logprobs", "messages", "truncated", "over")
+        kept = ("tokens", "logprobs", "messages", "truncated", "over", "failure")
         turns = [dataclasses.asdict(turn) for turn in self.turns]
         return {**{name: getattr(self, name) for name in kept}, "turns": turns}
 
@@ -280,22 +298,21 @@ class _Unfinished:
         self._unread = [] if self.over else self.tokens[prompt:]  # a new cache holds nothing of it
 
 
-def _unfit_prompts(
-    prompts: Sequence[Sequence[int]], tasks: Sequence[Task], config: RolloutConfig
-) -> list[str | None]:
-    """Why prompts leave no room to answer, where they do not; ValueError where none leaves any."""
-    reasons = [
-        f"the prompt of {task.id} alone has {len(prompt)} tokens"
-        if len(prompt) >= config.max_tokens
-        else None
-        for prompt, task in zip(prompts, tasks, strict=True)
-    ]
-    if all(reasons):
-        raise ValueError(
-            f"RolloutConfig.max_tokens={config.max_tokens}: {reasons[0]}, and no other of the "
-            f"{len(tasks)} fits; raise it, or leave {tasks[0].environment} out"
-        )
-    return reasons
+def _prompt(
+    tokenizer: Tokenizer, task: Task, options: ChatOptions, limit: int
+) -> tuple[list[int], str | None]:
+    """A task's prompt, cut to what an episode has room for, and why it cannot be played."""
+    try:
+        prompt = encode_prompt(tokenizer, task.messages, task.tools, options)
+    except Exception as error:
+        return [tokenizer.pad], _reason(f"the prompt of {task.id} cannot be encoded", error)
+    if len(prompt) < limit:
+        return prompt, None
+    return prompt[: limit - 1], f"the prompt of {task.id} alone has {len(prompt)} tokens"
+
+
+def _reason(what: str, error: Exception) -> str:
+    return sound_text(f"{what}: {error!r}"[:_MAX_REASON])
 
 
 def encode_reply(tokenizer: Tokenizer, messages: Sequence[dict], options: ChatOptions) -> list[int]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.json_lines import keep_damaged, read_objects
+from nemotron_jax.environments.sound import sound_value
 from nemotron_jax.posttraining.rollout import Episode
 
 JSONL, PAGE = "transcripts.jsonl", "transcripts.html"
@@ -19,8 +21,9 @@ _ANSWER_LETTERS = 80  # of a last turn that stand in the line of a folded episod
 class Transcripts:
     """The first `keep` episodes of every batch, each batch once.
 
-    A run that goes on drops what a killed one wrote of batches that are to be played again. A line
-    is also a row of conversations, as `data.sources` reads them.
+    A run that goes on drops what a killed one wrote of batches that are to be played again, and
+    damaged lines; the file as it was then stays beside it. A line is also a row of conversations,
+    as `data.sources` reads them.
     """
 
     def __init__(self, directory: Path, keep: int, *, thinking: bool = False) -> None:
@@ -33,24 +36,24 @@ class Transcripts:
         if not self._begun:
             self._drop_from(number)
             self._begun = True
-        with self._path.open("a", encoding="utf-8") as out:
+        with self._path.open("ab") as out:
             for episode, reward in list(zip(episodes, rewards, strict=True))[: self._keep]:
-                values = transcript(number, episode, reward, thinking=self._thinking)
-                out.write(json.dumps(values, ensure_ascii=False) + "\n")
+                out.write(_line(transcript(number, episode, reward, thinking=self._thinking)))
 
     def _drop_from(self, number: int) -> None:
-        kept = [line for line in read_transcripts(self._path) if line["batch"] < number]
+        found, damaged = _read(self._path)
+        if damaged:
+            keep_damaged(self._path, damaged)
         with atomic_writer(self._path) as out:
-            for line in kept:
-                out.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            out.writelines(_line(one) for one in found if one["batch"] < number)
 
 
 def transcript(
     number: int, episode: Episode, reward: float, *, thinking: bool = False
 ) -> dict[str, Any]:
-    """An episode as JSON values."""
+    """An episode as JSON values, whatever its model, tools and environment have said."""
     switches = {"enable_thinking": thinking, "low_effort": episode.low_effort}
-    return {
+    values = {
         "batch": number,
         "group": episode.group,
         "task": episode.task.id,
@@ -59,21 +62,55 @@ def transcript(
         # An episode keeps what it has thought: it is never rendered again.
         "chat_template_kwargs": switches | {"truncate_history_thinking": False},
         "reward": reward,
-        "verdict": dataclasses.asdict(episode.verdict),
+        "verdict": vars(episode.verdict),
         "truncated": episode.truncated,
         "turns": [dataclasses.asdict(turn) for turn in episode.turns],
     }
+    return sound_value(values)
 
 
 def read_transcripts(path: Path) -> list[dict[str, Any]]:
-    """The episodes of a file, up to a line that a kill has cut short."""
+    """The episodes of a file, without lines that hold none."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The episodes of a file, and the numbers of its damaged lines."""
     found: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+    damaged: list[int] = []
+    for number, values in read_objects(path):
+        values = sound_value(values)
+        if _is_transcript(values):
+            found.append(values)
+        else:
+            damaged.append(number)
+    return found, damaged
+
+
+def _is_transcript(values: dict[str, Any] | None) -> bool:
+    """Whether a line holds what `transcript` makes, as far as it is read here."""
+    kinds = {"batch": int, "group": int, "task": str, "reward": int | float, "truncated": bool}
+    kinds |= {"verdict": dict, "turns": list, "messages": list}
+    if values is None or not all(isinstance(values.get(name), k) for name, k in kinds.items()):
+        return False
+    turns = all(isinstance(turn, dict) and "well_formed" in turn for turn in values["turns"])
+    return (
+        turns and "infra_error" in values["verdict"] and all(map(_is_message, values["messages"]))
+    )
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    calls = message.get("tool_calls") or []
+    named = lambda call: isinstance(call, dict) and isinstance(call.get("function"), dict)
+    return isinstance(calls, list) and all(
+        named(call) and {"name", "arguments"} <= call["function"].keys() for call in calls
+    )
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_page(directory: Path) -> Path:
@@ -115,13 +152,17 @@ def _episode(one: dict[str, Any]) -> str:
 
 
 def _message(message: dict[str, Any]) -> str:
-    parts = [message.get("reasoning_content") or "", message.get("content") or ""]
+    parts = [_text(message.get("reasoning_content")), _text(message.get("content"))]
     for call in message.get("tool_calls") or ():
         function = call["function"]
         parts.append(f"{function['name']}({json.dumps(function['arguments'])})")
     text = html.escape("\n".join(part for part in parts if part))
     role = html.escape(message["role"])
     return f'<div class="{role}"><b>{role}</b><pre>{text}</pre></div>'
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content) if content else ""
 
 
 _PAGE = """<!doctype html>

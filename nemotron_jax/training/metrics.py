@@ -1,13 +1,10 @@
 """What a run writes down: metrics.jsonl and samples.txt, each step once; speed and utilisation."""
 
-import itertools
 import json
 import math
 import os
 import re
-import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import jax
 
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.model.accounting import training_flops
 
 FILE_NAME = "metrics.jsonl"
@@ -37,7 +35,7 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA GB200": 2500e12,
 }
-_SAMPLE_HEAD = re.compile(r"step (\d+)\n")
+_SAMPLE_HEAD = re.compile(r"step (\d{1,18})")
 
 
 class MetricsLog:
@@ -50,15 +48,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        records, damaged = _read_records(path)
+        records, damaged = read_records(path)
         if damaged:
-            copy = _free_name(path)
-            shutil.copyfile(path, copy)
-            warnings.warn(
-                f"{path}: lines {', '.join(map(str, damaged[:5]))} are damaged and left out; the "
-                f"file as it was is kept in {copy}",
-                stacklevel=2,
-            )
+            keep_damaged(path, damaged)
         self.records = [record for record in records if record["step"] <= step]
         self._rewrite()
         self._file = path.open("a", encoding="utf-8")
@@ -93,13 +85,13 @@ class SamplesLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         kept = []
-        for line in text.splitlines(keepends=True):
+        for line in text.removesuffix("\n").split("\n") if text else ():
             head = _SAMPLE_HEAD.fullmatch(line)
             if head and int(head[1]) > step:
                 break
-            kept.append(line)
+            kept.append(f"{line}\n")
         with atomic_writer(path) as out:
             out.write("".join(kept).encode())
 
@@ -166,20 +158,11 @@ def peak_flops() -> float | None:
     return None
 
 
-def _read_records(path: Path) -> tuple[list[Record], list[int]]:
-    """The records of a file, and the numbers of its damaged lines.
-
-    A last line without its end was cut off by a kill and is no damage.
-    """
+def read_records(path: Path) -> tuple[list[Record], list[int]]:
+    """The records of a metrics.jsonl, steps ascending, and the numbers of its damaged lines."""
     records: list[Record] = []
     damaged: list[int] = []
-    if not path.exists():
-        return records, damaged
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
+    for number, record in read_objects(path):
         if _is_record(record) and (not records or record["step"] > records[-1]["step"]):
             records.append(_jsonable(record))
         else:
@@ -187,18 +170,12 @@ def _read_records(path: Path) -> tuple[list[Record], list[int]]:
     return records, damaged
 
 
-def _is_record(record: Any) -> bool:
+def _is_record(record: dict[str, Any] | None) -> bool:
     """Whether a line holds what `append` writes: a step, and plain values by name."""
-    plain = isinstance(record, dict) and all(
+    plain = record is not None and all(
         value is None or isinstance(value, str | int | float) for value in record.values()
     )
     return plain and type(record.get("step")) is int
-
-
-def _free_name(path: Path) -> Path:
-    """The first of NAME.damaged, NAME.damaged.1, … that no file has."""
-    names = (path.with_name(f"{path.name}.damaged{n and f'.{n}' or ''}") for n in itertools.count())
-    return next(name for name in names if not name.exists())
 
 
 def _jsonable(values: Mapping[str, Any]) -> Record:

@@ -22,7 +22,6 @@ from nemotron_jax.posttraining.rl_loop import (
     shaped_rewards,
 )
 from nemotron_jax.posttraining.rollout import Episode, TurnSpan
-from nemotron_jax.posttraining.transcripts import Transcripts, page, read_transcripts
 from nemotron_jax.training import loop
 from nemotron_jax.training.losses import Objective
 from nemotron_jax.training.state import first_state
@@ -196,27 +195,6 @@ def test_a_tasks_success_is_that_of_the_plays_that_count(grpo_config, monkeypatc
     np.testing.assert_array_equal(
         rl_loop.success_rates(None, None, config)([TASK] * 3), [1, 0.5, np.nan]
     )
-
-
-def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> None:
-    first = Transcripts(tmp_path, keep=2)
-    for number in range(3):
-        first.add(number, [episode(1, 0), episode(0, 0), episode(0, 1)], [1.0, 0.0, 0.5])
-    file = tmp_path / "transcripts.jsonl"
-    file.write_text(file.read_text("utf-8") + '{"batch": 3, "gro', "utf-8")
-    Transcripts(tmp_path, keep=2).add(2, [episode(0.5, 7)], [0.5])
-    lines = read_transcripts(file)
-    assert [(line["batch"], line["group"]) for line in lines] == [
-        (0, 0),
-        (0, 0),
-        (1, 0),
-        (1, 0),
-        (2, 7),
-    ]
-    shown = page(lines)
-    assert shown.count("<h2>") == 3 and "batch 0, group 0 · mean reward 0.50 of 2" in shown
-    assert shown.count("<details") == 5
-    assert "<b>1+1</b>" not in shown and "&lt;b&gt;1+1&lt;/b&gt;" in shown
 
 
 def tiny_run(grpo_config, **rl):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from nemotron_jax.data.messages import (
     played_conversation,
 )
 from nemotron_jax.environments.base import Verdict
+from nemotron_jax.posttraining import rollout
 from nemotron_jax.posttraining.players import Here, Reply
 from nemotron_jax.posttraining.rollout import Playing, encode_reply, is_well_formed, play_episodes
 from nemotron_jax.posttraining.sampler import Written
@@ -97,8 +99,8 @@ def test_a_transcript_is_a_row_to_learn_from(phrases, grpo_config, low_effort) -
     scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
     options = {"copies": 1, "seed": 0, "low_effort": [low_effort] * len(TASKS)}
     options |= {"sampler": Scripted(scripts)}
-    rollout = dataclasses.replace(grpo_config.rl.rollout, max_tokens=150)
-    for one in play_episodes(None, phrases, Here(), TASKS, rollout, **options):
+    longer = dataclasses.replace(grpo_config.rl.rollout, max_tokens=150)
+    for one in play_episodes(None, phrases, Here(), TASKS, longer, **options):
         row = check_row(json.loads(json.dumps(transcript(0, one, 1.0))))
         chat = encode_chat(phrases, row.messages, row.tools, row.options)
         assert list(one.tokens) == chat.ids[:-1].tolist() and len(one.turns) == 3
@@ -198,8 +200,8 @@ def test_budgets_cut_episodes_off(phrases, grpo_config) -> None:
     episodes, _ = play(phrases, grpo_config, scripts, max_turns=2)
     assert [len(episode.turns) for episode in episodes] == [2] * 3
     assert all(episode.truncated for episode in episodes)
-    with pytest.raises(ValueError, match=r"max_tokens=20: the prompt of arithmetic/train/0/0"):
-        play(phrases, grpo_config, scripts, max_tokens=20)
+    episodes, _ = play(phrases, grpo_config, scripts, max_tokens=20)
+    assert not any(one.counted or one.turns for one in episodes)
 
 
 def test_a_prompt_without_room_to_answer_costs_its_episode_and_no_others(
@@ -227,6 +229,82 @@ def test_an_environment_that_fails_earns_nothing_rather_than_zero(phrases, grpo_
     scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
     episodes, _ = play(phrases, grpo_config, scripts, players=Failing())
     assert not any(episode.counted for episode in episodes)
+
+
+class Says(Here):
+    """An environment that answers the first turn of the first task as it likes."""
+
+    def __init__(self, *messages: object) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def reply(self, turns):
+        found = super().reply(turns)
+        return found | ({0: Reply(self.messages, over=False)} if len(found) == 3 else {})
+
+
+@pytest.mark.parametrize(
+    "text", ["\ud800", "a\udfff\x00b", "</tool_response><|im_end|>", ""], ids=ascii
+)
+def test_what_an_environment_says_is_read_whatever_it_is(phrases, grpo_config, text) -> None:
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    says = Says({"role": "tool", "content": text})
+    episodes, _ = play(phrases, grpo_config, scripts, players=says, max_tokens=200)
+    assert [one.verdict.reward for one in episodes] == [1] * 3  # the answer that follows is right
+    heard = episodes[0].messages[2]["content"]
+    assert heard == re.sub("[\ud800-\udfff]", "\ufffd", text)
+    read = phrases.decode(episodes[0].tokens, show_special=True)
+    assert f"<tool_response>\n{heard}\n</tool_response>" in read
+
+
+@pytest.mark.parametrize("message", [{"role": "tool", "content": 7}, {}, {"role": "tool"}, "no", 7])
+def test_a_reply_that_is_no_message_costs_its_episode_alone(phrases, grpo_config, message) -> None:
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    players = Says(message)
+    begin = lambda: Playing(
+        phrases, players, TASKS, grpo_config.rl.rollout, copies=1, seed=0, sampler=Scripted(scripts)
+    )
+    playing = begin()
+    playing.turn(None)
+    saved = json.loads(json.dumps(playing.state()))
+    again = begin()
+    again.restore(saved)
+    for one in (playing, again):
+        assert one.state() == saved
+    while not playing.over:
+        playing.turn(None)
+    failed, *rest = playing.finish()
+    assert [one.verdict.reward for one in rest] == [1, 1]
+    if message != {"role": "tool"}:  # whose text is the empty one
+        assert not failed.counted and "cannot be encoded" in failed.verdict.infra_error
+
+
+def test_a_turn_that_cannot_be_read_costs_its_episode_alone(
+    phrases, grpo_config, monkeypatch
+) -> None:
+    read = rollout.parse_turn
+
+    def fails(text, **options):
+        if "Answer" in text:
+            raise RecursionError("\ud800" * 1000)
+        return read(text, **options)
+
+    monkeypatch.setattr(rollout, "parse_turn", fails)
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    scripts[1][2] = scripts[1][1]
+    episodes, _ = play(phrases, grpo_config, scripts)
+    assert [one.counted for one in episodes] == [False, True, False]
+    reason = episodes[0].verdict.infra_error
+    assert "cannot be read: RecursionError" in reason and len(reason.encode()) < 2000
+    assert [len(one.turns) for one in episodes] == [3] * 3
+
+
+def test_a_prompt_that_cannot_be_encoded_costs_its_episode_alone(phrases, grpo_config) -> None:
+    broken = dataclasses.replace(TASKS[0], messages=({"role": "user", "content": "\ud800"},))
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    episodes, _ = play(phrases, grpo_config, scripts, [broken, *TASKS[1:]])
+    assert "surrogate" in episodes[0].verdict.infra_error and not episodes[0].turns
+    assert [one.verdict.reward for one in episodes[1:]] == [1, 1]
 
 
 @pytest.mark.parametrize(

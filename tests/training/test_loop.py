@@ -10,7 +10,7 @@ import pytest
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.model.accounting import training_flops
 from nemotron_jax.training import metrics
-from nemotron_jax.training.metrics import MetricsLog, Speed
+from nemotron_jax.training.metrics import MetricsLog, SamplesLog, Speed
 from nemotron_jax.training.plots import draw_loss
 from tests.training.runs import LENGTH, ROOT, ROWS, changed, small_run, train
 
@@ -108,6 +108,24 @@ def test_a_damaged_line_costs_itself_alone(tmp_path):
     ]
     MetricsLog(path, 9).close()  # whole now: no warning, no copy
     assert not (tmp_path / "metrics.jsonl.damaged.2").exists()
+
+
+def test_no_sample_looks_like_a_heading_to_a_run_that_goes_on(tmp_path):
+    """Whatever characters it holds, and where a kill has cut the last one short."""
+    path = tmp_path / "samples.txt"
+    texts = ["a\u2028step 9\nb", "a\x85step 9\x85", "step 9\r\nstep 9\x1c", "\u2029step 99999"]
+    log = SamplesLog(path, 0)
+    for step, text in enumerate(texts, start=1):
+        log.append(step, text)
+    before = path.read_bytes()
+    path.write_bytes(before + b"step 5\n  cut")
+    SamplesLog(path, 4)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:-3])
+    SamplesLog(path, 4).append(5, "x")
+    assert path.read_bytes() == before[:-3] + b"\nstep 5\n  x\n"
+    SamplesLog(path, 1)
+    assert path.read_text("utf-8") == "step 1\n  a\u2028step 9\n  b\n"
 
 
 def test_utilisation_is_flops_over_the_peak(texts, monkeypatch):
