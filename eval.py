@@ -5,7 +5,6 @@ for suites that read held-out text.
 """
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from nemotron_jax import command_line
+from nemotron_jax import command_line, host
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.convert import from_config_dict, from_json
 from nemotron_jax.config.dtypes import dtype_name
@@ -38,7 +37,7 @@ def main() -> int:
         raise ValueError("--checkpoint=: is empty; name a run's or a hub model's directory")
     output = command_line.writable("output", _OUTPUT.value)
     options = {"config": config, "seed": _SEED.value, "dtype": _DTYPE.value, "mtp": _MTP.value}
-    checkpoint = command_line.path_of(_CHECKPOINT.value)
+    checkpoint = command_line.path_of("checkpoint", _CHECKPOINT.value)
     report = evaluate(checkpoint, _SUITES.value, output, **options)
     print(f"report: {report.with_suffix('.md')}")
     return 0
@@ -69,7 +68,7 @@ def evaluate(
     check_value("evaluate", "seed", seed, is_seed, f"must be an integer from 0 to {2**32 - 1}")
     command_line.writable("output", output)
     own = _own_config(checkpoint)
-    _use_compilation_cache()
+    host.keep_compiled_programs()
     from nemotron_jax.evaluation.evaluator import Subject
     from nemotron_jax.evaluation.report import SuiteRun, metadata, write_report
     from nemotron_jax.evaluation.suites import make_evaluators
@@ -88,6 +87,7 @@ def evaluate(
     model = load_pretrained(checkpoint, dtype, mtp=mtp)
     runs = {}
     for evaluator in evaluators:
+        print(f"{evaluator.name}: compiling and running", flush=True)
         start = time.perf_counter()
         result = evaluator.run(model)
         runs[evaluator.name] = SuiteRun(result, time.perf_counter() - start)
@@ -110,12 +110,6 @@ def _own_config(checkpoint: Path) -> RunConfig | None:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"--checkpoint: {file} cannot be read ({error}); restore it") from None
     return from_json(text) if is_run else None
-
-
-def _use_compilation_cache() -> None:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(home) / "nemotron_jax" / "jax"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def run() -> None:

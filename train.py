@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 
 from absl import flags
@@ -29,8 +28,7 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
 
     `schedule_follows`: the schedule was not chosen, so that a run that goes on keeps its own.
     """
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_compilation_cache()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    host.keep_compiled_programs()
     host.show_cpu_devices(config.mesh.size)
     # jax reads the environment when it is imported, and a wrong config should not wait for it.
     import jax
@@ -94,11 +92,6 @@ def _conversations(config: RunConfig, workdir: Path) -> tuple:
     return corpus, {
         "evaluators": [learned_evaluator(batches, config), *([played] if played else [])]
     }
-
-
-def _compilation_cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "nemotron_jax" / "jax"
 
 
 def run() -> None:

@@ -4,8 +4,9 @@ Command:  python train.py --config=configs/continue_tiny.py --workdir=runs/conti
               --config.init_from=runs/tiny
 Hardware: a CPU; about half the time of configs/pretrain_tiny.py.
 Expected: held-out loss starts where the first run ended. Not measured.
-`init_from` takes a hub's directory too, with `--config.model` set to its model. The tokenizer is
-that directory's own; the optimizer and the schedule begin anew.
+`init_from` takes a hub's directory too, in a config of your own whose model is
+`ModelConfig.from_hf(DIRECTORY)`. The tokenizer is that directory's own; the optimizer and the
+schedule begin anew.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,9 @@
 
 Command:  python train.py --config=configs/nano.py --workdir=runs/nano \
               --config.data.sources='hf:/data/pretraining'
-Hardware: a pod of TPUs or GPUs; weights, gradients and AdamW moments in float32 are 505 GB.
+Hardware: v6e:8x8, 64 chips, mesh fsdp=64, one row a chip in each of 48 micro-batches: 22.2 of
+          32 GB a chip as compiled (docs/sharding.md). One process drives all devices so far, so a
+          slice of several hosts does not run yet. Weights, gradients and moments are 505 GB.
 Expected: not run here. The tests build the model's shapes and pin the schedule.
 Source:   Nemotron 3 Nano report, arXiv:2512.20848; the length of the decay is taken from Super.
 """
@@ -15,6 +17,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
+    MeshConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -34,7 +37,10 @@ def get_config() -> ConfigDict:
     return to_config_dict(
         RunConfig(
             model=models.nano_30b(),
-            training=TrainingConfig(steps=993_411, schedule=SCHEDULE, mtp_depths=0),
+            training=TrainingConfig(
+                steps=993_411, schedule=SCHEDULE, mtp_depths=0, micro_batches=48
+            ),
+            mesh=MeshConfig(fsdp=64),
             data=DataConfig(
                 sources=("hf:/data/pretraining",),
                 sequence_length=8192,

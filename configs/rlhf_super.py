@@ -3,7 +3,7 @@
 Command:  python train.py --config=configs/rlhf_super.py --workdir=runs/rlhf_super \
               --config.rl.preference.judge=http://HOST:8000/v1 \
               --config.rl.preference.judge_model=NAME
-Hardware: a pod of TPUs, driven by one process, and a server of the judge.
+Hardware: v5p:8x8x4, with what configs/rlvr_super.py says of it, and a server of the judge.
 Expected: not run here. The tests pin its figures to the published ones.
 Source:   stage3_rlhf of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron). Its prompts are of human
           conversations, with single steps of tool use beside them; what stands here for both are
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.rl.preference.answer_weight = 0.35
     config.rl.preference.style_weight = 0.05
     config.data.batch_size = PROMPTS * rlvr_super.GENERATIONS
-    config.training.micro_batches = 32
+    config.training.micro_batches = 8  # one row a chip
     config.training.steps = STEPS
     step_tokens = config.data.batch_size * config.data.sequence_length
     schedule = ScheduleConfig(

@@ -4,7 +4,10 @@ Command:  python train.py --config=configs/rlvr_super.py --workdir=runs/rlvr_sup
           The second half of training: --config.rl.rollout.max_tokens=65536
               --config.data.sequence_length=65536 --config.rl.rollout.low_effort=0.01.
           Preferences come after it: configs/rlhf_super.py.
-Hardware: a pod of TPUs, driven by one process.
+Hardware: v5p:8x8x4 is what the mesh is for, 256 chips, data=2 and fsdp=128: weights, gradients and
+          moments take 15.5 of 95 GB a chip. Reinforcement learning runs in one process on one host
+          so far, so this run does not start on a pod yet; neither its rollouts nor its step were
+          compiled at this size.
 Expected: not run here. The tests pin its figures to the published ones.
 Source:   stage1_rlvr of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron, NeMo RL branch super-v3);
           the number of steps follows from 1.2 million episodes, as NVIDIA's launch said. The
@@ -20,6 +23,7 @@ from nemotron_jax.config.rl import ObjectiveConfig, RLConfig, RolloutConfig
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
+    MeshConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -76,7 +80,7 @@ def get_config() -> ConfigDict:
                     total_tokens=STEPS * step_tokens,
                 ),
                 optimizer=OptimizerConfig(beta1=0.9, beta2=0.999, weight_decay=0.0, clip_norm=1.0),
-                micro_batches=64,
+                micro_batches=16,  # one row a chip
                 mtp_depths=0,  # the block of the drafts is healed afterwards
                 aux_loss_scale=0.0,
                 router_bias_rate=1e-3,
@@ -84,7 +88,8 @@ def get_config() -> ConfigDict:
             ),
             data=DataConfig(sequence_length=EPISODE_TOKENS, batch_size=EPISODES),
             rl=reinforcement(),
-            execution=Execution(compute_dtype="bfloat16", remat="mixers"),
+            mesh=MeshConfig(data=2, fsdp=128),
+            execution=Execution(compute_dtype="bfloat16", remat="full"),
             logging=LoggingConfig(
                 log_every=1, evaluate_every=20, checkpoint_every=10, sample_tokens=0
             ),

@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from nemotron_jax import host
+
 _HOMES = {
     "Engine": "nemotron_jax.decoding.engine",
     "Execution": "nemotron_jax.config.execution",
@@ -21,6 +23,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nemotron_jax' has no attribute {name!r}")
+    host.keep_compiled_programs()
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

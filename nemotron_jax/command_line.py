@@ -14,6 +14,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from nemotron_jax.config.checks import local_path
 from nemotron_jax.config.convert import optional_parts, to_config_dict
 from nemotron_jax.config.precision import preset
 from nemotron_jax.config.run import RunConfig
@@ -47,7 +48,7 @@ def writable(flag: str, path: str | Path) -> Path:
     """The path of a directory to be written into; raises ValueError where it cannot be."""
     if not str(path):
         raise ValueError(f"--{flag}=: is empty; name a directory")
-    path = path_of(path)
+    path = path_of(flag, path)
     try:
         there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
         if not there.is_dir():
@@ -60,8 +61,12 @@ def writable(flag: str, path: str | Path) -> Path:
         ) from None
 
 
-def path_of(path: str | Path) -> Path:
-    """The path that a flag names; no shell puts the home directory in place of its ~."""
+def path_of(flag: str, path: str | Path) -> Path:
+    """The path that a flag names; no shell puts the home directory in place of its ~.
+
+    Raises ValueError for a URL, which would become a folder of that name.
+    """
+    local_path("", flag, path)
     try:
         return Path(path).expanduser()
     except RuntimeError:  # of a user whom the system does not know

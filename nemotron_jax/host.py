@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib
 import os
 import platform
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 _DEVICES = "--xla_force_host_platform_device_count"
 _COMPILED_PARTS = "--xla_cpu_parallel_codegen_split_count"
 _TUNABLES = "GLIBC_TUNABLES"
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_CACHE_LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 _ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # CUDA, ROCm, TPU, TPU
 _HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
@@ -25,6 +28,25 @@ def show_cpu_devices(count: int) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if flag not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep compiled programs in the user's cache folder, for this process and later ones.
+
+    A user's own JAX_COMPILATION_CACHE_DIR or jax.config wins; JAX_ENABLE_COMPILATION_CACHE=0
+    switches the cache off. Programs that compile within a fifth of a second are not worth a file.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    os.environ.setdefault(_CACHE, str(Path(home) / "nemotron_jax" / "jax"))
+    os.environ.setdefault(_CACHE_LEAST, "0.2")
+    jax = sys.modules.get("jax")
+    if jax is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    # jax read the environment when it was imported, which was before this.
+    jax.config.update(_CACHE.lower(), os.environ[_CACHE])
+    jax.config.update(_CACHE_LEAST.lower(), float(os.environ[_CACHE_LEAST]))
+    cache = importlib.import_module("jax.experimental.compilation_cache.compilation_cache")
+    cache.reset_cache()  # it looks for its folder once, at the first compilation
 
 
 def use_huge_pages() -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.checks import check_value, local_path
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.run import DataConfig, RunConfig
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
@@ -52,6 +52,7 @@ def load_pretrained(
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     dtype = None if dtype is None else dtype_name("load_pretrained", dtype)
+    local_path("load_pretrained", "path", path)
     directory = Path(path)
     if _is_run(directory):
         return _load_run(directory, dtype, mesh, drop_mtp=mtp == "drop")
@@ -102,6 +103,7 @@ def data_of(config: RunConfig, workdir: Path) -> DataConfig:
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a hub directory, a run's directory or a tokenizer.json."""
+    local_path("load_tokenizer", "path", path)
     return Tokenizer.load(path)
 
 
@@ -111,6 +113,7 @@ def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None 
     Raises ValueError when it has adapters, for which the hub's layout has no place, and when the
     directory is a run's.
     """
+    local_path("save_pretrained", "path", path)
     if (Path(path) / FOLDER).is_dir():
         raise ValueError(
             f"save_pretrained: {path} is a run's directory, whose config.json would be lost; name "

@@ -70,3 +70,28 @@ def test_a_host_with_an_accelerator_is_known_by_its_device_files(
     (tmp_path / file).touch()
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     assert host.feeds_accelerator(tmp_path) == found
+
+
+def test_a_notebook_keeps_compiled_programs_though_it_imports_jax_first(tmp_path) -> None:
+    code = (
+        "import jax, jax.numpy as jnp\njax.jit(jnp.sin)(1.0)\nimport nemotron_jax as nj\n"
+        "nj.ModelConfig\njax.jit(jnp.cos)(1.0)\nprint(jax.config.jax_compilation_cache_dir)"
+    )
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    least = {"XDG_CACHE_HOME": str(tmp_path), names[1]: "0"}
+
+    def cached(**own: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**clean, **least, **own},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    folder = tmp_path / "nemotron_jax" / "jax"
+    assert cached() == str(folder) and any(folder.glob("jit_cos*"))
+    assert cached(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == str(tmp_path / "own")

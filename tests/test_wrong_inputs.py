@@ -27,6 +27,10 @@ TRAIN = [
     (["--workdir={d}/file"], "is a file"),
     (["--workdir={d}/file/below"], "is a file"),
     (["--workdir={d}/dead_link"], "is a dead link"),
+    (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: is a URL"),
+    (["--config.init_from=s3://bucket/run"], "RunConfig.init_from='s3://bucket/run': is a URL"),
+    (["--config.data.sources=('hf:gs://b/x',)"], "DataConfig.sources='gs://b/x': is a URL"),
+    (["--config.data.tokenizer=https://host/t"], "DataConfig.tokenizer='https://host/t': is a"),
     (["--workdir=/proc/1/below"], "--workdir=/proc/1/below: cannot be written"),
     (["--config={d}/absent.py"], "absent.py"),
     (["--config={d}"], "--config="),
@@ -138,6 +142,8 @@ TRAIN = [
 ]
 EVAL = [
     (["--checkpoint="], "--checkpoint=: is empty"),
+    (["--checkpoint=gs:/bucket/run"], "--checkpoint=gs:/bucket/run: is a URL"),
+    (["--output=gs://bucket/report"], "--output=gs://bucket/report: is a URL"),
     (["--checkpoint={d}/absent"], "holds no config.json"),
     (["--checkpoint={d}/file"], "holds no config.json"),
     (["--checkpoint={d}/no_text"], "holds no config.json"),
@@ -312,6 +318,12 @@ def test_the_facade_says_one_sentence(wrong_files, flags: list[str], words: str)
     assert str(path) in str(error.value) or words in str(error.value)
 
 
+def test_the_facade_refuses_a_url() -> None:
+    for load in (nj.load_pretrained, nj.load_tokenizer):
+        with pytest.raises(ValueError, match="path='hf://owner/model': is a URL"):
+            load("hf://owner/model")
+
+
 @pytest.mark.parametrize("name", ["absent", "file", "data.json", "no_text"])
 def test_no_tokenizer_is_named(wrong_files, name: str) -> None:
     with pytest.raises(ValueError, match=f"tokenizer .*{name}"):
@@ -321,7 +333,9 @@ def test_no_tokenizer_is_named(wrong_files, name: str) -> None:
 def test_the_home_directory_stands_for_its_sign(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert command_line.writable("workdir", "~/runs") == tmp_path / "runs"
-    assert command_line.path_of("~no_such_user/runs") == pathlib.Path("~no_such_user/runs")
+    assert command_line.path_of("workdir", "~no_such_user/runs") == pathlib.Path(
+        "~no_such_user/runs"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,13 @@
 import math
 import numbers
 import operator
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
+
+# A URL's scheme, also where pathlib has made one slash of the two. One letter is a drive.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def check_value(owner: str, field: str, value: object, ok: bool, rule: str) -> None:
@@ -17,6 +22,21 @@ def check(config: Any, field: str, ok: bool, rule: str) -> None:
     """`check_value` of a config's own field, or of a part's, as in `data.batch_size`."""
     if not ok:
         check_value(type(config).__name__, field, operator.attrgetter(field)(config), ok, rule)
+
+
+def local_path(owner: str, field: str, path: str | os.PathLike) -> None:
+    """Raise ValueError where a path is a URL, such as gs://bucket/run.
+
+    `owner` is the config or the function, or empty where `field` is a program's flag.
+    """
+    rule = (
+        "is a URL, and only local paths are read and written; mount the bucket as a folder, or "
+        "copy it, and name the folder"
+    )
+    path = os.fspath(path)
+    if _SCHEME.match(path):
+        name = f"{owner}.{field}={path!r}" if owner else f"--{field}={path}"
+        raise ValueError(f"{name}: {rule}")
 
 
 def at_least_one(config: Any, *fields: str) -> None:

@@ -9,6 +9,7 @@ from nemotron_jax.config.checks import (
     counts,
     is_finite,
     is_integer,
+    local_path,
     not_negative,
     one_of,
     positive,
@@ -46,6 +47,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "sequence_length", "batch_size", "prefetch")
         check(self, "sources", len(self.sources) > 0, "must name at least one source")
+        for source in self.sources:  # a name, or KIND:PATH
+            local_path("DataConfig", "sources", source.partition(":")[2])
+        local_path("DataConfig", "tokenizer", self.tokenizer)
         matched = len(self.source_weights) == len(self.sources)
         rule = f"must give one weight for each of the {len(self.sources)} sources"
         check(self, "source_weights", matched, rule)
@@ -208,6 +212,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "stage", STAGES)
+        local_path("RunConfig", "init_from", self.init_from)
         rule = f"must be an integer from 0 to {2**32 - 1}"
         check(self, "seed", is_integer(self.seed) and 0 <= self.seed < 2**32, rule)
         rule = (

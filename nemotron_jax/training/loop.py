@@ -204,6 +204,7 @@ def _train(
         compiles = current != (wanted := config.at_step(step))
         if compiles:
             current = wanted
+            reporter.progress.note("compiling the training step")
             train_step = compile_train_step(current, state, batch, parts.objective(current))
         state, metrics = train_step(state, batch)
         step += 1

@@ -1,5 +1,6 @@
 """What a run shows while it goes on: a bar on a terminal, a line now and then elsewhere."""
 
+import collections
 import sys
 import time
 from collections.abc import Mapping
@@ -8,6 +9,10 @@ from typing import Any
 import tqdm
 
 LINE_EVERY_S = 10.0
+# Readings of the speed that the time left is reckoned from: fewer make it jump, more make it lag.
+READINGS = 5
+# tqdm's own bar without its time left, which counts compiling as steps.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 
 # What else an evaluation may bring, and how it is told.
 _SHOWN = {"bits_per_byte": "bits/byte", "success": "of held-out tasks solved"}
@@ -23,13 +28,18 @@ def _evaluated(record: Mapping[str, Any]) -> bool:
 
 
 class Progress:
-    """Steps done with loss, tokens/s and time left; evaluations always get a line of their own."""
+    """Steps done with loss, tokens/s and time left; evaluations always get a line of their own.
+
+    The time left is that of the steps at the speed of the latest readings: it leaves out compiling
+    and evaluating, as the readings do.
+    """
 
     def __init__(self, steps: int, start: int) -> None:
-        self._steps, self._start = steps, start
-        self._began = self._last_line = time.monotonic()
+        self._steps = steps
+        self._last_line = time.monotonic()
+        self._rates: collections.deque[float] = collections.deque(maxlen=READINGS)
         self._bar = (
-            tqdm.tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+            tqdm.tqdm(total=steps, initial=start, dynamic_ncols=True, bar_format=_BAR)
             if sys.stderr.isatty()
             else None
         )
@@ -39,12 +49,13 @@ class Progress:
         loss, rate = record["loss"], record["tokens_per_second"]
         text = f"loss {told(loss, 3)}"
         text += f", {rate:,.0f} tokens/s" if rate else ""
+        text += self._left(record)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(record["step"] - self._bar.n)
         elif _evaluated(record) or time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._last_line = time.monotonic()
-            print(f"step {record['step']}/{self._steps}: {text}{self._left(record['step'])}")
+            print(f"step {record['step']}/{self._steps}: {text}", flush=True)
         shown = [f"{told(record[name])} {unit}" for name, unit in _SHOWN.items() if name in record]
         if "held_out_loss" in record:
             shown.insert(0, f"held-out loss {told(record['held_out_loss'])} nats/token")
@@ -62,9 +73,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _left(self, step: int) -> str:
-        if step == self._start:
+    def _left(self, record: Mapping[str, Any]) -> str:
+        if record["tokens_per_second"]:
+            self._rates.append(record["tokens_per_second"])
+        if not self._rates:
             return ""
-        seconds = (time.monotonic() - self._began) / (step - self._start) * (self._steps - step)
-        minutes, seconds = divmod(round(seconds), 60)
+        tokens = record["tokens"] / record["step"] * (self._steps - record["step"])
+        minutes, seconds = divmod(round(tokens * len(self._rates) / sum(self._rates)), 60)
         return f", {minutes}:{seconds:02d} left"
