@@ -14,6 +14,7 @@ from nemotron_jax.config.checks import (
 
 RATIOS = ("one", "clipped")
 INVALID_TURNS = ("penalise", "mask")
+CUT_OFF_CALLS = ("invalid", "keep")
 OVERLONG = ("keep", "mask")
 SAMPLERS = ("side_by_side", "engine")
 WORKER_KINDS = ("processes", "ray")
@@ -26,7 +27,8 @@ class ObjectiveConfig:
 
     `ratio`: `one` forces the policy ratio to 1, which is right where each batch of episodes is used
     for one update; `clipped` is PPO's, within 1 - clip_low … 1 + clip_high. `invalid_turns`: a turn
-    that breaks the chat format gets the advantage -turn_penalty, or no loss at all. `overlong`:
+    that breaks the chat format gets the advantage -turn_penalty, or no loss at all. Reasoning that
+    is cut off breaks nothing; `cut_off_calls` says whether a call that is cut off does. `overlong`:
     episodes that were cut off are learned from as they are, or only counted in the means of their
     groups. Defaults are the released ones. Source: the stage-one config of NVIDIA's Super recipe,
     NeMo RL branch super-v3.
@@ -40,12 +42,14 @@ class ObjectiveConfig:
     advantage_clip: float = 50.0
     turn_penalty: float = 5.0
     invalid_turns: str = "penalise"
+    cut_off_calls: str = "invalid"  # as turns that break the format, or "keep" them for `overlong`
     overlong: str = "keep"
     kl_weight: float = 0.0  # of k3 to the model that the run began with
 
     def __post_init__(self) -> None:
         one_of(self, "ratio", RATIOS)
         one_of(self, "invalid_turns", INVALID_TURNS)
+        one_of(self, "cut_off_calls", CUT_OFF_CALLS)
         one_of(self, "overlong", OVERLONG)
         not_negative(self, "clip_low", "clip_high", "turn_penalty", "kl_weight")
         check(self, "clip_low", self.clip_low < 1, "must be below 1")

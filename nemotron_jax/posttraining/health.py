@@ -43,9 +43,9 @@ def summary(
     `reward`, of the environments, and `paid`, what is learned from; `surprise`, the mean of -log p
     of the sampled tokens, an estimate of the entropy; `mismatch`, the mean exp|log trainer - log
     generator|; `masked`, the share beyond `limit`, and `masked_right`, of them with a reward above
-    one half; `truncated`; `well_formed`, the share of turns that keep to the format; `calls` an
-    episode; `zero_spread`, the share of groups that are all paid the same, from which nothing is
-    learned; `episode_tokens`.
+    one half; `truncated`; `well_formed`, the share of turns that keep to the format; `unclosed`, of
+    those that end, or are cut off, while thinking; `calls` an episode; `zero_spread`, the share of
+    groups that are all paid the same, from which nothing is learned; `episode_tokens`.
     """
     counted = np.array([episode.counted for episode in episodes])
     masked = np.array(mismatches) > limit
@@ -68,6 +68,7 @@ def summary(
         "masked_right": mean(rewards[counted & masked] > 0.5),
         "truncated": mean([episode.truncated for episode in kept]),
         "well_formed": mean([turn.well_formed for turn in turns]),
+        "unclosed": mean([turn.unclosed for turn in turns]),
         "calls": mean([sum(turn.calls for turn in episode.turns) for episode in kept]),
         "zero_spread": mean([spread == 0 for spread in spreads]),
         "episode_tokens": mean([len(episode.tokens) for episode in kept]),

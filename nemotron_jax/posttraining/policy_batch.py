@@ -119,7 +119,9 @@ def token_gains(
     episode: Episode, advantage: float, mismatched: float, config: ObjectiveConfig
 ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
     """Advantage and weight of each of an episode's tokens."""
-    turns = [(turn.start, turn.stop, turn.well_formed) for turn in episode.turns]
+    keeps = config.cut_off_calls == "keep"
+    valid = lambda turn: turn.well_formed or (turn.cut_call and keeps)
+    turns = [(turn.start, turn.stop, valid(turn)) for turn in episode.turns]
     gains, weights = turn_advantages(advantage, turns, len(episode.tokens), config)
     cut_off = episode.truncated and config.overlong == "mask"
     if cut_off or not episode.counted or mismatched > config.sequence_limit:

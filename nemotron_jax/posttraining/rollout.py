@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from nemotron_jax.config.rl import RolloutConfig
-from nemotron_jax.data.chat.events import ParsedTurn
+from nemotron_jax.data.chat.events import UNCLOSED_CALL, UNCLOSED_REASONING, ParsedTurn
 from nemotron_jax.data.chat.parse import parse_turn
 from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK, ChatOptions, pieces
 from nemotron_jax.data.chat.tokens import encode_pieces, encode_prompt
@@ -39,6 +39,8 @@ class TurnSpan:
     calls: int
     closed: bool  # by the model itself
     version: int = 0  # optimizer steps behind the weights that wrote it
+    unclosed: bool = False  # ended, or cut off, while thinking
+    cut_call: bool = False  # not well formed only because a call was cut off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,14 +233,15 @@ class _Unfinished:
         start = len(self.tokens)
         self.tokens += written.tokens
         self.logprobs += written.logprobs
-        stop, well_formed, calls = len(self.tokens), False, 0
+        stop = len(self.tokens)
+        span = TurnSpan(start, stop, False, 0, written.stopped, version)
         message: dict[str, Any] = {"role": "assistant", "content": ""}
         with self.failing("its turn cannot be read"):
             text = tokenizer.decode(written.tokens, show_special=True)
             parsed = parse_turn(text, thinking=thinking, tools=self.task.tools)
-            well_formed, calls = is_well_formed(parsed), len(parsed.calls)
+            span = turn_span(parsed, start, stop, written.stopped, version)
             message = sound_value(parsed.message())
-        self.turns.append(TurnSpan(start, stop, well_formed, calls, written.stopped, version))
+        self.turns.append(span)
         self.truncated |= not written.stopped
         self.messages.append(message)
         return message
@@ -322,9 +325,37 @@ def encode_reply(tokenizer: Tokenizer, messages: Sequence[dict], options: ChatOp
     return encode_pieces(tokenizer, whole[last + 1 :])
 
 
+def turn_span(turn: ParsedTurn, start: int, stop: int, closed: bool, version: int) -> TurnSpan:
+    """What is kept of a turn that stands at these tokens."""
+    faults = [fault.reason for fault in turn.malformed]
+    whole = [fault for fault in turn.malformed if fault.reason != UNCLOSED_CALL]
+    well_formed = is_well_formed(turn)
+    return TurnSpan(
+        start,
+        stop,
+        well_formed,
+        len(turn.calls),
+        closed,
+        version,
+        unclosed=UNCLOSED_REASONING in faults,
+        cut_call=not well_formed
+        and is_well_formed(dataclasses.replace(turn, malformed=tuple(whole))),
+    )
+
+
 def is_well_formed(turn: ParsedTurn) -> bool:
-    """Whether a turn keeps to the chat format: no broken call, no tag where it does not belong."""
-    tags = (CALL, CALL_END, "<function_call>", THINK, ANSWER)
-    text_tags = any(tag in turn.content for tag in tags)
-    thought_tags = any(tag in turn.reasoning for tag in tags)
-    return not (turn.malformed or text_tags or thought_tags)
+    """Whether a turn keeps to the chat format, as NeMo RL judges it.
+
+    It does not with a call that cannot be read, a tag of calls anywhere in its text, a tag of
+    reasoning in the answer, or one that stands twice in the reasoning. Reasoning that never ends
+    breaks nothing: its reward and `overlong` say what it is worth.
+    """
+    broken = any(fault.reason != UNCLOSED_REASONING for fault in turn.malformed)
+    text_tags = any(tag in turn.content for tag in (*_CALL_TAGS, THINK, ANSWER))
+    thought_tags = any(tag in turn.reasoning for tag in _CALL_TAGS)
+    repeated = any(turn.reasoning.count(tag) > 1 for tag in (THINK, ANSWER))
+    return not (broken or text_tags or thought_tags or repeated)
+
+
+# What a call looks like that is written as text: this family's tags and the usual other ones.
+_CALL_TAGS = (CALL, CALL_END, "<function_call>", "</function_call>")

@@ -186,6 +186,19 @@ def test_what_does_not_count_weighs_nothing() -> None:
     assert not weigh(cut, config=ObjectiveConfig(overlong="mask")).any()
 
 
+def test_a_call_that_was_cut_off_is_penalised_or_left_to_overlong() -> None:
+    turn = TurnSpan(3, 9, well_formed=False, calls=0, closed=False, cut_call=True)
+    cut = episode(9, 0, turns=(turn,), truncated=True)
+    learn = lambda one, **fields: token_gains(one, 0.5, 1.0, ObjectiveConfig(**fields))
+    gains, weights = learn(cut)
+    assert gains[3:].tolist() == [-5] * 6 and weights[3:].all()
+    gains, weights = learn(cut, cut_off_calls="keep")
+    assert gains[3:].tolist() == [0.5] * 6 and weights[3:].all()
+    assert not learn(cut, cut_off_calls="keep", overlong="mask")[1].any()
+    broken = dataclasses.replace(cut, turns=(dataclasses.replace(turn, cut_call=False),))
+    assert learn(broken, cut_off_calls="keep")[0][3:].tolist() == [-5] * 6
+
+
 def test_a_batch_without_a_counted_token_changes_no_weight(config, state, learned) -> None:
     failed = [dataclasses.replace(e, verdict=Verdict(0.0, infra_error="gone")) for e in EPISODES]
     loss, _, gradient = learned(packed(failed, config, state)[0])

@@ -31,7 +31,7 @@ NAMES = ("arithmetic/0", "lookup/0", "needle/0")
 
 
 def episode(reward: float, group: int, **fields) -> Episode:
-    turns = (TurnSpan(1, 3, True, 1, True), TurnSpan(4, 6, False, 0, True))
+    turns = (TurnSpan(1, 3, True, 1, True), TurnSpan(4, 6, False, 0, True, unclosed=True))
     logprobs = np.array([0, -1, -1, 0, -2, -2], np.float32)
     values = {
         "task": TASK,
@@ -132,7 +132,8 @@ def test_health_is_by_environment_and_leaves_failures_out() -> None:
     assert compared["reward"] == 0.75 and compared["paid"] == 2.25 / 4
     assert found["masked"] == 0.25 and found["masked_right"] == 0
     assert found["infra_errors"] == found["infra_errors/lookup"] == 1
-    assert found["surprise"] == 1.5 and found["well_formed"] == 0.5 and found["calls"] == 1
+    assert found["surprise"] == 1.5 and found["calls"] == 1
+    assert found["well_formed"] == found["unclosed"] == 0.5
 
 
 def test_an_unjudged_episode_counts_for_nothing(grpo_config) -> None:

@@ -19,7 +19,13 @@ from nemotron_jax.data.messages import (
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.posttraining import rollout
 from nemotron_jax.posttraining.players import Here, Reply
-from nemotron_jax.posttraining.rollout import Playing, encode_reply, is_well_formed, play_episodes
+from nemotron_jax.posttraining.rollout import (
+    Playing,
+    encode_reply,
+    is_well_formed,
+    play_episodes,
+    turn_span,
+)
 from nemotron_jax.posttraining.sampler import Written
 from nemotron_jax.posttraining.transcripts import transcript
 
@@ -324,6 +330,58 @@ def test_a_prompt_that_cannot_be_encoded_costs_its_episode_alone(phrases, grpo_c
 )
 def test_turns_that_break_the_format_are_found(text, right) -> None:
     assert is_well_formed(parse_turn(text + END, tools=TASKS[0].tools)) is right
+
+
+CALL = "<tool_call>\n<function=calc>\n<parameter=e>\n1+1\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "unclosed", "cut_call"),
+    [
+        (f"I add.\n</think>\nAnswer: 4{END}", True, False, False),
+        (f"I add.\n</think>\n{CALL}\n{END}", True, False, False),
+        (f"</think>{END}", True, False, False),
+        ("", True, True, False),
+        ("I add and add and", True, True, False),
+        (f"I add and add{END}", True, True, False),
+        ("I add.\n</thin", True, True, False),
+        ("I add.\n</think>\nThe answer is", True, False, False),
+        (f"The tag <think> is a token.\n</think>\nAnswer: 4{END}", True, False, False),
+        ("<think>\nI add", True, True, False),
+        (f"<think>a <think>b\n</think>\nAnswer: 4{END}", False, False, False),
+        ("<think>a <think>b", False, True, False),
+        (f"a <tool_call> b\n</think>\nAnswer: 4{END}", False, False, False),
+        (f"a {CALL} b", False, True, False),
+        (f"a </function_call> b\n</think>\n4{END}", False, False, False),
+        (f"I add.\n</think>\n4 </think> 5{END}", False, False, False),
+        (f"I add.\n</think>\n<think>4</think>{END}", False, False, False),
+        (f"I add.\n</think>\n4</tool_call>{END}", False, False, False),
+        (f"I add.\n</think>\n<function_call>f</function_call>{END}", False, False, False),
+        (f"I add.\n</think>\n<tool_call>\ncalc 1+1\n</tool_call>{END}", False, False, False),
+        (f"I add.\n</think>\n<tool_call>\n<function=calc>\n{END}", False, False, False),
+        ("I add.\n</think>\n<tool_call>\n<function=calc>\n", False, False, True),
+        ("I add.\n</think>\n<tool_call>\ncalc 1+1", False, False, False),
+        ("a <tool_call> b\n</think>\n<tool_call>\n<func", False, False, False),
+    ],
+)
+def test_a_thought_that_does_not_end_breaks_nothing(text, right, unclosed, cut_call) -> None:
+    span = turn_span(parse_turn(text, thinking=True, tools=TASKS[0].tools), 0, 1, True, 0)
+    assert (span.well_formed, span.unclosed, span.cut_call) == (right, unclosed, cut_call)
+
+
+def test_a_right_turn_that_is_cut_off_is_broken_only_within_a_call() -> None:
+    whole = f"I add.\n</think>\nSo:\n{CALL}\n{CALL}\n"
+    thought = whole.index("</think>") + len("</think>")
+    opened = {
+        n
+        for n in range(len(whole))
+        if whole[:n].count("<tool_call>") > whole[:n].count("</tool_call>")
+    }
+    for stop in range(len(whole)):
+        cut = parse_turn(whole[:stop], thinking=True, tools=TASKS[0].tools)
+        span = turn_span(cut, 0, 1, False, 0)
+        assert span.unclosed == (stop < thought), whole[:stop]
+        assert span.cut_call == (stop in opened) == (not span.well_formed), whole[:stop]
 
 
 def test_what_follows_a_turn_does_not_depend_on_it(phrases) -> None:

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+# Why a turn that stops before its end is malformed: what it was in the middle of.
+UNCLOSED_REASONING, UNCLOSED_CALL = "the reasoning is not closed", "the call is not closed"
+
 
 @dataclasses.dataclass(frozen=True)
 class Reasoning:

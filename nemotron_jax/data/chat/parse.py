@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemotron_jax.data.chat.events import (
+    UNCLOSED_CALL,
+    UNCLOSED_REASONING,
     CallArguments,
     CallEnded,
     CallStarted,
@@ -83,9 +85,9 @@ class TurnParser:
         self._last = True
         events = self._run()
         if self._state == self._thinking:
-            events.append(Malformed("", "the reasoning is not closed"))
+            events.append(Malformed("", UNCLOSED_REASONING))
         elif self._state not in (self._opening, self._content, self._after_call, self._over):
-            self._fail("the call is not closed")
+            self._fail(self._reason if self._state == self._broken else UNCLOSED_CALL)
             events += self._take_events()
         self._state = self._over
         return events
@@ -129,7 +131,7 @@ class TurnParser:
         if tag == ANSWER:
             self._skip_newline, self._state = True, self._content
         elif tag == END:
-            self._events.append(Malformed("", "the reasoning is not closed"))
+            self._events.append(Malformed("", UNCLOSED_REASONING))
             self._end_turn()
         return tag is not None
 
@@ -256,9 +258,10 @@ class TurnParser:
                     self._raw.append(tag)
                     self._state = tags[tag]
                 return True
-        if not self._last and any(tag.startswith(rest) for tag in (*tags, CALL_END)):
-            return False
-        if self._last and not rest:
+        if any(tag.startswith(rest) for tag in (*tags, CALL_END)):
+            if self._last:  # cut off within a tag, or before one
+                self._raw.append(rest)
+                self._at = len(self._text)
             return False
         self._reason, self._state = reason, self._broken
         return True

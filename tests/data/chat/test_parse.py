@@ -127,6 +127,10 @@ def test_any_cut_of_any_stream_gives_the_same_events(seed: int) -> None:
         (OPEN_CALL + "1\n</parameter>\n</function>\nx</tool_call>", "no </tool_call>"),
         (OPEN_CALL + "1\n</parameter>\n</function>\n", "the call is not closed"),
         (OPEN_CALL + "1", "the call is not closed"),
+        ("<tool_call>\n<func", "the call is not closed"),
+        (OPEN_CALL + "1\n</parameter>\n</funct", "the call is not closed"),
+        (OPEN_CALL + "1\n</parameter>\n</function>\n</tool", "the call is not closed"),
+        ("<tool_call>\nhello", "no <function="),  # broken before it was cut off
     ],
 )
 def test_a_malformed_call_is_an_event_with_its_text(written: str, reason: str) -> None:
