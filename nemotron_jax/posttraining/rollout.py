@@ -238,7 +238,7 @@ class _Unfinished:
         message: dict[str, Any] = {"role": "assistant", "content": ""}
         with self.failing("its turn cannot be read"):
             text = tokenizer.decode(written.tokens, show_special=True)
-            parsed = parse_turn(text, thinking=thinking, tools=self.task.tools)
+            parsed = parse_turn(text, thinking=thinking, tools=self.task.tools, strict=True)
             span = turn_span(parsed, start, stop, written.stopped, version)
             message = sound_value(parsed.message())
         self.turns.append(span)

@@ -24,13 +24,20 @@ from nemotron_jax.data.chat.events import (
     TurnEnded,
     turn_of,
 )
+from nemotron_jax.data.chat.reader import (
+    BLANK,
+    FUNCTION,
+    FUNCTION_END,
+    LONGEST,
+    PARAMETER,
+    PARAMETER_END,
+    TextReader,
+    tags_of,
+)
 from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK
-from nemotron_jax.data.chat.tools import Schemas
+from nemotron_jax.data.chat.schemas import Schemas
 
-FUNCTION, FUNCTION_END = "<function=", "</function>"
-PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
-
-_BLANK = re.compile(r"\s*")
+_AFTER_VALUE = (PARAMETER, FUNCTION_END, CALL_END, END)
 _NAME_END = re.compile(r"[>\n<]")
 
 
@@ -39,45 +46,50 @@ def parse_turn(
     *,
     thinking: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    strict: bool = False,
 ) -> ParsedTurn:
     """The turn that a text is; see TurnParser for the arguments."""
-    parser = TurnParser(thinking=thinking, tools=tools)
+    parser = TurnParser(thinking=thinking, tools=tools, strict=strict)
     return turn_of(parser.push(text) + parser.finish())
 
 
-class TurnParser:
+class TurnParser(TextReader):
     """Takes a turn's text piece by piece, gives events as soon as they are certain.
 
     `thinking` says that the generation prompt opened the reasoning already. `tools` are those of
     the request; their schemas give arguments their types. A value ends at the `</parameter>` that
     is followed by another parameter or the end of its function, so values may hold such tags; they
     cannot hold `</tool_call>`, which ends a call wherever it stands.
+
+    A call within the reasoning ends it, and a `</think>` right after such calls is passed over;
+    `strict` takes the call for reasoning, as a reward for keeping to the format wants it.
     """
 
     def __init__(
-        self, *, thinking: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        *,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        strict: bool = False,
     ) -> None:
+        super().__init__()
         self._schemas = Schemas(tools)
-        self._text, self._at = "", 0  # what is not yet read: text[at:]
+        self._thinking_tags = _STRICT_THINKING_TAGS if strict else _THINKING_TAGS
+        self._answer_due = False  # a call ended the reasoning, whose own end may still come
         self._events: list[Event] = []
         self._state: Callable[[], bool] = self._thinking if thinking else self._opening
-        self._skip_newline = False  # the next line end belongs to the tag before it
-        self._last = False  # no more text will come
         self._calls = 0
-        self._raw: list[str] = []  # the call being read, as written
         self._reason = ""  # why it is malformed
         self._name = ""
         self._arguments: dict[str, Any] = {}
         self._parameter = ""
         self._value: list[str] = []
-        self._dropped_newline = False  # whether the last tag had a line end before it
-        self._gap: list[str] = []  # a closing tag of a parameter that may turn out to be its text
 
     def push(self, text: str) -> list[Event]:
         """The events that became certain with this text."""
         if self._state == self._over:
             return []
-        self._text, self._at = self._text[self._at :] + text, 0
+        self._feed(text)
         return self._run()
 
     def finish(self) -> list[Event]:
@@ -126,14 +138,31 @@ class TurnParser:
         return True
 
     def _thinking(self) -> bool:
-        text, tag = self._until(_THINKING_TAGS)
+        text, tag = self._until(self._thinking_tags)
         self._emit(Reasoning, text)
         if tag == ANSWER:
             self._skip_newline, self._state = True, self._content
+        elif tag == CALL:
+            self._gap = ["\n" * self._dropped_newline + CALL]
+            self._state = self._call_in_thought
         elif tag == END:
             self._events.append(Malformed("", UNCLOSED_REASONING))
             self._end_turn()
         return tag is not None
+
+    def _call_in_thought(self) -> bool:
+        """Whether the reasoning ends in a call, or speaks of its tag: what follows tells."""
+        rest = self._after_blanks()
+        if rest.startswith(FUNCTION):
+            self._start_call()
+            self._raw += self._gap[1:]
+            self._answer_due = True
+            return True
+        if not self._last and FUNCTION.startswith(rest):
+            return False
+        self._emit(Reasoning, self._reread_newline())
+        self._state = self._thinking
+        return True
 
     def _content(self) -> bool:
         text, tag = self._until(_CONTENT_TAGS)
@@ -146,11 +175,16 @@ class TurnParser:
 
     def _after_call(self) -> bool:
         """Blanks after a call are the template's; other text is content again."""
-        self._at = _BLANK.match(self._text, self._at).end()
-        if self._at < len(self._text):
-            self._state = self._content
+        self._at = BLANK.match(self._text, self._at).end()
+        rest = self._text[self._at : self._at + LONGEST]
+        if self._answer_due and rest.startswith(ANSWER):
+            self._at += len(ANSWER)
+            self._answer_due = False
             return True
-        return False
+        if not rest or self._answer_due and not self._last and ANSWER.startswith(rest):
+            return False
+        self._state = self._content
+        return True
 
     def _function(self) -> bool:
         return self._expect({FUNCTION: self._function_name}, "no <function= follows <tool_call>")
@@ -196,25 +230,14 @@ class TurnParser:
 
     def _after_value(self) -> bool:
         """Whether a closing tag closed the value: only what follows it tells."""
-        end = _BLANK.match(self._text, self._at).end()
-        if end > self._at:
-            self._gap.append(self._text[self._at : end])
-            self._at = end
-        rest = self._text[self._at : self._at + _LONGEST]
+        rest = self._after_blanks()
         if any(rest.startswith(tag) for tag in _AFTER_VALUE) or (self._last and not rest):
             self._raw += self._gap
             self._end_value()
             return True
         if not self._last and any(tag.startswith(rest) for tag in _AFTER_VALUE):
             return False
-        gap = "".join(self._gap)
-        if gap.endswith("\n"):  # read again: it may belong to a closing tag right here
-            gap = gap[:-1]
-            if self._at:
-                self._at -= 1
-            else:  # it came with an earlier piece
-                self._text = "\n" + self._text
-        self._add_to_value(gap)
+        self._add_to_value(self._reread_newline())
         self._state = self._in_value
         return True
 
@@ -223,7 +246,7 @@ class TurnParser:
 
     def _broken(self) -> bool:
         """In a call that is malformed: up to its end or to another call's start."""
-        text, tag = self._until(_BROKEN_TAGS)
+        text, tag = self._until(_BROKEN_THOUGHT_TAGS if self._answer_due else _BROKEN_TAGS)
         self._raw.append(text + ("\n" if tag and self._dropped_newline else ""))
         if tag is not None:
             self._leave_call(tag, self._reason)
@@ -243,10 +266,10 @@ class TurnParser:
 
     def _expect(self, tags: Mapping[str, Callable[[], bool]], reason: str) -> bool:
         """Blanks, then one of the tags, which leads on to its state; </tool_call> ends the call."""
-        end = _BLANK.match(self._text, self._at).end()
+        end = BLANK.match(self._text, self._at).end()
         self._raw.append(self._text[self._at : end])
         self._at = end
-        rest = self._text[end : end + _LONGEST]
+        rest = self._text[end : end + LONGEST]
         for tag in (*tags, CALL_END):
             if rest.startswith(tag):
                 self._at += len(tag)
@@ -317,6 +340,8 @@ class TurnParser:
         self._state = self._after_call
         if tag == END:
             self._end_turn()
+        elif tag == ANSWER:  # the call's text was reasoning that spoke of calls
+            self._skip_newline, self._answer_due, self._state = True, False, self._content
 
     def _fail(self, reason: str) -> None:
         self._events.append(Malformed("".join(self._raw), reason))
@@ -331,48 +356,14 @@ class TurnParser:
         if text:
             self._events.append(kind(text))
 
-    def _until(self, tags: re.Pattern[str]) -> tuple[str, str | None]:
-        """Text up to the next tag, less one line end before it, and the tag, which is read too.
-
-        Without a tag it is the text that is surely none of one, with None.
-        """
-        if self._skip_newline and self._at < len(self._text):
-            if self._text[self._at] == "\n":
-                self._at += 1
-                self._raw.append("\n")  # read only while a call is open
-            self._skip_newline = False
-        start, match = self._at, tags.search(self._text, self._at)
-        self._dropped_newline = False
-        if match is not None:
-            self._at, stop = match.end(), match.start()
-            if stop > start and self._text[stop - 1] == "\n" and match.group() != END:
-                self._dropped_newline = True
-                stop -= 1
-            return self._text[start:stop], match.group()
-        stop = len(self._text)
-        if not self._last:
-            # The start of a tag, and the line end before one, wait for what follows.
-            sign = self._text.rfind("<", max(start, stop - _LONGEST))
-            if sign >= 0 and any(tag.startswith(self._text[sign:]) for tag in _ALL_TAGS):
-                stop = sign
-            if stop > start and self._text[stop - 1] == "\n":
-                stop -= 1
-        self._at = stop
-        return self._text[start:stop], None
-
 
 def _in_quotes(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-def _tags(*tags: str) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, tags)))
-
-
-_THINKING_TAGS = _tags(ANSWER, END)
-_CONTENT_TAGS = _tags(CALL, END)
-_VALUE_TAGS = _tags(PARAMETER_END, CALL_END, END)
-_BROKEN_TAGS = _tags(CALL_END, CALL, END)
-_AFTER_VALUE = (PARAMETER, FUNCTION_END, CALL_END, END)
-_ALL_TAGS = (ANSWER, CALL, CALL_END, END, PARAMETER_END)
-_LONGEST = max(map(len, (*_ALL_TAGS, *_AFTER_VALUE, FUNCTION, THINK)))
+_STRICT_THINKING_TAGS = tags_of(ANSWER, END)
+_THINKING_TAGS = tags_of(ANSWER, CALL, END)
+_CONTENT_TAGS = tags_of(CALL, END)
+_VALUE_TAGS = tags_of(PARAMETER_END, CALL_END, END)
+_BROKEN_TAGS = tags_of(CALL_END, CALL, END)
+_BROKEN_THOUGHT_TAGS = tags_of(CALL_END, CALL, END, ANSWER)

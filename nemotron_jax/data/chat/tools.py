@@ -1,4 +1,4 @@
-"""The system block's description of tools, and arguments of calls read by a tool's schema."""
+"""The system block's description of tools."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +61,11 @@ def _describe(function: Mapping[str, Any]) -> Iterator[str]:
     parameters = function.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     for name, fields in properties.items() if isinstance(properties, Mapping) else ():
+        if not isinstance(fields, Mapping):
+            raise ValueError(
+                f"chat: property {name!r:.40} of tool {function['name']!r:.40} is {fields!r:.40}; "
+                'a property is an object such as {"type": "string"}'
+            )
         yield f"\n<parameter>\n<name>{name}</name>"
         if "type" in fields:
             yield f"\n<type>{fields['type']}</type>"
@@ -84,82 +89,3 @@ def _others(fields: Mapping[str, Any], handled: tuple[str, ...]) -> Iterator[str
         if key not in handled:
             text = in_json(value) if isinstance(value, list | tuple | Mapping) else str(value)
             yield f"\n<{key}>{text}</{key}>"
-
-
-class Schemas:
-    """What each tool says about the types of its parameters.
-
-    Built from whatever a caller gave as tools: what cannot be read as a schema is as if absent.
-    """
-
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None) -> None:
-        self._properties: dict[str, Mapping[str, Any]] = {}
-        for tool in tools or ():
-            function = tool.get("function", tool)
-            parameters = function.get("parameters")
-            properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-            if isinstance(properties, Mapping):
-                self._properties[str(function.get("name"))] = properties
-
-    def is_text(self, function: str, parameter: str) -> bool:
-        """Whether the schema says that the value is a string and nothing else."""
-        return self._kinds(function, parameter) == ("string",)
-
-    def value(self, function: str, parameter: str, text: str) -> Any:
-        """The value that a call wrote as `text`; the text itself where it is not of the type.
-
-        Of an undeclared parameter it is the number, word or JSON whose text is exactly this one.
-        """
-        kinds = self._kinds(function, parameter)
-        if kinds == ("string",):
-            return text
-        literal = _literal(text)
-        if not kinds:
-            return literal if _written(literal) == text else text
-        fits = {
-            "null": literal is None,
-            "boolean": isinstance(literal, bool),
-            "integer": type(literal) is int,
-            "number": type(literal) in (int, float),
-            "object": isinstance(literal, dict),
-            "array": isinstance(literal, list),
-        }
-        return literal if any(fits.get(kind, False) for kind in kinds) else text
-
-    def _kinds(self, function: str, parameter: str) -> tuple[str, ...]:
-        schema = self._properties.get(function, {}).get(parameter)
-        return tuple(_types(schema, depth=4))
-
-
-def _types(schema: Any, depth: int) -> Iterator[str]:
-    """The JSON types that a schema allows; nothing when it does not say."""
-    if not isinstance(schema, Mapping) or depth == 0:
-        return
-    kind = schema.get("type")
-    yield from [kind] if isinstance(kind, str) else kind if isinstance(kind, list) else ()
-    for union in ("anyOf", "oneOf"):
-        options = schema.get(union)
-        for option in options if isinstance(options, list) else ():
-            yield from _types(option, depth - 1)
-
-
-# Words that the template or a model's habit writes for JSON's three.
-_WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
-_LONGEST_NUMBER = 64  # digits; Python refuses thousands, and no tool means them
-
-
-def _literal(text: str) -> Any:
-    """The value that the text spells; the text itself when it spells none."""
-    stripped = text.strip()
-    if stripped in _WORDS:
-        return _WORDS[stripped]
-    if len(stripped) > _LONGEST_NUMBER and stripped[:1] not in "{[":
-        return text
-    try:
-        return json.loads(stripped)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _written(value: Any) -> str:
-    return in_json(value) if isinstance(value, list | dict) else str(value)

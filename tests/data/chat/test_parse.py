@@ -35,6 +35,7 @@ TOOLS = [
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<function=", "</function>")
 TAGS += ("<parameter=", "</parameter>", "<|im_end|>")
 OPEN_CALL = "<tool_call>\n<function=f>\n<parameter=text>\n"
+THOUGHT_CALL = OPEN_CALL + "1\n</parameter>\n</function>\n</tool_call>"
 
 
 def body(message: dict, tools=None) -> str:
@@ -100,11 +101,12 @@ def test_any_turn_survives_rendering_and_parsing(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(150))
 def test_any_cut_of_any_stream_gives_the_same_events(seed: int) -> None:
     draw = random.Random(seed)
-    bits = [*TAGS, *("\n",) * 4, "f>", "text>", "count>", "x", " ", "<", "</tool", "é"]
+    bits = [*TAGS, *("\n",) * 4, "f>", "text>", "count>", "x", " ", "<", "</tool", "é", "\ud83d"]
+    bits += [THOUGHT_CALL, "<tool_call>\n<function=f>"]
     text = draw.choice(["", OPEN_CALL]) + "".join(draw.choices(bits, k=draw.randint(0, 30)))
     cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(0, 9)))
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    options = {"thinking": draw.random() < 0.3, "tools": TOOLS}
+    options = {"thinking": draw.random() < 0.5, "tools": TOOLS, "strict": draw.random() < 0.3}
     whole = events([text], **options)
     assert events(parts, **options) == events(list(text), **options) == whole
     arguments = {e.index: e.text for e in whole if isinstance(e, CallArguments)}
@@ -159,6 +161,25 @@ def test_reasoning_may_speak_of_calls_and_content_of_tags() -> None:
         Reasoning("a <tool_call> b"),
         Content("c</think>"),
     ]
+
+
+def test_a_call_ends_the_reasoning_unless_read_strictly() -> None:
+    for rest, content in (("", ""), ("\n</think>\ndone", "done"), ("\n</think>", "")):
+        turn = parse_turn(f"so:\n{THOUGHT_CALL}{rest}<|im_end|>", thinking=True, tools=TOOLS)
+        assert (turn.reasoning, turn.content, turn.malformed) == ("so:", content, ())
+        assert [call.arguments for call in turn.calls] == [{"text": "1"}] and turn.closed
+    two = parse_turn(f"so:{THOUGHT_CALL}\n{THOUGHT_CALL}</think>", thinking=True)
+    assert len(two.calls) == 2 and two.content == ""
+    told = parse_turn("I write <tool_call>\n<function=f> here.</think>Yes.", thinking=True)
+    assert told.content == "Yes." and not told.calls and len(told.malformed) == 1
+    strict = parse_turn(f"so:\n{THOUGHT_CALL}<|im_end|>", thinking=True, strict=True)
+    assert strict.reasoning == f"so:\n{THOUGHT_CALL}" and not strict.calls and strict.malformed
+
+
+def test_no_half_of_a_surrogate_pair_leaves_the_parser() -> None:
+    turn = parse_turn("<think>\n\ud83d</think>\udc00" + THOUGHT_CALL.replace("1", "\ud83d\ude00"))
+    assert turn.reasoning == turn.content == "\ufffd"
+    assert turn.calls[0].arguments == {"text": "\ufffd\ufffd"}
 
 
 @pytest.mark.parametrize(
