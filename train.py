@@ -19,14 +19,14 @@ def main() -> int:
     """Train as the flags say; the exit status."""
     config = from_config_dict(RunConfig, _CONFIG.value)
     workdir = command_line.writable("workdir", _WORKDIR.value)
-    follows = not any(name.startswith("training.schedule") for name in command_line.overrides())
+    follows = not any("training.schedule" in name for name in command_line.overrides())
     return train(config, workdir, schedule_follows=follows)
 
 
 def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -> int:
     """Prepare the data of a run and train it; prints what came out.
 
-    `schedule_follows`: the schedule was not chosen, so that a run that goes on keeps its own.
+    `schedule_follows`: no schedule was chosen, so that a run that goes on keeps its own.
     """
     host.keep_compiled_programs()
     host.show_cpu_devices(config.mesh.size)
@@ -40,11 +40,12 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
     from nemotron_jax.training.summary import summary
 
     mesh = make_mesh(config.mesh, jax.devices())
-    config = loop.with_saved_schedule(config, workdir) if schedule_follows else config
     if config.stage == "grpo":
         from nemotron_jax import reinforce
 
-        return reinforce.run(config, workdir, mesh, fine_tune=train)
+        follow = schedule_follows
+        return reinforce.run(config, workdir, mesh, fine_tune=train, schedules_follow=follow)
+    config = loop.with_saved_schedule(config, workdir) if schedule_follows else config
     loop.check_run(config, workdir)
     limits.check_kernels(config)
     limits.check_memory(config)

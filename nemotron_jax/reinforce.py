@@ -14,64 +14,60 @@ from jax.sharding import Mesh
 
 from nemotron_jax.config.run import RunConfig, ScheduleConfig
 from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.conversations import PATTERNS
+from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.posttraining import rl_loop
-from nemotron_jax.posttraining.curriculum import make_pools
+from nemotron_jax.posttraining.curriculum import PLAYS, POOLS, make_pools
 from nemotron_jax.posttraining.engine_sampler import make_sampler
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.plots import draw_result
 from nemotron_jax.posttraining.result import result, summary
-from nemotron_jax.posttraining.transcripts import Transcripts, write_page
+from nemotron_jax.posttraining.result_file import NAME as RESULT
+from nemotron_jax.posttraining.result_file import read_result
+from nemotron_jax.posttraining.transcripts import JSONL, PAGE, Transcripts, write_page
 from nemotron_jax.posttraining.workers import make_players
-from nemotron_jax.pretrained import begin_run, load_pretrained, load_tokenizer
+from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_tokenizer
 from nemotron_jax.training import loop
-from nemotron_jax.training.checkpoint import checkpoint_steps
+from nemotron_jax.training.checkpoint import FOLDER, checkpoint_steps, whole_step
 from nemotron_jax.training.metrics import FILE_NAME as METRICS
+from nemotron_jax.training.metrics import read_records
 
-SFT, GRPO, RESULT = "sft", "grpo", "result.json"
+SFT, GRPO = "sft", "grpo"
 
 
 def run(
-    config: RunConfig, workdir: Path, mesh: Mesh, *, fine_tune: Callable[[RunConfig, Path], int]
+    config: RunConfig,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    fine_tune: Callable[[RunConfig, Path], int],
+    schedules_follow: bool = False,
 ) -> int:
     """Train in workdir/sft and workdir/grpo; write workdir/result.json and plots/result.png.
 
     Whatever is done already is not done again, the result of as many steps and tasks included; its
     seconds are those of the process that came to the end. `fine_tune` trains a run of stage `sft`.
+    `schedules_follow`: none was chosen, so that either part that goes on keeps its own.
     Gives the exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
-    if (count := jax.process_count()) > 1:
-        raise ValueError(
-            f"RunConfig.stage='grpo': there are {count} processes of jax, and episodes are played "
-            "by one; start one process that drives all devices"
-        )
-    rl_loop.check_rollouts(config)
-    loop.check_run(config, workdir / GRPO)
+    config = with_saved_schedules(config, workdir) if schedules_follow else config
+    _check(config, workdir)
     if (found := _finished(config, workdir / RESULT)) is not None:
         print(summary(found, workdir))
         return 0
-    start = config.init_from
-    if config.warm_start is not None:
-        start, first = str(workdir / SFT), warm_start_run(config)
-        done = checkpoint_steps(workdir / SFT / "checkpoints")
-        if not done or done[-1] < first.training.steps:
-            fine_tune(first, workdir / SFT)
-            done = checkpoint_steps(workdir / SFT / "checkpoints")
-        if not done or done[-1] < first.training.steps:
-            return 0  # stopped by a signal
-    if not start:
-        raise ValueError(
-            "RunConfig.warm_start=None: reinforcement learning begins with a model that can play; "
-            "set warm_start or init_from"
-        )
+    if config.warm_start is not None and not _fine_tuned(config, workdir / SFT, fine_tune):
+        return 0  # stopped by a signal
+    start = _start(config, workdir)
     tokenizer = load_tokenizer(start)
-    if config.rl.rollout.rewards == "demonstrations":
-        fine_tune(longer_run(config, start), workdir / GRPO)
+    if _demonstrates(config):
+        fine_tune(_longer(config, workdir), workdir / GRPO)
     else:
+        rl_loop.check_prompts(config, tokenizer)
         with jax.set_mesh(mesh):
             _reinforce(config, workdir / GRPO, tokenizer, start, mesh)
-    done = checkpoint_steps(workdir / GRPO / "checkpoints")
+    done = checkpoint_steps(workdir / GRPO / FOLDER)
     if not done or done[-1] < config.training.steps:
         return 0  # stopped by a signal
     with jax.set_mesh(mesh):
@@ -83,16 +79,95 @@ def run(
     }
     with atomic_writer(workdir / RESULT) as out:
         out.write((json.dumps(found | ended, indent=1) + "\n").encode())
-    lines = (workdir / GRPO / METRICS).read_text("utf-8").splitlines()
-    draw_result(found, [json.loads(line) for line in lines], workdir)
+    draw_result(found, read_records(workdir / GRPO / METRICS)[0], workdir)
     print(summary(found, workdir))
     return 0
 
 
+def with_saved_schedules(config: RunConfig, workdir: Path) -> RunConfig:
+    """The run with the schedules that its parts were begun with, where only their steps changed."""
+    if config.warm_start is not None:
+        first = loop.with_saved_schedule(warm_start_run(config), workdir / SFT)
+        warm_start = dataclasses.replace(config.warm_start, training=first.training)
+        config = dataclasses.replace(config, warm_start=warm_start)
+    return config if _demonstrates(config) else loop.with_saved_schedule(config, workdir / GRPO)
+
+
+def _check(config: RunConfig, workdir: Path) -> None:
+    """Raise ValueError for what cannot be run here, before anything is trained."""
+    if (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"RunConfig.stage='grpo': there are {count} processes of jax, and episodes are played "
+            "by one; start one process that drives all devices"
+        )
+    if config.warm_start is None and not config.init_from:
+        raise ValueError(
+            "RunConfig.warm_start=None: reinforcement learning begins with a model that can play; "
+            "set warm_start or init_from"
+        )
+    if config.warm_start is None and _demonstrates(config):
+        raise ValueError(
+            "RolloutConfig.rewards='demonstrations': goes on with the fine-tuning of a warm start, "
+            "and warm_start is None; set it, or rl.rollout.rewards=earned"
+        )
+    rl_loop.check_rollouts(config)
+    for file in (RESULT, *(f"{GRPO}/{name}" for name in (JSONL, PAGE, POOLS, PLAYS))):
+        if (workdir / file).is_dir():
+            raise ValueError(f"run {workdir}: {file} is a folder and must be a file; move it away")
+    if not _demonstrates(config):
+        _check_prompts(config, workdir / SFT)
+    part = _longer(config, workdir) if _demonstrates(config) else config
+    loop.check_run(part, workdir / GRPO)
+
+
+def _check_prompts(config: RunConfig, first: Path) -> None:
+    """Raise ValueError where no prompt leaves room to answer, as far as the tokenizer is known."""
+    if config.warm_start is None:
+        rl_loop.check_prompts(config, load_tokenizer(config.init_from))
+        return
+    name = data_of(warm_start_run(config), first).tokenizer
+    if (first / TOKENIZER).exists():
+        name = str(first)
+    rl_loop.check_prompts(config, PATTERNS[name] if name in PATTERNS else load_tokenizer(name))
+
+
+def _start(config: RunConfig, workdir: Path) -> str:
+    """The directory whose model reinforcement learning begins with."""
+    return config.init_from if config.warm_start is None else str(workdir / SFT)
+
+
+def _demonstrates(config: RunConfig) -> bool:
+    return config.rl.rollout.rewards == "demonstrations"
+
+
+def _longer(config: RunConfig, workdir: Path) -> RunConfig:
+    """The control's run; its rate is the same at every step, however many they are."""
+    longer = longer_run(config, _start(config, workdir))
+    return loop.with_saved_schedule(longer, workdir / GRPO)
+
+
+def _fine_tuned(
+    config: RunConfig, directory: Path, fine_tune: Callable[[RunConfig, Path], int]
+) -> bool:
+    """Whether the warm start is there to its last step; it is trained where it is not.
+
+    What counts is the checkpoint that its model would be read from: where a newer one is damaged,
+    the steps up to that are taken again, which give the same model.
+    """
+    first = warm_start_run(config)
+    done, newest = whole_step(directory), max(checkpoint_steps(directory / FOLDER), default=0)
+    if done < first.training.steps:
+        if newest > done:
+            print(f"note: {directory}: step {newest} is damaged; going on from step {done}")
+        fine_tune(first, directory)
+        done = whole_step(directory)  # a signal may have stopped it before the damaged step
+    return done >= first.training.steps
+
+
 def _finished(config: RunConfig, path: Path) -> dict[str, Any] | None:
     """The result that is there already, of as many steps and tasks."""
-    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return found if _extent(config).items() <= found.items() else None
+    found = read_result(path)
+    return found if found and _extent(config).items() <= found.items() else None
 
 
 def _extent(config: RunConfig) -> dict[str, int]:
@@ -126,14 +201,15 @@ def _reinforce(
     tokenizer.save(workdir)
     first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
     rollout = config.rl.rollout
-    rates = lambda tasks: rl_loop.success_rates(first(), tokenizer, config)(tasks)
+    players = make_players(rollout)
+    play = rl_loop.pool_plays(first, tokenizer, config, players)
     rollouts = rl_loop.Rollouts(
         config,
         tokenizer,
         sampler=make_sampler(rollout),
-        players=make_players(rollout),
+        players=players,
         reference=first() if config.rl.objective.kl_weight else None,
-        pools=make_pools(config, rates, workdir / "pools.json"),
+        pools=make_pools(config, play, workdir),
         on_episodes=Transcripts(workdir, config.rl.transcripts, thinking=rollout.thinking).add,
     )
     with contextlib.closing(rollouts):

@@ -10,6 +10,7 @@ from nemotron_jax import reinforce
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.training.resume import check_resumable
 
 CONFIG = from_config_dict(RunConfig, grpo_tiny.get_config())
 
@@ -21,6 +22,7 @@ class Parts:
         self.done: list[str] = []
         self.steps: dict[str, int] = {}  # by directory
         self.stops: set[str] = set()
+        self.damaged: dict[str, int] = {}  # by directory, the step that is whole before it
         self.asked: list[RunConfig] = []
 
     def fine_tune(self, config: RunConfig, workdir) -> int:
@@ -31,6 +33,7 @@ class Parts:
         self.done.append(workdir.name)
         if workdir.name not in self.stops:
             self.steps[workdir.name] = config.training.steps
+            self.damaged.pop(workdir.name, None)
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "metrics.jsonl").write_text('{"step": 1, "success": 0.5}\n')
         return 0
@@ -45,8 +48,13 @@ class Parts:
 def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     made = Parts()
     steps = lambda folder: [s] if (s := made.steps.get(folder.parent.name)) else []
+    whole = lambda folder: made.damaged.get(
+        folder.name, max(steps(folder / "checkpoints"), default=0)
+    )
+    monkeypatch.setattr(reinforce.rl_loop, "check_prompts", lambda *unused: None)
     replaced = {
         "checkpoint_steps": steps,
+        "whole_step": whole,
         "load_tokenizer": lambda *unused: None,
         "load_pretrained": lambda *unused, **options: None,
         "_reinforce": made.train,
@@ -85,6 +93,85 @@ def test_a_run_goes_on_with_the_part_that_it_was_stopped_in(tmp_path, parts) -> 
     assert run(longer, tmp_path, parts) == ["grpo", "result"]
 
 
+def test_a_damaged_end_of_the_fine_tuning_is_made_again(tmp_path, parts, capsys) -> None:
+    """And not learned from as it was some steps before."""
+    parts.stops = {"grpo"}
+    assert run(CONFIG, tmp_path, parts) == ["sft", "grpo"]
+    parts.damaged = {"sft": 7}
+    parts.stops = {"grpo", "sft"}
+    assert run(CONFIG, tmp_path, parts) == ["sft"] + ["grpo"]
+    assert "sft: step 250 is damaged; going on from step 7" in capsys.readouterr().out
+    assert run(CONFIG, tmp_path, parts) == ["sft", "grpo"]
+    parts.stops = set()
+    assert run(CONFIG, tmp_path, parts) == ["sft", "grpo", "result"]
+    assert not parts.damaged and run(CONFIG, tmp_path, parts) == []
+
+
+DAMAGE = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[:20],
+    "a list": lambda text: "[]",
+    "null": lambda text: "null",
+    "deep": lambda text: "[" * 100_000,
+    "its extent alone": lambda text: '{"steps": 100, "result_tasks": 512}',
+    "no interval": lambda text: text.replace('"interval"', '"intervals"'),
+    "a text for a number": lambda text: text.replace('"before": 0.0', '"before": "0"'),
+    "no number": lambda text: text.replace('"after": 0.5', '"after": NaN'),
+    "a huge one": lambda text: text.replace('"n": 4', '"n": 1' + "0" * 400),
+    "a list of environments": lambda text: text.replace(
+        '"environments": {', '"environments": [{'
+    ).replace("  }\n", "  }]\n"),
+    "half of the easy": lambda text: text.replace('"before"', '"easy_before": 1, "before"', 1),
+    "a null character": lambda text: "\0" + text[1:],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_result_is_made_again(tmp_path, parts, kind) -> None:
+    run(CONFIG, tmp_path, parts)
+    file = tmp_path / "result.json"
+    whole = json.loads(file.read_text())
+    file.write_text(DAMAGE[kind](file.read_text()))
+    with pytest.warns(UserWarning, match=r"result.json: is damaged and left out; it is made again"):
+        assert run(CONFIG, tmp_path, parts) == ["grpo", "result"]
+    again = json.loads(file.read_text())
+    assert all(again[name] == whole[name] for name in whole if "seconds" not in name)
+
+
+@pytest.mark.parametrize("name", ["result.json", "grpo/transcripts.jsonl", "grpo/pools.json"])
+def test_a_folder_where_a_file_is_to_be_is_found_before_anything(tmp_path, parts, name) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"{name} is a folder and must be a file; move it away"):
+        run(CONFIG, tmp_path, parts)
+    assert not parts.done
+
+
+def test_either_part_that_goes_on_keeps_its_schedule(tmp_path, monkeypatch) -> None:
+    def longer(config: RunConfig, steps: int) -> RunConfig:
+        schedule = dataclasses.replace(config.training.schedule, total_tokens=10**9 + steps)
+        training = dataclasses.replace(config.training, steps=steps, schedule=schedule)
+        return dataclasses.replace(config, training=training)
+
+    saved = {"grpo": CONFIG, "sft": reinforce.warm_start_run(CONFIG)}
+    monkeypatch.setattr(reinforce.loop, "saved_config", lambda folder: saved[folder.name])
+    first = longer(reinforce.warm_start_run(CONFIG), 300).training
+    asked = longer(CONFIG, 140)
+    asked = dataclasses.replace(
+        asked, warm_start=dataclasses.replace(asked.warm_start, training=first)
+    )
+    kept = reinforce.with_saved_schedules(asked, tmp_path)
+    assert (kept.training.steps, kept.warm_start.training.steps) == (140, 300)
+    assert kept.training.schedule == CONFIG.training.schedule
+    assert kept.warm_start.training.schedule == CONFIG.warm_start.training.schedule
+    check_resumable(CONFIG, dataclasses.replace(kept, warm_start=CONFIG.warm_start), "grpo")
+    check_resumable(saved["sft"], reinforce.warm_start_run(kept), "sft")
+    # The control's own run goes on too, however many its steps are.
+    rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
+    control = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, rollout=rollout))
+    saved["grpo"] = reinforce.longer_run(control, str(tmp_path / "sft"))
+    check_resumable(saved["grpo"], reinforce._longer(longer(control, 140), tmp_path), "grpo")
+
+
 def test_the_control_goes_on_with_fine_tuning_at_its_last_rate(tmp_path, parts) -> None:
     rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
     config = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, rollout=rollout))
@@ -106,6 +193,10 @@ def test_a_run_needs_a_model_that_can_play(tmp_path, parts) -> None:
         "grpo",
         "result",
     ]
+    rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
+    control = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=rollout))
+    with pytest.raises(ValueError, match=r"rewards='demonstrations': goes on with the fine-tuning"):
+        run(dataclasses.replace(control, init_from="model"), tmp_path, parts)
 
 
 def test_adapters_may_learn_from_rewards_alone(tmp_path, parts) -> None:

@@ -76,6 +76,12 @@ def train_tokenizer(
     return Tokenizer(learned.to_str(pretty=True), origin="the trained tokenizer")
 
 
+def fewest_tokens(text: str, pattern: str) -> int:
+    """How many tokens a text has at least, whatever a tokenizer of that pattern has learned."""
+    cutter = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    return len(cutter.pre_tokenize_str(text)) if text else 0
+
+
 def check_vocabulary(tokenizer: "Tokenizer", vocab_size: int) -> None:
     """Raise ValueError when the tokenizer has ids that the model's embedding lacks."""
     if tokenizer.vocab_size > vocab_size:

@@ -1,22 +1,34 @@
 """Which tasks are played when: shares of environments, a difficulty filter, easy ones first."""
 
+import dataclasses
+import hashlib
+import itertools
 import json
 import math
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-from nemotron_jax.config.rl import RolloutConfig
+from nemotron_jax.config.rl import RLConfig, RolloutConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.data.messages import oracle_source
 from nemotron_jax.environments.base import Environment, Task
 
 # Task numbers of each environment, by its name in the config, in the order of being played.
 Pools = Mapping[str, Sequence[int]]
-Success = Callable[[Sequence[Task]], Sequence[float]]
+# Rewards of tasks, NaN where unknown, by the number of the play and that of the first task.
+PoolPlays = Callable[[Sequence[Task], int, int], Sequence[float]]
+
+# What a run keeps of its pools: the pools, and each batch of the plays that they come from.
+POOLS, PLAYS = "pools.json", "pools.jsonl"
+_TELL_EVERY_S = 10.0  # between lines about plays, of which there may be hours
 
 # Keeps the tasks of episodes apart from those that fine-tuning with the same seed has seen.
 _TASK_SEED = 1_000_003
@@ -77,26 +89,119 @@ def _environment_of_prompts(config: RolloutConfig, count: int) -> Int[np.ndarray
     return np.minimum(np.searchsorted(bounds, points, side="right"), len(shares) - 1)
 
 
-def make_pools(config: RunConfig, success: Success, path: Path) -> Pools | None:
+def make_pools(config: RunConfig, play: PoolPlays, directory: Path) -> Pools | None:
     """Each environment's pool: its tasks but those that the model always solves, easiest first.
 
-    `success` gives the share of plays that solve each of some tasks, NaN where that is unknown. The
-    pools are kept in a file, since a run that goes on has another model by then. None where the
-    config wants none; an environment whose tasks are all solved keeps them all.
+    The pools are kept in a file, since a run that goes on has another model by then, and so are the
+    plays that they come from, batch by batch: what a kill or damage leaves of them is not played
+    again. None where the config wants none; an environment whose tasks are all solved keeps them.
     """
     if not config.rl.pool_tasks:
         return None
-    if path.exists():
-        return json.loads(path.read_text("utf-8"))["pools"]
     names, count = config.rl.rollout.environments, config.rl.pool_tasks
+    of = _settings(config)
+    if (kept := _read_pools(directory / POOLS, of)) is not None:
+        return kept
     tasks = [training_task(name, config.seed, n) for name in names for n in range(count)]
-    found = np.asarray(success(tasks)).reshape(len(names), count)
-    pools = {name: pool(rates) for name, rates in zip(names, found, strict=True)}
-    share = lambda of: {name: float(np.mean(of(r))) for name, r in zip(names, found, strict=True)}
-    shares = {"always_solved": share(lambda rates: rates == 1), "unknown": share(np.isnan)}
+    rewards = _played(config, tasks, play, directory / PLAYS)
+    counts = np.sum(~np.isnan(rewards), axis=0)
+    means = np.where(counts, np.nansum(rewards, axis=0) / np.maximum(counts, 1), np.nan)
+    found = dict(zip(names, means.reshape(len(names), count), strict=True))
+    values = {
+        "pools": {name: pool(rates) for name, rates in found.items()},
+        "always_solved": {name: float(np.mean(rates == 1)) for name, rates in found.items()},
+        "unknown": {name: float(np.mean(np.isnan(rates))) for name, rates in found.items()},
+    }
+    with atomic_writer(directory / POOLS) as out:
+        out.write(json.dumps(_signed(values | {"of": of})).encode())
+    return values["pools"]
+
+
+def _read_pools(path: Path, of: str) -> Pools | None:
+    """The pools of a file; None where there is none, or, with a warning, where it does not hold
+    those of this run as they were written."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and found.get("of") == of and _is_signed(found):
+        return found["pools"]
+    kind = "is of other settings" if _is_signed(found) else "is damaged"
+    warnings.warn(f"{path}: {kind}; it is made again of {PLAYS}", stacklevel=3)
+    return None
+
+
+def _played(
+    config: RunConfig, tasks: Sequence[Task], play: PoolPlays, path: Path
+) -> Float[np.ndarray, "S N"]:
+    """The reward of each play of each task, NaN where its environment failed.
+
+    A batch is a line of the file as soon as it is played; those that are there are not played.
+    """
+    rollout, of = config.rl.rollout, _settings(config)
+    size = rollout.prompts * rollout.generations
+    rewards = np.full((config.rl.pool_samples, len(tasks)), np.nan)
+    lines = [(number, _of_line(found)) for number, found in read_objects(path)]
+    if damaged := [number for number, line in lines if line is None]:
+        keep_damaged(path, damaged)
+    kept = [line for _, line in lines if line is not None and line["of"] == of]
     with atomic_writer(path) as out:
-        out.write(json.dumps({"pools": pools, **shares}).encode())
-    return pools
+        out.writelines((json.dumps(line) + "\n").encode() for line in kept)
+    known = {(line["draw"], line["first"]): line["rewards"] for line in kept}
+    began = time.monotonic()
+    with path.open("a", encoding="utf-8") as out:
+        for draw, first in itertools.product(range(len(rewards)), range(0, len(tasks), size)):
+            part = tasks[first : first + size]
+            values = known.get((draw, first))
+            if values is None:
+                values = [None if math.isnan(v) else v for v in play(part, draw, first)]
+                line = {"of": of, "draw": draw, "first": first, "rewards": values}
+                out.write(json.dumps(_signed(line)) + "\n")
+                out.flush()
+                if time.monotonic() - began > _TELL_EVERY_S:
+                    began, done = time.monotonic(), draw * len(tasks) + first + len(part)
+                    print(f"pools: {done:,} of {rewards.size:,} plays", flush=True)
+            rewards[draw, first : first + size] = np.array(values, float)
+    return rewards
+
+
+def _settings(config: RunConfig) -> str:
+    """What the plays are a function of, the start of the model with it, as one name."""
+    rollout = dataclasses.replace(
+        config.rl.rollout, workers=0, worker_kind="processes", timeout_s=1.0
+    )
+    rl = RLConfig(
+        rollout=rollout, pool_tasks=config.rl.pool_tasks, pool_samples=config.rl.pool_samples
+    )
+    parts = (config.model, config.warm_start, config.sft, rl)
+    values = [None if part is None else dataclasses.asdict(part) for part in parts]
+    return _digest([*values, config.seed, config.init_from])
+
+
+def _of_line(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A line of the plays, unless it is damaged."""
+    return found if found is not None and _is_signed(found) else None
+
+
+def _signed(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"sha256": _digest(values)}
+
+
+def _is_signed(values: Any) -> bool:
+    """Whether values are those that were written, to the last digit."""
+    if not isinstance(values, dict) or "sha256" not in values:
+        return False
+    try:
+        return values["sha256"] == _digest({k: v for k, v in values.items() if k != "sha256"})
+    except (ValueError, RecursionError):
+        return False
+
+
+def _digest(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def pool(rates: Sequence[float]) -> list[int]:

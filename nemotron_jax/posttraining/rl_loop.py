@@ -1,5 +1,6 @@
 """Reinforcement learning: episodes of the model as it stands, as the batches of a training loop."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -13,10 +14,13 @@ from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.rl import PreferenceConfig, RolloutConfig
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.chat.render import ChatOptions
+from nemotron_jax.data.chat.tokens import prompt_length
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.curriculum import (
+    PoolPlays,
     Pools,
     held_out_tasks,
     played_environments,
@@ -208,6 +212,29 @@ def check_rollouts(config: RunConfig) -> None:
     check_value("DataConfig", "batch_size", data.batch_size, data.batch_size >= needed, rule)
 
 
+def check_prompts(config: RunConfig, tokenizer: Tokenizer | str) -> None:
+    """Raise ValueError where no prompt of the first batch leaves any room to answer.
+
+    Of a tokenizer that is yet to be trained its pattern is given, which says how short they can be.
+    """
+    rollout = config.rl.rollout
+    tasks, low_effort = step_tasks(rollout, config.seed, 0)
+    lengths = []
+    for task, low in zip(tasks, low_effort, strict=True):
+        options = ChatOptions(enable_thinking=rollout.thinking, low_effort=low)
+        with contextlib.suppress(Exception):  # one that cannot be encoded costs its episode alone
+            lengths.append(prompt_length(tokenizer, task.messages, task.tools, options))
+    if not lengths:
+        return
+    least = "" if isinstance(tokenizer, Tokenizer) else "at least "
+    rule = (
+        f"the shortest prompt of the first {len(tasks)} has {least}{min(lengths)} tokens, so that "
+        "none leaves room to answer; raise it, or name other rl.rollout.environments"
+    )
+    fits = min(lengths) < rollout.max_tokens
+    check_value("RolloutConfig", "max_tokens", rollout.max_tokens, fits, rule)
+
+
 def step_seed(seed: int, number: int) -> int:
     """The seed of the draws of a step's episodes, below 2**31."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
@@ -243,20 +270,28 @@ def play_tasks_once(
     tasks: Sequence[Task],
     *,
     draw: int,
+    first: int = 0,
+    players: Players | None = None,
     sampler: Sampler = SideBySide,
 ) -> list[Episode]:
-    """Each task played once as in training, as many side by side as there."""
+    """Each task played once as in training, as many side by side as there.
+
+    `first` is the number of the first of these tasks among all that are played so; `players` are
+    left open, those of this process are made for it.
+    """
     rollout = config.rl.rollout
     side_by_side = rollout.prompts * rollout.generations
-    players, episodes = Here(), []
-    for start in range(0, len(tasks), side_by_side):
-        part = list(tasks[start : start + side_by_side])
-        filled = part + part[:1] * (side_by_side - len(part))  # one shape, one program
-        seed = step_seed(config.seed + 1 + draw, start)
-        options = {"copies": 1, "seed": seed, "sampler": sampler}
-        played = play_episodes(model, tokenizer, players, filled, rollout, **options)
-        episodes += played[: len(part)]
-    players.close()
+    episodes: list[Episode] = []
+    with contextlib.ExitStack() as stack:
+        if players is None:
+            players = stack.enter_context(contextlib.closing(Here()))
+        for start in range(0, len(tasks), side_by_side):
+            part = list(tasks[start : start + side_by_side])
+            filled = part + part[:1] * (side_by_side - len(part))  # one shape, one program
+            seed = step_seed(config.seed + 1 + draw, first + start)
+            options = {"copies": 1, "seed": seed, "sampler": sampler}
+            played = play_episodes(model, tokenizer, players, filled, rollout, **options)
+            episodes += played[: len(part)]
     return episodes
 
 
@@ -281,27 +316,16 @@ def success_of_tasks(
     return evaluate
 
 
-def success_rates(
-    model: Nemotron, tokenizer: Tokenizer, config: RunConfig
-) -> Callable[[Sequence[Task]], list[float]]:
-    """A function of tasks: each one's mean reward over `rl.pool_samples` plays of the model.
+def pool_plays(
+    model: Callable[[], Nemotron], tokenizer: Tokenizer, config: RunConfig, players: Players
+) -> PoolPlays:
+    """What plays the tasks of pools: each one's reward, NaN where its environment failed, which
+    says nothing of how hard it is. The model is asked for when there is something to play."""
 
-    Over those that count: NaN where the environment failed in all of a task's plays, which says
-    nothing of how hard it is.
-    """
+    def play(tasks: Sequence[Task], draw: int, first: int) -> list[float]:
+        episodes = play_tasks_once(
+            model(), tokenizer, config, tasks, draw=1 + draw, first=first, players=players
+        )
+        return [one.verdict.reward if one.counted else math.nan for one in episodes]
 
-    def rates(tasks: Sequence[Task]) -> list[float]:
-        plays = [
-            play_tasks_once(model, tokenizer, config, tasks, draw=1 + draw)
-            for draw in range(config.rl.pool_samples)
-        ]
-        return [
-            _mean([e.verdict.reward for e in one if e.verdict.infra_error is None])
-            for one in zip(*plays, strict=True)
-        ]
-
-    return rates
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+    return play

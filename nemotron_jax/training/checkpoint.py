@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoints"
 CONFIG, STATE, ARRAYS = "config.json", "state.json", "arrays"
 MODEL, OPTIMIZER = "model", "optimizer"
+_READ = (CONFIG, STATE, f"{ARRAYS}/{MODEL}/")  # what parameters are read from
 _COUNTERS = ("step", "skipped", "skipped_in_a_row")
 _NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(partial|removed)")
@@ -278,18 +279,26 @@ def saved_config_and_step(run_directory: str | Path) -> tuple[RunConfig, int] | 
     return from_json((path / CONFIG).read_text("utf-8")), int(_NAME.fullmatch(path.name)[1])
 
 
+def whole_step(run_directory: str | Path) -> int:
+    """The step of the newest checkpoint that parameters can be read from; 0 without checkpoints.
+
+    Warns of damaged ones passed over; raises ValueError where there are some and none is whole.
+    """
+    path = newest_whole(Path(run_directory) / FOLDER, parts=_READ)
+    return 0 if path is None else int(_NAME.fullmatch(path.name)[1])
+
+
 def whole_checkpoint(run_directory: str | Path, step: int | None = None) -> Path:
     """A run's checkpoint of one step, or its newest whole one.
 
     Raises ValueError when there is no such checkpoint or none is whole.
     """
     folder = Path(run_directory).absolute() / FOLDER
-    parts = (CONFIG, STATE, f"{ARRAYS}/{MODEL}/")
     if step is None:
-        path = newest_whole(folder, parts=parts)
+        path = newest_whole(folder, parts=_READ)
     else:
         path = folder / _name(step)
-        if fault := find_fault(path, parts):
+        if fault := find_fault(path, _READ):
             raise ValueError(f"load_parameters: {fault}; choose one of {checkpoint_steps(folder)}")
     if path is None:
         raise ValueError(

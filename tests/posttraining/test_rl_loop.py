@@ -12,9 +12,10 @@ from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining import rl_loop
-from nemotron_jax.posttraining.curriculum import make_pools, pool, step_tasks, training_task
+from nemotron_jax.posttraining.curriculum import step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import health
+from nemotron_jax.posttraining.players import Here
 from nemotron_jax.posttraining.rl_loop import (
     Rollouts,
     check_rollouts,
@@ -62,33 +63,6 @@ def test_tasks_are_drawn_by_shares_and_none_twice(grpo_config) -> None:
     low = dataclasses.replace(rollout, low_effort=0.25)
     asked = [flag for number in range(50) for flag in step_tasks(low, 0, number)[1]]
     assert 0.15 < np.mean(asked) < 0.35
-
-
-def test_pools_drop_what_is_always_solved_and_begin_with_the_easy(grpo_config, tmp_path) -> None:
-    assert pool([0.5, 1, 0, 0.75]) == [3, 0, 2]
-    assert pool([1, 1]) == [0, 1]
-    # Of the third nothing is known: it is no hard one, and stays.
-    assert pool([0.9, 0.2, np.nan, 1, 0]) == [0, 2, 1, 4]
-    assert pool([np.nan, np.nan]) == [0, 1] and pool([1, np.nan]) == [0, 1]
-    rollout = dataclasses.replace(grpo_config.rl.rollout, environments=NAMES[:2], prompts=4)
-    config = dataclasses.replace(
-        grpo_config, rl=dataclasses.replace(grpo_config.rl, rollout=rollout, pool_tasks=3)
-    )
-    rates = {"arithmetic": [1, 0.2, 0.6], "lookup": [0, 1, 1]}
-    asked = []
-
-    def success(tasks):
-        asked.append(len(tasks))
-        return [rates[task.environment][task.index] for task in tasks]
-
-    path = tmp_path / "pools.json"
-    pools = make_pools(config, success, path)
-    assert pools == {"arithmetic/0": [2, 1], "lookup/0": [0]}
-    assert make_pools(config, success, path) == pools and asked == [6]
-    tasks = step_tasks(rollout, 0, 0, pools)[0] + step_tasks(rollout, 0, 1, pools)[0]
-    played = [task.index for task in tasks if task.environment == "arithmetic"]
-    assert played[:4] == [2, 1, 2, 1]
-    assert tasks[0].id == training_task(NAMES[0], 0, tasks[0].index).id or tasks[0].index == 0
 
 
 def test_permuted_rewards_are_the_same_ones_dealt_out(grpo_config) -> None:
@@ -181,21 +155,10 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
     assert asked[3:] == again  # before and after are played with the same draws
     rl_loop.play_tasks_once(None, None, config, tasks, draw=1)
     assert not set(asked[6:]) & set(again)
-    rates = rl_loop.success_rates(None, None, config)(tasks)
-    np.testing.assert_allclose(rates, [task.index / 16 for task in tasks])
-
-
-def test_a_tasks_success_is_that_of_the_plays_that_count(grpo_config, monkeypatch) -> None:
-    gone = {"verdict": Verdict(0.0, infra_error="gone")}
-    plays = [
-        [episode(1, 0), episode(0, 1), episode(0, 2, **gone)],
-        [episode(1, 0, **gone), episode(1, 1), episode(0, 2, **gone)],
-    ]
-    monkeypatch.setattr(rl_loop, "play_tasks_once", lambda *given, draw: plays[draw - 1])
-    config = tiny_run(grpo_config, pool_samples=2)
-    np.testing.assert_array_equal(
-        rl_loop.success_rates(None, None, config)([TASK] * 3), [1, 0.5, np.nan]
-    )
+    rl_loop.play_tasks_once(None, None, config, tasks[4:], draw=0, first=4)
+    assert asked[9:] == again[1:]  # a part is played as it would be with the rest
+    plays = rl_loop.pool_plays(lambda: None, None, config, Here())
+    np.testing.assert_allclose(plays(tasks, 0, 0), [task.index / 16 for task in tasks])
 
 
 def tiny_run(grpo_config, **rl):

@@ -21,7 +21,7 @@ from nemotron_jax.data.chat.render import (
     Piece,
     pieces,
 )
-from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.data.tokenizer import Tokenizer, fewest_tokens
 
 RESERVED = (TURN, END, THINK, ANSWER, CALL, CALL_END)
 _RESERVED = re.compile("(" + "|".join(map(re.escape, RESERVED)) + ")")
@@ -78,6 +78,22 @@ def encode_prompt(
     every = frozenset(index for index, m in enumerate(messages) if m["role"] == "assistant")
     runs = _runs(pieces(messages, tools, options, generation_prompt=True), every)
     return [token for _, run in runs for token in encode_pieces(tokenizer, run)]
+
+
+def prompt_length(
+    tokenizer: Tokenizer | str,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    options: ChatOptions = DEFAULT,
+) -> int:
+    """The ids of a prompt, or how many they are at least where the tokenizer is yet to be trained.
+
+    Of such a one the pattern is given in its place.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return len(encode_prompt(tokenizer, messages, tools, options))
+    parts = _parts(pieces(messages, tools, options, generation_prompt=True))
+    return sum(1 if reserved else fewest_tokens(text, tokenizer) for text, reserved in parts)
 
 
 def encode_pieces(tokenizer: Tokenizer, run: Sequence[Piece]) -> list[int]:
