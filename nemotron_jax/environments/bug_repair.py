@@ -1,10 +1,9 @@
 """One bug in a small module: repaired when its tests pass and every other test still does."""
 
-import re
-
 from nemotron_jax.environments import coding
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.fences import fenced
 from nemotron_jax.environments.turns import Turn
 
 # Functions of one list `xs`, with constants {a} and {b}: what it does, its lines, and the bugs:
@@ -67,6 +66,10 @@ _FUNCTIONS = (
     ),
 )
 _INPUTS = 8
+# The lines around an edit's two parts. An answer of more edits than this is none: each searches the
+# whole module.
+_SEARCH, _DIVIDER, _REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
+MAX_EDITS = 100
 
 
 class RepairSession(Session):
@@ -166,14 +169,9 @@ class BugRepair(Environment):
         return coding.unavailable()
 
 
-_EDIT = re.compile(
-    r"^<{7} SEARCH\n(.*?)\n={7}\n(.*?)\n?^>{7} REPLACE[ \t]*$", re.MULTILINE | re.DOTALL
-)
-
-
 def edit(before: str, after: str) -> str:
     """An edit in the form that `patched` reads."""
-    return f"<<<<<<< SEARCH\n{before}\n=======\n{after}\n>>>>>>> REPLACE"
+    return f"{_SEARCH}\n{before}\n{_DIVIDER}\n{after}\n{_REPLACE}"
 
 
 def patched(module: str, text: str) -> str | None:
@@ -181,15 +179,36 @@ def patched(module: str, text: str) -> str | None:
 
     What is searched for must stand there exactly once.
     """
-    edits = _EDIT.findall(text) if "<<<<<<< SEARCH" in text else []
+    blocks = fenced(text)
+    # Edits in an indented block lose its indent with it.
+    edits = _edits(text) or [pair for block in blocks for pair in _edits(block)]
     if not edits:
-        blocks = coding.fenced(text)
         return blocks[0] if len(blocks) == 1 else None
+    if len(edits) > MAX_EDITS:
+        return None
     for before, after in edits:
         if module.count(before) != 1:
             return None
         module = module.replace(before, after)
     return module
+
+
+def _edits(text: str) -> list[tuple[str, str]]:
+    """What each whole edit of a text searches for and puts in its place, in one pass."""
+    edits: list[tuple[str, str]] = []
+    parts: list[list[str]] = []  # of the edit that is being read: its search, then its replacement
+    for line in text.replace("\r\n", "\n").split("\n"):
+        mark = line.rstrip(" \t\r")
+        if not parts:
+            parts = [[]] if mark == _SEARCH else []
+        elif len(parts) == 1 and mark == _DIVIDER and parts[0]:
+            parts.append([])
+        elif len(parts) == 2 and mark == _REPLACE:
+            edits.append(("\n".join(parts[0]), "\n".join(parts[1])))
+            parts = []
+        else:
+            parts[-1].append(line)
+    return edits
 
 
 def _module(functions: list[list[str]], sick: int | None) -> str:

@@ -6,17 +6,16 @@ they are compared here: no trick with tests, exits, frames or `__eq__` touches t
 
 import functools
 import json
-import re
 from typing import Any
 
 from nemotron_jax.environments.base import InfraError
+from nemotron_jax.environments.fences import fenced
 from nemotron_jax.environments.sandbox import Limits, Result, Sandbox, SandboxUnavailable, shared
-from nemotron_jax.environments.schema import canonical
+from nemotron_jax.environments.schema import canonical, read_json
 
 # What one answer's code may take; a right answer needs a hundredth of it.
 LIMITS = Limits(wall_s=4.0, cpu_s=3)
 CELL_S = 4.0
-_FENCE = re.compile(r"^```[\w+-]*[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 # Results leave by a descriptor of their own, so that what the code prints is not among them.
 _CALLER = """
@@ -35,11 +34,6 @@ for function, arguments in tests:
     out.write(line + "\\n")
     out.flush()
 """
-
-
-def fenced(text: str) -> list[str]:
-    """The contents of the fenced blocks of a text."""
-    return _FENCE.findall(text)
 
 
 def code_of(text: str) -> str:
@@ -79,17 +73,19 @@ def call_all(code: str, tests: list[tuple[str, list]]) -> list[Any]:
     """What each (function, arguments) of a module gives; None from where the code has ended.
 
     A value stands in a list of its own, so that a function's None is [None]; one that raised or
-    gave what JSON cannot hold is None too.
+    gave what JSON cannot hold is None too. The code can write these lines itself, so nothing that
+    stands in them may end otherwise than in None: `read_json` bounds their depth.
     """
     files = {"solution.py": code}
     result = checked(sandbox().run(_CALLER, files=files, stdin=json.dumps(tests), limits=LIMITS))
     values: list[Any] = []
-    for line in result.stdout.splitlines()[: len(tests)]:
+    for line in result.stdout.split("\n")[: len(tests)]:
         try:
-            row = json.loads(line)
-            values.append([row["value"]] if set(row) == {"value"} else None)
-        except (ValueError, TypeError, RecursionError):
-            values.append(None)
+            row = read_json(line)
+        except ValueError:
+            row = None
+        right = isinstance(row, dict) and set(row) == {"value"}
+        values.append([row["value"]] if right else None)
     return values + [None] * (len(tests) - len(values))
 
 

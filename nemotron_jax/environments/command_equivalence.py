@@ -107,8 +107,7 @@ def _word_counts(tree: Tree, v: dict) -> list[str]:
 
 class CommandSession(Session):
     def score(self) -> Verdict:
-        blocks = coding.fenced(self.text)
-        command = blocks[0] if len(blocks) == 1 else "" if blocks else self.text
+        command = coding.code_of(self.text)
         right = []
         for tree, expected in zip(self.task.data["trees"], self.task.data["expected"]):
             with trees.shell(tree) as shell:

@@ -8,6 +8,7 @@ or `expected_answer` alone (a number, or a text compared without case and outer 
 may also stand in `verifier_metadata`. A row that needs a judge model or code is not supported.
 """
 
+import codecs
 import functools
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,13 @@ class Rows(Environment):
         self.summary = f"Rows of {Path(path).name}"
         self.skipped = 0
         self._drafts: dict[str, list[Draft]] = {"train": [], "held_out": []}
-        for line_number, line in enumerate(Path(path).read_text("utf-8-sig").splitlines(), 1):
+        # Lines end at \n alone: JSON strings may hold the other ends of line that Python knows.
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        for line_number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                draft = _draft(read_json(line))
+                draft = _draft(read_json(line.decode("utf-8")))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if unsupported == "raise":
                     raise ValueError(

@@ -1,12 +1,15 @@
 """Tool specifications as JSON Schema, the check of a call's arguments, and JSON read safely.
 
 The subset of JSON Schema is what tools need: type, enum, const, properties, required,
-additionalProperties (false or true), items, minItems, maxItems, uniqueItems, minimum, maximum,
-minLength, maxLength. One rule is stricter than the standard: 3.0 is not an integer.
+additionalProperties (false, true or a schema), items, minItems, maxItems, uniqueItems, minimum,
+maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, minLength, maxLength. One rule is stricter
+than the standard: 3.0 is not an integer. Elsewhere numbers are compared by value: 1.0 is 1.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 _TYPES = {
@@ -19,13 +22,39 @@ _TYPES = {
     "null": lambda value: value is None,
 }
 _ANNOTATIONS = {"description", "title", "default", "examples", "$schema"}
-_RULES = {
-    *("type", "enum", "const", "properties", "required", "additionalProperties", "items"),
-    *("minItems", "maxItems", "uniqueItems", "minimum", "maximum", "minLength", "maxLength"),
+
+
+def _is_size(value: Any) -> bool:
+    return _TYPES["integer"](value) and value >= 0
+
+
+def _is_name_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+# Rule -> whether a value can stand behind it, and what should. Inner schemas are checked apart.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "type": (lambda value: isinstance(value, str) or _is_name_list(value), "a name or a list"),
+    "enum": (lambda value: isinstance(value, list | tuple) and len(value) > 0, "a list of values"),
+    "const": (lambda value: True, "a value"),
+    "properties": (_TYPES["object"], "an object"),
+    "required": (_is_name_list, "a list of names"),
+    "additionalProperties": (lambda value: isinstance(value, bool | dict), "a boolean or a schema"),
+    "items": (_TYPES["object"], "a schema"),
+    "uniqueItems": (_TYPES["boolean"], "a boolean"),
+    **dict.fromkeys(
+        ("minItems", "maxItems", "minLength", "maxLength"), (_is_size, "an integer of 0 or more")
+    ),
+    **dict.fromkeys(
+        ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+        (_TYPES["number"], "a number"),
+    ),
+    "multipleOf": (lambda value: _TYPES["number"](value) and value > 0, "a number above 0"),
 }
 # What a model may nest, and how many values one call may hold: far above any tool's need, far
 # below what makes a recursive reader fail.
 MAX_DEPTH, MAX_VALUES = 32, 20_000
+_BRACKET = re.compile(r'[\[\]{}"\\]')
 
 
 def tool(
@@ -52,8 +81,11 @@ def check_schema(schema: Any, where: str = "schema") -> None:
     """Raise ValueError where a schema uses what `faults` does not understand."""
     if not isinstance(schema, dict):
         raise ValueError(f"{where}: {schema!r} is not a schema; write a JSON object")
-    if unknown := sorted(set(schema) - _RULES - _ANNOTATIONS):
+    if unknown := sorted(set(schema) - set(_RULES) - _ANNOTATIONS):
         raise ValueError(f"{where}: {unknown} is not supported; use some of {sorted(_RULES)}")
+    for rule, (fits, words) in _RULES.items():
+        if rule in schema and not fits(schema[rule]):
+            raise ValueError(f"{where}: {rule} is {_shown(schema[rule])}; write {words}")
     types = schema.get("type", [])
     for kind in [types] if isinstance(types, str) else types:
         if kind not in _TYPES:
@@ -62,6 +94,8 @@ def check_schema(schema: Any, where: str = "schema") -> None:
         check_schema(inner, f"{where}.{key}")
     if "items" in schema:
         check_schema(schema["items"], f"{where}[]")
+    if isinstance(schema.get("additionalProperties"), dict):
+        check_schema(schema["additionalProperties"], f"{where}.*")
 
 
 def faults(value: Any, schema: dict, where: str = "") -> list[str]:
@@ -89,7 +123,7 @@ def _faults(value: Any, schema: dict, where: str) -> Iterator[str]:
         yield from _size_faults(len(value), schema, "Length", f"{at}a text of", "characters")
     elif isinstance(value, list):
         yield from _size_faults(len(value), schema, "Items", f"{at}a list of", "items")
-        if schema.get("uniqueItems") and len({canonical(item) for item in value}) < len(value):
+        if schema.get("uniqueItems") and not _all_distinct(value):
             yield f"{at}items occur twice"
         if "items" in schema:
             for place, item in enumerate(value):
@@ -97,10 +131,44 @@ def _faults(value: Any, schema: dict, where: str) -> Iterator[str]:
     elif isinstance(value, dict):
         yield from _object_faults(value, schema, where)
     elif _TYPES["number"](value):
-        if "minimum" in schema and not value >= schema["minimum"]:
-            yield f"{at}{_shown(value)} is less than {schema['minimum']}"
-        if "maximum" in schema and not value <= schema["maximum"]:
-            yield f"{at}{_shown(value)} is more than {schema['maximum']}"
+        for rule, (keeps, words) in _BOUNDS.items():
+            if rule in schema and not keeps(value, schema[rule]):
+                yield f"{at}{_shown(value)} is {words} {schema[rule]}"
+
+
+def _is_multiple(value: float, step: float) -> bool:
+    """By the decimals as they are written: 0.3 is a multiple of 0.1."""
+    try:
+        over, under = (n if isinstance(n, int) else Fraction(repr(n)) for n in (value, step))
+    except ValueError:  # an infinity
+        return False
+    return Fraction(over) % under == 0
+
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "minimum": (lambda value, bound: value >= bound, "less than"),
+    "maximum": (lambda value, bound: value <= bound, "more than"),
+    "exclusiveMinimum": (lambda value, bound: value > bound, "not above"),
+    "exclusiveMaximum": (lambda value, bound: value < bound, "not below"),
+    "multipleOf": (_is_multiple, "not a multiple of"),
+}
+
+
+def _all_distinct(items: list) -> bool:
+    """Whether no two items are equal as JSON; what is no JSON counts as twice there."""
+    try:
+        return len({canonical(_by_value(item)) for item in items}) == len(items)
+    except (TypeError, ValueError):
+        return False
+
+
+def _by_value(value: Any) -> Any:
+    """A value with its whole numbers as integers, so that 1.0 and 1 are written alike."""
+    if isinstance(value, dict):
+        return {key: _by_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_value(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _size_faults(size: int, schema: dict, rule: str, what: str, unit: str) -> Iterator[str]:
@@ -116,15 +184,21 @@ def _object_faults(value: dict, schema: dict, where: str) -> Iterator[str]:
     for key in schema.get("required", ()):
         if key not in value:
             yield f"{at}{key!r} is missing"
+    others = schema.get("additionalProperties", True)
     for key, item in value.items():
-        if key in properties:
-            yield from _faults(item, properties[key], f"{where}.{key}" if where else str(key))
-        elif not schema.get("additionalProperties", True):
+        inner = properties.get(key, others)
+        if inner is False:
             yield f"{at}{_shown(key)} is unknown; the names are {sorted(properties)}"
+        elif inner is not True:
+            name = key if isinstance(key, str) else _shown(key)
+            yield from _faults(item, inner, f"{where}.{name}" if where else name)
 
 
 def example(schema: dict) -> Any:
-    """A value that fits a schema of the supported subset (uniqueItems beyond one item aside)."""
+    """A value that fits a schema of the supported subset, but for two cases.
+
+    These are uniqueItems beyond one item, and bounds that no round number lies between.
+    """
     if "const" in schema:
         return schema["const"]
     if "enum" in schema:
@@ -134,12 +208,31 @@ def example(schema: dict) -> Any:
     if kind == "array":
         return [example(schema.get("items", {}))] * schema.get("minItems", 1)
     if kind == "object":
-        return {key: example(inner) for key, inner in schema.get("properties", {}).items()}
+        known = {key: example(inner) for key, inner in schema.get("properties", {}).items()}
+        others = schema.get("additionalProperties", True)
+        inner = others if isinstance(others, dict) else {}
+        return known | {
+            key: example(inner) for key in schema.get("required", ()) if key not in known
+        }
     if kind == "string":
         return "a" * max(1, schema.get("minLength", 1))
-    return {"boolean": True, "null": None}.get(
-        kind, schema.get("minimum", schema.get("maximum", 1))
-    )
+    return {"boolean": True, "null": None}[kind] if kind in ("boolean", "null") else _number(schema)
+
+
+def _number(schema: dict) -> int | float:
+    """A number within a schema's bounds, a multiple of what it names."""
+    step = schema.get("multipleOf", 1)
+    if "minimum" in schema or "exclusiveMinimum" in schema:
+        above = schema.get("exclusiveMinimum", schema.get("minimum"))
+        number = max(above, schema.get("minimum", above))
+        number = number if "multipleOf" not in schema else -(-number // step) * step
+        return number if number > schema.get("exclusiveMinimum", number - 1) else number + step
+    if "maximum" in schema or "exclusiveMaximum" in schema:
+        below = schema.get("exclusiveMaximum", schema.get("maximum"))
+        number = min(below, schema.get("maximum", below))
+        number = number if "multipleOf" not in schema else number // step * step
+        return number if number < schema.get("exclusiveMaximum", number + 1) else number - step
+    return step
 
 
 def too_large(value: Any) -> bool:
@@ -163,16 +256,27 @@ def too_large(value: Any) -> bool:
 
 def read_json(text: str) -> Any:
     """The value of a JSON text; ValueError for anything else, NaN and repeated keys included."""
-    depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth -= 1
-    if deepest > MAX_DEPTH:
+    if (deepest := _depth(text)) > MAX_DEPTH:
         raise ValueError(f"JSON nested {deepest} deep; at most {MAX_DEPTH} is read")
     return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a JSON text nest, those in its strings aside."""
+    depth = deepest = 0
+    quoted, skipped = False, -1
+    for match in _BRACKET.finditer(text):
+        character = match[0]
+        if match.start() == skipped:
+            continue
+        if character == "\\":
+            skipped = match.end()  # an escaped quote ends no string
+        elif character == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += 1 if character in "[{" else -1
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def canonical(value: Any) -> str:
@@ -192,7 +296,11 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"
+    try:
+        huge = isinstance(value, int) and abs(value) >= 10**40
+        text = "a huge number" if huge else repr(value)
+    except (ValueError, RecursionError):  # of a huge number within, or of what nests deep
+        text = "a huge value"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

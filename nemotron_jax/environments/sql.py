@@ -111,8 +111,7 @@ class SqlSession(Session):
 
     def score(self) -> Verdict:
         data = self.task.data
-        blocks = coding.fenced(self.text)
-        sql = blocks[0] if len(blocks) == 1 else "" if blocks else self.text
+        sql = coding.code_of(self.text)
         # SQLite runs an empty statement without complaint, and gives no rows.
         replies = run_query(sql, data["databases"]) if sql.strip() else [{}] * len(data["expected"])
         right = [same(reply.get("rows"), rows) for reply, rows in zip(replies, data["expected"])]

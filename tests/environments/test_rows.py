@@ -94,3 +94,18 @@ def test_a_row_that_cannot_be_judged_is_named_or_skipped(bad: str, tmp_path: pat
         Rows(path)
     environment = Rows(path, unsupported="skip")
     assert len(environment) == 1 and environment.skipped == 1
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: pathlib.Path) -> None:
+    """JSON strings hold the line ends of Unicode as they are; a bad row counts once."""
+    text = "2+2?" + "".join(map(chr, (0x2028, 0x2029, 0x85))) + "A number."
+    rows = [row(text, expected_answer="4"), row("1+3?", expected_answer="4")]
+    lines = [json.dumps(one, ensure_ascii=False).encode() for one in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\n\n")
+    assert len(Rows(path)) == 2
+    path.write_bytes(b"\n".join([*lines, b'{"a\xe2\x80\xa8b"', b'"\xff"', lines[0]]))
+    environment = Rows(path, unsupported="skip")
+    assert len(environment) == 3 and environment.skipped == 2
+    with pytest.raises(ValueError, match="line 3"):
+        Rows(path)

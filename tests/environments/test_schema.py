@@ -61,11 +61,72 @@ def test_values_are_judged_as_jsonschema_judges_them() -> None:
     assert 40 < sum(verdicts) < 360
 
 
+NUMBERS = (0, 1, 1.0, 0.5, 0.3, -2, -2.5, 7, 1e300, 10**25, float("inf"))
+
+
+def test_numbers_are_judged_by_value_as_jsonschema_judges_them() -> None:
+    """Bounds, steps, sameness of 1 and 1.0, and objects whose other keys have a schema."""
+    jsonschema = pytest.importorskip("jsonschema")
+    rules = [{"minimum": 0.5}, {"maximum": 1}, {"exclusiveMinimum": 1}, {"exclusiveMaximum": 0.3}]
+    rules += [{"multipleOf": 2}, {"enum": [1, 0.3, True]}, {"const": 7.0}, {"const": False}]
+    pairs = [(value, rule) for rule in rules for value in (*NUMBERS[:-1], True, False, "1", None)]
+    others = ({"type": "integer"}, {}, True, False, {"additionalProperties": {"enum": [1]}})
+    objects = ({"a": "x"}, {"b": 1}, {"b": "x"}, {"b": None, "c": {"d": 1.0}}, {"c": {"d": 2}})
+    for inner in others:
+        schema = {"properties": {"a": {"type": "string"}}, "additionalProperties": inner}
+        pairs += [(value, schema) for value in objects]
+    lists = ([1, 1.0], [1, True], [{"a": 1}, {"a": 1.0}], [[0], [False]], [0, -0.0], ["1", 1])
+    pairs += [(value, {"uniqueItems": True}) for value in lists]
+    for value, schema in pairs:
+        check_schema(schema)
+        right = jsonschema.Draft202012Validator(schema).is_valid(value)
+        assert (not faults(value, schema)) == right, (schema, value)
+    assert not faults(0.3, {"multipleOf": 0.1}) and faults(0.35, {"multipleOf": 0.1})
+    assert faults(float("inf"), {"multipleOf": 2}) and faults(float("nan"), {"minimum": 0})
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"minimum": "3"}, {"maxItems": -1}, {"minLength": "a"}, {"required": "a"}, {"enum": []},
+     {"properties": []}, {"items": [{}]}, {"type": [[]]}, {"type": 3}, {"multipleOf": 0},
+     {"uniqueItems": 1}, {"additionalProperties": "no"},
+     {"additionalProperties": {"pattern": "x"}}, {"additionalProperties": {"minimum": None}}],
+)  # fmt: skip
+def test_a_rule_whose_value_means_nothing_is_refused(schema: dict) -> None:
+    with pytest.raises(ValueError, match="write|not supported|not a schema"):
+        check_schema(schema)
+
+
+def test_no_value_makes_the_check_raise() -> None:
+    odd = (
+        {1, 2},
+        b"x",
+        object(),
+        10**5000,
+        [10**5000],
+        {1: 2, "a": 3},
+        {("a",): 1},
+        "\ud800",
+        (1,),
+    )
+    rules = ({"type": "string"}, {"uniqueItems": True}, {"enum": [1]}, {"const": "a"},
+             {"additionalProperties": {"type": "null"}}, {"additionalProperties": False},
+             {"items": {"type": "string"}}, {"multipleOf": 0.1}, {"maximum": 1.5})  # fmt: skip
+    for value in odd:
+        for schema in rules:
+            faults(value, schema)
+            faults([value, value], schema)
+
+
 def test_an_example_fits_its_schema() -> None:
     draws = Draws("example")
     for _ in range(200):
         schema = random_schema(draws)
         assert not faults(example(schema), schema), schema
+    for schema in ({"exclusiveMinimum": 3, "multipleOf": 4}, {"exclusiveMaximum": 0},
+                   {"maximum": 5}, {"minimum": 5, "exclusiveMinimum": 5},
+                   {"multipleOf": 3, "maximum": -1}):  # fmt: skip
+        assert not faults(example(schema | {"type": "number"}), schema), schema
 
 
 @pytest.mark.parametrize(
