@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.rl.pool_tasks = 0
     config.rl.objective.kl_weight = 1e-4
     config.rl.preference.judge = "http://127.0.0.1:8000/v1"
+    config.rl.preference.judge_format = "genrm"
     config.rl.preference.environments = COMPARED
     config.rl.preference.reasoning_weight = 0.3
     config.rl.preference.answer_weight = 0.35

@@ -171,6 +171,7 @@ def test_super_is_reinforced_by_comparison_with_the_published_figures() -> None:
     assert schedule.warmup_tokens == 10 * config.data.batch_size * config.data.sequence_length
     weights = (preference.reasoning_weight, preference.answer_weight, preference.style_weight)
     assert weights == (0.3, 0.35, 0.05) and preference.shortest_bonus == 0.5
+    assert preference.judge_format == "genrm"
     assert set(preference.environments) < set(rollout.environments) < set(registry)
     with_kl = dataclasses.replace(before.rl.objective, kl_weight=1e-4)
     assert config.rl.objective == with_kl and config.training.optimizer == before.training.optimizer

@@ -18,6 +18,7 @@ CUT_OFF_CALLS = ("invalid", "keep")
 OVERLONG = ("keep", "mask")
 SAMPLERS = ("side_by_side", "engine")
 WORKER_KINDS = ("processes", "ray")
+JUDGE_FORMATS = ("words", "genrm")
 REWARDS = ("earned", "permuted", "demonstrations")
 
 
@@ -114,27 +115,35 @@ class RolloutConfig:
 class PreferenceConfig:
     """Rewards by comparing the answers of a group with each other, pair by pair in a ring.
 
-    `environments` are the names of those that are paid so; the others pay their own rewards beside
-    them. `judge`: empty for the environments' own rewards everywhere, `rules` for a comparison of
-    those, or the address of a server of OpenAI's chat completions, such as `http://host:8000/v1`.
-    The weights are those of the released stage of verified rewards; configs/rlhf_super.py has those
-    of the stage of preferences.
+    `environments` are the names of those that are paid so, 1 to 5; the others pay their own rewards
+    beside them. `judge`: empty for the environments' own rewards everywhere, `rules` for a
+    comparison of those, or the address of a server of OpenAI's chat completions, such as
+    `http://host:8000/v1`. `judge_format`: `words` asks any model which answer is better; `genrm`
+    has NVIDIA's generative reward models score both (roles response_1, response_2 and, where it is
+    set, principle). The weights are those of the released stage of verified rewards;
+    configs/rlhf_super.py has those of the stage of preferences.
     """
 
     judge: str = ""
     environments: tuple[str, ...] = ()  # all of the run where none is named
     judge_model: str = ""
-    judge_timeout_s: float = 120.0
+    judge_format: str = "words"
+    judge_principle: str = ""  # what a genrm judge is to go by, if its template has that role
+    judge_key_variable: str = ""  # the environment variable that holds the server's key
+    judge_timeout_s: float = 120.0  # from a question to the end of its reply
     judge_calls: int = 64  # comparisons that are asked for at one time
     reasoning_weight: float = 0.1  # for short reasoning
     answer_weight: float = 0.1  # for short answers
-    style_weight: float = 0.1  # for few marks of markdown
+    style_weight: float = 0.1  # for few headers, lists, bold words and emoji
     shortest_bonus: float = 0.5  # for the shortest reasoning, the shortest answer of the best fifth
 
     def __post_init__(self) -> None:
         known = self.judge in ("", "rules") or self.judge.startswith(("http://", "https://"))
         check(self, "judge", known, "must be empty, 'rules' or an address http://… or https://…")
         not_negative(self, "reasoning_weight", "answer_weight", "style_weight", "shortest_bonus")
+        one_of(self, "judge_format", JUDGE_FORMATS)
+        plain = not self.judge_principle or self.judge_format == "genrm"
+        check(self, "judge_principle", plain, "must be empty without judge_format='genrm'")
         positive(self, "judge_timeout_s")
         at_least_one(self, "judge_calls")
 

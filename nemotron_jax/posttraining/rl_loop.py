@@ -202,6 +202,10 @@ def check_rollouts(config: RunConfig) -> None:
     names, compared = {one.name for one, _ in sources}, config.rl.preference.environments
     rule = f"must be among those that are played: {', '.join(sorted(names))}"
     check_value("PreferenceConfig", "environments", compared, names.issuperset(compared), rule)
+    if config.rl.preference.judge:
+        make_judge(
+            config.rl.preference
+        )  # refuses a key that is not there, before anything is played
     data, rollout, needed = config.data, config.rl.rollout, rows_needed(config)
     rule = f"must be at least rl.rollout.max_tokens={rollout.max_tokens}, the longest episode"
     check_value("DataConfig", "sequence_length", data.sequence_length, needed > 0, rule)

@@ -16,6 +16,7 @@ from nemotron_jax.posttraining.curriculum import step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import health
 from nemotron_jax.posttraining.players import Here
+from nemotron_jax.posttraining.preference import rule_judge
 from nemotron_jax.posttraining.rl_loop import (
     Rollouts,
     check_rollouts,
@@ -114,8 +115,8 @@ def test_an_unjudged_episode_counts_for_nothing(grpo_config) -> None:
     preference = dataclasses.replace(grpo_config.rl.preference, judge="rules")
     found = judged([episode(1, 0), episode(0, 0)], preference, lambda first, second: None)
     assert not any(one.counted for one in found)
-    found = judged([episode(0.2, 0), episode(0.1, 0)], preference, lambda first, second: 1.0)
-    assert [one.reward for one in found] == [1, 0]
+    found = judged([episode(1, 0), episode(0, 0)], preference, rule_judge)
+    assert [one.reward for one in found] == [4.5, 2.5]
 
 
 def test_only_the_named_environments_are_paid_by_comparison(grpo_config) -> None:
@@ -125,9 +126,9 @@ def test_only_the_named_environments_are_paid_by_comparison(grpo_config) -> None
         grpo_config.rl.preference, judge="rules", environments=("arithmetic",)
     )
     gone = episode(0, 0, verdict=Verdict(0.0, infra_error="gone"))
-    given = [episode(0.2, 0), own[0], episode(0.1, 0), own[1], gone]
-    found = judged(given, preference, lambda first, second: 1.0)
-    assert [one.reward for one in found] == [1, 0.25, 0, 0.75, 0]
+    given = [episode(1, 0), own[0], episode(0, 0), own[1], gone]
+    found = judged(given, preference, rule_judge)
+    assert [one.reward for one in found] == [4.5, 0.25, 2.5, 0.75, 0]
     assert [one.counted for one in found] == [True] * 4 + [False]
     preference = dataclasses.replace(preference, environments=("lookup",))
     config = dataclasses.replace(
