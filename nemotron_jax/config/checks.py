@@ -53,6 +53,12 @@ def counts(config: Any, *fields: str) -> None:
         check(config, field, getattr(config, field) >= 0, "must not be negative")
 
 
+def at_most(config: Any, limit: float, *fields: str) -> None:
+    """No named field is above a limit that nothing useful comes near."""
+    for field in fields:
+        check(config, field, getattr(config, field) <= limit, f"must be at most {limit:,}")
+
+
 def positive(config: Any, *fields: str) -> None:
     """Every named field is a finite number above 0."""
     for field in fields:

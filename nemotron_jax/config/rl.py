@@ -1,9 +1,11 @@
 """How a model plays tasks, and how what it earned moves it: reinforcement learning."""
 
 import dataclasses
+from urllib.parse import urlsplit
 
 from nemotron_jax.config.checks import (
     at_least_one,
+    at_most,
     check,
     counts,
     is_finite,
@@ -20,6 +22,12 @@ SAMPLERS = ("side_by_side", "engine")
 WORKER_KINDS = ("processes", "ray")
 JUDGE_FORMATS = ("words", "genrm")
 REWARDS = ("earned", "permuted", "demonstrations")
+
+# Far above any use, so that a slip of the keyboard is found before hours of fine-tuning: slots and
+# workers are made at the start, tasks are drawn and held at the start, and waits outlast a run.
+MOST_SLOTS, MOST_WORKERS, MOST_TASKS, LONGEST_WAIT_S = 65_536, 4_096, 1_000_000, 604_800
+# Beyond these float32 has no logits left, or the policy plays at random.
+COLDEST, HOTTEST = 0.01, 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +101,24 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "prompts", "generations", "max_tokens", "max_turn_tokens", "max_turns")
-        at_least_one(self, "low_effort_tokens")
+        at_least_one(self, "low_effort_tokens", "slots")
         counts(self, "workers")
+        at_most(self, MOST_SLOTS, "slots")
+        at_most(self, MOST_WORKERS, "workers")
+        rule = "must be at least 2: what an episode is worth is seen beside the others of its group"
+        check(self, "generations", self.generations > 1, rule)
+        rule = "must be at least 2: a prompt has a token, and a turn another"
+        check(self, "max_tokens", self.max_tokens > 1, rule)
         positive(self, "temperature", "timeout_s")
+        at_most(self, LONGEST_WAIT_S, "timeout_s")
+        within = COLDEST <= self.temperature <= HOTTEST
+        check(self, "temperature", within, f"must lie between {COLDEST} and {HOTTEST}")
         not_negative(self, "low_effort")
         check(self, "low_effort", self.low_effort <= 1, "must be a share, at most 1")
         valid = all(is_finite(share) and share > 0 for share in self.shares)
         matched = len(self.shares) in (0, len(self.environments))
         rule = f"must give each of the {len(self.environments)} environments a positive share"
         check(self, "shares", valid and matched, rule)
-        at_least_one(self, "slots")
         one_of(self, "sampler", SAMPLERS)
         rule = "must be 1 with sampler='engine', which tells log-probabilities of temperature 1; "
         plain = self.sampler != "engine" or self.temperature == 1
@@ -138,14 +154,28 @@ class PreferenceConfig:
     shortest_bonus: float = 0.5  # for the shortest reasoning, the shortest answer of the best fifth
 
     def __post_init__(self) -> None:
-        known = self.judge in ("", "rules") or self.judge.startswith(("http://", "https://"))
-        check(self, "judge", known, "must be empty, 'rules' or an address http://… or https://…")
+        known = self.judge in ("", "rules") or _is_address(self.judge)
+        rule = "must be empty, 'rules' or the address of a server, such as http://host:8000/v1"
+        check(self, "judge", known, rule)
         not_negative(self, "reasoning_weight", "answer_weight", "style_weight", "shortest_bonus")
         one_of(self, "judge_format", JUDGE_FORMATS)
         plain = not self.judge_principle or self.judge_format == "genrm"
         check(self, "judge_principle", plain, "must be empty without judge_format='genrm'")
         positive(self, "judge_timeout_s")
+        at_most(self, LONGEST_WAIT_S, "judge_timeout_s")
         at_least_one(self, "judge_calls")
+        at_most(self, MOST_WORKERS, "judge_calls")
+
+
+def _is_address(text: str) -> bool:
+    """Whether a request can be sent to it: of http or https, with a host, in printable ASCII."""
+    try:
+        parts = urlsplit(text)
+        named = parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, an open bracket
+        return False
+    plain = all("!" <= letter <= "~" for letter in text)
+    return bool(parts.scheme in ("http", "https") and named and plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +199,7 @@ class RLConfig:
         at_least_one(self, "updates", "held_out_tasks", "result_tasks", "early_turns")
         at_least_one(self, "pool_samples")
         counts(self, "max_age", "pool_tasks", "transcripts")
+        at_most(self, MOST_TASKS, "held_out_tasks", "result_tasks", "pool_tasks", "pool_samples")
         check(self, "max_age", self.max_age <= 1, "must be 0 or 1")
         on_policy = self.updates == 1 or self.objective.ratio == "clipped"
         rule = "must be 1 where objective.ratio='one', since later ones are off the policy; set "

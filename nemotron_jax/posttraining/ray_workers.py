@@ -1,5 +1,6 @@
 """Workers that are actors of a Ray cluster, so that environments play on many machines."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -46,14 +47,19 @@ class _Actor:
         return answered(self._players, question, values)
 
 
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
+def check_ray() -> None:
+    """Raise ValueError where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
         raise ValueError(
             "RolloutConfig.worker_kind='ray': the package ray is not installed; "
             "pip install 'nemotron-jax[rl]' brings it, and worker_kind='processes' needs none"
-        ) from None
+        )
+
+
+def _ray() -> Any:
+    check_ray()
+    import ray  # an optional package
+
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False)
     return ray

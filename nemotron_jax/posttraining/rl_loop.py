@@ -17,7 +17,7 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.chat.render import ChatOptions
 from nemotron_jax.data.chat.tokens import prompt_length
 from nemotron_jax.data.tokenizer import Tokenizer
-from nemotron_jax.environments.base import Task, Verdict
+from nemotron_jax.environments.base import Environment, Task, Verdict
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.curriculum import (
     PoolPlays,
@@ -31,6 +31,7 @@ from nemotron_jax.posttraining.health import health
 from nemotron_jax.posttraining.players import Here, Players
 from nemotron_jax.posttraining.policy_batch import policy_batch, rows_needed
 from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
+from nemotron_jax.posttraining.ray_workers import check_ray
 from nemotron_jax.posttraining.rollout import Episode, Playing, play_episodes
 from nemotron_jax.posttraining.sampler import Sampler, SideBySide
 
@@ -207,13 +208,28 @@ def check_rollouts(config: RunConfig) -> None:
             config.rl.preference
         )  # refuses a key that is not there, before anything is played
     data, rollout, needed = config.data, config.rl.rollout, rows_needed(config)
+    episodes = rollout.prompts * rollout.generations
+    rule = f"must be at most {episodes}, the episodes of a step, each of which one worker plays"
+    check_value("RolloutConfig", "workers", rollout.workers, rollout.workers <= episodes, rule)
+    if rollout.workers and rollout.worker_kind == "ray":
+        check_ray()
+    if config.rl.easy_slip:
+        _check_slip(config.rl.easy_slip, sources, config.seed)
     rule = f"must be at least rl.rollout.max_tokens={rollout.max_tokens}, the longest episode"
     check_value("DataConfig", "sequence_length", data.sequence_length, needed > 0, rule)
     rule = (
-        f"must be at least {needed}, which {rollout.prompts * rollout.generations} episodes of up "
-        f"to {rollout.max_tokens} tokens need in rows of {data.sequence_length}"
+        f"must be at least {needed}, which {episodes} episodes of up to {rollout.max_tokens} "
+        f"tokens need in rows of {data.sequence_length}"
     )
     check_value("DataConfig", "batch_size", data.batch_size, data.batch_size >= needed, rule)
+
+
+def _check_slip(slip: str, sources: Sequence[tuple[Environment, int | None]], seed: int) -> None:
+    known: set[str] = set()
+    for environment, level in sources:
+        known |= environment.slips(environment.split(seed, "train", 0, level=level)).keys()
+    rule = f"must be a slip of an environment that is played: {', '.join(sorted(known))}"
+    check_value("RLConfig", "easy_slip", slip, slip in known, rule)
 
 
 def check_prompts(config: RunConfig, tokenizer: Tokenizer | str) -> None:

@@ -16,6 +16,7 @@ from nemotron_jax.config.model import (
     MoEConfig,
     MTPConfig,
 )
+from nemotron_jax.config.rl import PreferenceConfig, RLConfig, RolloutConfig
 from nemotron_jax.config.run import (
     DataConfig,
     LoggingConfig,
@@ -47,6 +48,27 @@ VALID = {
     [
         (DataConfig, {"sequence_length": 0}, "sequence_length=0"),
         (DataConfig, {"sources": ()}, "sources"),
+        (RolloutConfig, {"generations": 1}, "generations=1: must be at least 2"),
+        (RolloutConfig, {"max_tokens": 1}, "max_tokens=1: must be at least 2"),
+        (RolloutConfig, {"slots": 10**8}, "slots=100000000: must be at most 65,536"),
+        (RolloutConfig, {"workers": 10**6}, "workers=1000000: must be at most 4,096"),
+        (RolloutConfig, {"timeout_s": 1e300}, "timeout_s=1e.300: must be at most 604,800"),
+        (RolloutConfig, {"temperature": 1e-9}, "temperature=1e-09: must lie between"),
+        (RolloutConfig, {"temperature": 1e9}, "temperature=1000000000.0: must lie between"),
+        *(
+            (PreferenceConfig, {"judge": address}, "judge=.* the address of a server")
+            for address in (
+                *("http://", "https://", "http:///v1", "http://:8000/v1", "http://host:port/v1"),
+                *("http://host:99999/v1", "http://host:0", "http://[::1/v1", "http://a b/v1"),
+                *("http://host/\u00e9", "http://h\n/v1", "ftp://host", "host:8000", "rule"),
+            )
+        ),
+        (PreferenceConfig, {"judge_timeout_s": 1e300}, "judge_timeout_s=1e.300"),
+        (PreferenceConfig, {"judge_calls": 10**9}, "judge_calls=1000000000: must be at most"),
+        *(
+            (RLConfig, {name: 10**12}, f"{name}=1000000000000: must be at most 1,000,000")
+            for name in ("held_out_tasks", "result_tasks", "pool_tasks", "pool_samples")
+        ),
         (DataConfig, {"source_weights": (1.0, 1.0)}, "source_weights"),
         (DataConfig, {"source_weights": (-1.0,)}, "source_weights"),
         (DataConfig, {"held_out_fraction": 1.0}, "held_out_fraction=1.0"),
@@ -122,6 +144,21 @@ def test_a_pattern_needs_the_parts_that_it_uses() -> None:
         dataclasses.replace(models.tiny(), attention=None)
     with pytest.raises(ValueError, match="pattern='MQ'"):
         dataclasses.replace(models.tiny(), pattern="MQ")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "rules",
+        "http://host:8000/v1",
+        "https://10.0.0.1/v1/",
+        "http://[::1]:8000/v1",
+        "http://a_b",
+    ],
+)
+def test_a_judges_address_has_a_host(address) -> None:
+    assert PreferenceConfig(judge=address).judge == address
 
 
 def test_configs_are_frozen() -> None:

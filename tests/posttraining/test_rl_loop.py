@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from nemotron_jax.config.rl import ObjectiveConfig
+from nemotron_jax.data.chat.render import ChatOptions
+from nemotron_jax.data.chat.tokens import prompt_length
+from nemotron_jax.data.tokenizer import PHRASE_PATTERN
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
@@ -19,6 +23,7 @@ from nemotron_jax.posttraining.players import Here
 from nemotron_jax.posttraining.preference import rule_judge
 from nemotron_jax.posttraining.rl_loop import (
     Rollouts,
+    check_prompts,
     check_rollouts,
     judged,
     shaped_rewards,
@@ -160,6 +165,47 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
     assert asked[9:] == again[1:]  # a part is played as it would be with the rest
     plays = rl_loop.pool_plays(lambda: None, None, config, Here())
     np.testing.assert_allclose(plays(tasks, 0, 0), [task.index / 16 for task in tasks])
+
+
+@pytest.mark.parametrize(
+    ("rl", "rollout", "message"),
+    [
+        ({"easy_slip": "nothing"}, {}, r"easy_slip='nothing': must be a slip .*left_to_right"),
+        ({}, {"workers": 129}, r"workers=129: must be at most 128, the episodes of a step"),
+        ({}, {"workers": 2, "worker_kind": "ray"}, r"worker_kind='ray': the package ray is not"),
+    ],
+)
+def test_wrong_values_are_found_before_anything_is_trained(
+    grpo_config, monkeypatch, rl, rollout, message
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    rollout = dataclasses.replace(grpo_config.rl.rollout, **rollout)
+    rl = dataclasses.replace(grpo_config.rl, rollout=rollout, **rl)
+    with pytest.raises(ValueError, match=message):
+        check_rollouts(dataclasses.replace(grpo_config, rl=rl))
+
+
+def test_prompts_without_room_to_answer_are_found_before_anything_is_trained(
+    grpo_config, phrases
+) -> None:
+    """By a tokenizer, and by what any tokenizer of its pattern needs at least."""
+    tasks, _ = step_tasks(grpo_config.rl.rollout, grpo_config.seed, 0)
+    options = ChatOptions(enable_thinking=False)
+    for tokenizer, word in ((phrases, "has"), (PHRASE_PATTERN, "has at least")):
+        shortest = min(prompt_length(tokenizer, t.messages, t.tools, options) for t in tasks)
+        for limit in (2, shortest, shortest + 1):
+            rollout = dataclasses.replace(grpo_config.rl.rollout, max_tokens=limit)
+            rl = dataclasses.replace(grpo_config.rl, rollout=rollout)
+            config = dataclasses.replace(grpo_config, rl=rl)
+            if limit > shortest:
+                check_prompts(config, tokenizer)
+                continue
+            message = rf"max_tokens={limit}: the shortest prompt .* {word} {shortest} tokens"
+            with pytest.raises(ValueError, match=message):
+                check_prompts(config, tokenizer)
+    for task in tasks:
+        given = task.messages, task.tools, options
+        assert prompt_length(PHRASE_PATTERN, *given) <= prompt_length(phrases, *given)
 
 
 def tiny_run(grpo_config, **rl):
