@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -150,6 +151,7 @@ class Process:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, make), daemon=True)
+        resource_tracker.ensure_running()  # where it starts, it lets these signals through again
         # It begins with these signals held back, until `serve` knows what to make of them.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
