@@ -80,7 +80,7 @@ def _text(config: RunConfig, workdir: Path) -> tuple:
 
 def _conversations(config: RunConfig, workdir: Path) -> tuple:
     """The same of fine-tuning on conversations."""
-    from nemotron_jax.data.conversations import prepare_conversations
+    from nemotron_jax.data.conversations import prepare_conversations, repetitions
     from nemotron_jax.evaluation.held_out import learned_evaluator
     from nemotron_jax.posttraining.sft import success_evaluator
 
@@ -88,6 +88,8 @@ def _conversations(config: RunConfig, workdir: Path) -> tuple:
     tokenizer, corpus = prepare_conversations(
         config.data, config.sft, config.model.vocab_size, workdir, **options
     )
+    for line in repetitions(corpus, config.data, config.training.steps):
+        print(f"note: {line}")
     batches = corpus.held_out_batches(config.data, 0, config.logging.evaluate_rows)
     played = success_evaluator(tokenizer, config)
     return corpus, {

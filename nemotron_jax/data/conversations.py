@@ -12,7 +12,7 @@ from nemotron_jax.config.run import DataConfig
 from nemotron_jax.config.sft import SFTConfig
 from nemotron_jax.data import messages as sources_of
 from nemotron_jax.data.chat.tokens import RESERVED, ChatTokens, encode_chat, ordinary_texts
-from nemotron_jax.data.corpus import TRAIN_TOKENIZER
+from nemotron_jax.data.corpus import MANY_TIMES, TRAIN_TOKENIZER, times_read
 from nemotron_jax.data.held_out import mix64
 from nemotron_jax.data.messages import (
     MESSAGES,
@@ -145,13 +145,33 @@ def prepare_conversations(
             f"{sum(map(len, train[-1].parts)):,}"
         )
         if not train[-1].parts:
-            raise ValueError(f"data.sources={source!r}: no conversation to train on is left")
+            why = f"; of {len(dropped)} rows dropped the first: {dropped[0]}" if dropped else ""
+            raise ValueError(f"data.sources={source!r}: no conversation to train on is left{why}")
+        if conversations.untold_calls:
+            progress(
+                f"note: {source}: {conversations.untold_calls} conversations call tools and have "
+                "no `tools`: the model is not shown what it may call"
+            )
     kept = _tokenized(held_out, tokenizer, data, sft, dropped)
     if not kept.parts:
         raise ValueError("data.held_out_fraction: no conversation is held out; raise it")
     if dropped:
         progress(f"dropped {len(dropped)} rows, the first: {dropped[0]}")
     return tokenizer, ChatCorpus(tuple(train), kept, _fingerprint(train, kept, tokenizer))
+
+
+def repetitions(corpus: ChatCorpus, data: DataConfig, steps: int) -> list[str]:
+    """How often a run reads the conversations of each source, a line for each."""
+    sizes = [sum(map(len, tokens.parts)) for tokens in corpus.train]
+    lines = []
+    for source, size, times in zip(
+        data.sources, sizes, times_read(sizes, data, steps), strict=True
+    ):
+        advice = ": add conversations, or lower training.steps" if times >= MANY_TIMES else ""
+        lines.append(
+            f"the run reads the {size:,} tokens of {source} {times:,.3g} times over{advice}"
+        )
+    return lines
 
 
 def in_modes(

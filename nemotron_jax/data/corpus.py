@@ -122,17 +122,27 @@ def prepare(
 
 def repetitions(corpus: Corpus, data: DataConfig, steps: int) -> list[str]:
     """A line for each source that a run reads so often that a model learns it by heart."""
-    lines = []
-    rows = steps * data.batch_size
-    for source, weight, part in zip(data.sources, data.source_weights, corpus.train, strict=True):
-        size, length = len(part.tokens), data.sequence_length
-        times = rows * length * weight / sum(data.source_weights) / size
+    lines, length = [], data.sequence_length
+    sizes = [len(part.tokens) for part in corpus.train]
+    for source, size, times in zip(
+        data.sources, sizes, times_read(sizes, data, steps), strict=True
+    ):
         if times >= MANY_TIMES or size < length:
             lines.append(
                 f"{source} has {size:,} training tokens, in rows of {length:,}; the run reads them "
                 f"{times:,.0f} times over: add text, or lower training.steps"
             )
     return lines
+
+
+def times_read(sizes: Sequence[int], data: DataConfig, steps: int) -> list[float]:
+    """How often a run reads each source, whose tokens are counted in `sizes`."""
+    tokens = steps * data.batch_size * data.sequence_length
+    whole = sum(data.source_weights)
+    return [
+        tokens * weight / whole / size
+        for size, weight in zip(sizes, data.source_weights, strict=True)
+    ]
 
 
 def build_corpus(split: Split, tokenizer: Tokenizer, manifest: Manifest) -> Corpus:

@@ -1,5 +1,6 @@
 """Conversations from jsonl files in messages format and from the environments' oracles."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -7,21 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_jax.data.chat.render import (
-    ANSWER,
-    DEFAULT,
-    THINK,
-    ChatOptions,
-    calls_of,
-    text_of,
-)
+from nemotron_jax.data.chat.render import DEFAULT, ChatOptions, text_of
+from nemotron_jax.data.chat_rows import OtherForm, read_row
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Environment, Task
 from nemotron_jax.environments.turns import Turn
 
 MESSAGES, ORACLE, SLIPS = "messages:", "oracle:", "slips:"
-ROLES = ("system", "user", "assistant", "tool")
-_ROW_FIELDS = ("messages", "tools", "chat_template_kwargs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +40,30 @@ class Conversations:
     held_out: tuple[Conversation, ...]
     dropped: tuple[str, ...] = ()  # a line about each row left out
 
+    @property
+    def untold_calls(self) -> int:
+        """Conversations that call tools which the model is not shown."""
+        every = (*self.train, *self.held_out)
+        return sum(not c.tools and any("tool_calls" in m for m in c.messages) for c in every)
+
 
 def read_messages(path: str | Path, held_out_fraction: float, bad_rows: str) -> Conversations:
-    """The conversations of a jsonl file, one object with `messages` a row.
+    """The conversations of a jsonl file, one object with `messages` a row, or of a .json list.
 
     Which side a conversation is on depends on its text alone. A bad row raises ValueError with
     file and row, or is left out where `bad_rows` is `drop`.
     """
     train, held_out, dropped = [], [], []
-    for number, line in _lines(Path(path)):
-        if not line.strip():
-            continue
+    for number, found in _rows(Path(path)):
+        place = f"{path}: row {number}"
         try:
-            conversation = check_row(_parsed(line), origin=f"{path}: row {number}")
+            row = _parsed(found) if isinstance(found, bytes) else found
+            conversation = check_row(row, origin=place)
         except ValueError as error:
             if bad_rows == "error":
-                raise ValueError(
-                    f"{path}: row {number}: {error}; mend the row, or set sft.bad_rows='drop'"
-                ) from None
-            dropped.append(f"{path}: row {number}: {error}")
+                drop = "" if isinstance(error, OtherForm) else ", or set sft.bad_rows='drop'"
+                raise ValueError(f"{place}: {error}; mend the row{drop}") from None
+            dropped.append(f"{place}: {error}")
             continue
         share = int(conversation.digest()[:8], 16) / 2**32
         (held_out if share < held_out_fraction else train).append(conversation)
@@ -74,24 +72,8 @@ def read_messages(path: str | Path, held_out_fraction: float, bad_rows: str) -> 
 
 def check_row(row: Any, *, origin: str = "") -> Conversation:
     """A row as a conversation; ValueError says which message breaks which rule."""
-    if not isinstance(row, Mapping) or not isinstance(row.get("messages"), list):
-        raise ValueError("it is not an object with a list `messages`")
-    messages, tools = row["messages"], row.get("tools") or []
-    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
-        raise ValueError("`tools` is not a list of functions with names")
-    kwargs = row.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, Mapping):
-        raise ValueError("`chat_template_kwargs` is not an object")
-    options = ChatOptions.from_kwargs(kwargs)
-    waiting: set[str] | int = 0
-    for number, message in enumerate(messages):
-        try:
-            waiting = _check_message(message, waiting)
-        except ValueError as error:
-            raise ValueError(f"message {number}: {error}") from None
-    if not any(m["role"] == "assistant" and m.get("weight", 1) for m in messages):
-        raise ValueError("no assistant turn to learn from")
-    return Conversation(tuple(messages), tuple(tools), options, origin)
+    messages, tools, options = read_row(row)
+    return Conversation(messages, tools, options, origin)
 
 
 def oracle_source(name: str) -> tuple[Environment, int | None]:
@@ -167,11 +149,9 @@ def without_reasoning(conversation: Conversation) -> Conversation:
     """The same answers, no turn thought about."""
     messages = []
     for message in conversation.messages:
-        if message["role"] == "assistant":
+        if message.get("reasoning_content"):
             message = {key: v for key, v in message.items() if key != "reasoning_content"}
-            text = text_of(message)
-            if THINK in text and ANSWER in text:
-                message["content"] = text.split(ANSWER)[-1].lstrip("\n")
+            message["content"] = text_of(message).lstrip("\n")  # these stood behind the thinking
         messages.append(message)
     return dataclasses.replace(conversation, messages=tuple(messages))
 
@@ -185,75 +165,62 @@ def split_at_users(conversation: Conversation) -> list[Conversation]:
     """One example for each user turn whose answers are learned, the turns before it as history.
 
     The template leaves out past reasoning, so a conversation that reasons shows each thought only
-    where its own turn is the last; one without reasoning is a single example.
+    where its own turn is the last; one without reasoning is a single example. What an assistant
+    says before the first user turn is an example too.
     """
-    users = [i for i, m in enumerate(conversation.messages) if m["role"] == "user"]
-    keeps = not conversation.options.truncate_history_thinking
-    if len(users) < 2 or keeps or not reasons(conversation):
+    messages = conversation.messages
+    starts = sorted({0, *(i for i, m in enumerate(messages) if m["role"] == "user")})
+    if not conversation.options.truncate_history_thinking or not reasons(conversation):
         return [conversation]
     parts = []
-    for first, stop in zip(users, [*users[1:], len(conversation.messages)], strict=True):
+    for first, stop in zip(starts, [*starts[1:], len(messages)], strict=True):
         history = [
             message | {"weight": 0} if message["role"] == "assistant" else message
-            for message in conversation.messages[:first]
+            for message in messages[:first]
         ]
-        own = conversation.messages[first:stop]
+        own = messages[first:stop]
         if any(m["role"] == "assistant" and m.get("weight", 1) for m in own):
             parts.append(dataclasses.replace(conversation, messages=(*history, *own)))
     return parts
 
 
-def _check_message(message: Any, waiting: set[str] | int) -> set[str] | int:
-    """Checks one message; the calls that replies may still answer, by id or by number."""
-    if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, Mapping) else message
-        raise ValueError(f"role {role!r:.40} is unknown; use one of {', '.join(ROLES)}")
-    text = text_of(message)
-    if message["role"] == "tool":
-        return _answered(message, waiting)
-    if message["role"] != "assistant":
-        return 0
-    calls, reasoning = list(calls_of(message)), message.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise ValueError("`reasoning_content` is not text")
-    if not calls and not text.strip() and not (reasoning or "").strip():
-        raise ValueError("the assistant turn is empty: no content, reasoning or call")
-    ids = {str(call["id"]) for call in message.get("tool_calls") or () if call.get("id")}
-    return ids if len(ids) == len(calls) and calls else len(calls)
-
-
-def _answered(message: Mapping[str, Any], waiting: set[str] | int) -> set[str] | int:
-    name = message.get("tool_call_id")
-    if isinstance(waiting, set) and name is not None:
-        if name not in waiting:
-            raise ValueError(f"the tool reply answers {name!r}, which no call before it has as id")
-        return waiting - {name}
-    left = len(waiting) if isinstance(waiting, set) else waiting
-    if left == 0:
-        raise ValueError("a tool reply without a call of the turn before it")
-    return left - 1
-
-
-def _is_tool(tool: Any) -> bool:
-    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    return isinstance(function, Mapping) and isinstance(function.get("name"), str)
-
-
-def _parsed(line: str) -> Any:
+def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each row with its number: a line as bytes, or the value that a .json list holds.
+
+    Only a line feed ends a line: text may hold U+2028 and its kin.
+    """
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from enumerate(file, start=1)
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            if path.suffix.lower() == ".json" and (rows := _listed(file.read())) is not None:
+                yield from enumerate(rows, start=1)
+                return
+            file.seek(0)
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield number, line
+    except OSError as error:
         raise ValueError(
             f"data.sources: {path} cannot be read ({error}); name a jsonl file in UTF-8"
         ) from error
+
+
+def _listed(content: bytes) -> list | None:
+    """The list that a whole file is, if it is one; it may hold JSON lines all the same."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 def source_names(sources: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from nemotron_jax.data.conversations import (
     in_modes,
     pack_whole,
     prepare_conversations,
+    repetitions,
     token_weights,
 )
 from nemotron_jax.data.loader import TrainLoader
@@ -130,6 +131,32 @@ def test_rows_that_are_too_long_are_an_error_or_counted(prepared) -> None:
     assert max(map(len, corpus.train[0].parts)) <= 40 and "dropped" in told[-1]
     with pytest.raises(ValueError, match="exceed a row of 4"):
         pack_whole([0], [5], 4)
+
+
+def test_a_run_says_how_often_it_reads_its_conversations(prepared) -> None:
+    data, _, _, _, corpus, *_ = prepared
+    tokens = sum(map(len, corpus.train[0].parts))
+    often, once = repetitions(corpus, data, 100), repetitions(corpus, data, 1)
+    share = data.batch_size * data.sequence_length / 2  # of the first source, in a step
+    assert f"{100 * share / tokens:,.3g} times over: add conversations" in often[0]
+    assert len(often) == 2 and once[1].endswith("times over")
+
+
+def test_calls_that_the_model_is_not_shown_are_said(prepared, tmp_path) -> None:
+    data, sft, *_ = prepared
+    call = {"function": {"name": "f", "arguments": {}}}
+    rows = [conversation(number, 2) for number in range(40)]
+    for row in rows[::2]:
+        row["messages"][-1]["tool_calls"] = [call]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"sources": (f"messages:{tmp_path / 'a.jsonl'}",), "source_weights": (1.0,)}
+    told: list[str] = []
+    one = dataclasses.replace(data, **source)
+    prepare_conversations(one, sft, 600, tmp_path, progress=told.append)
+    assert "20 conversations call tools and have no `tools`" in told[-1]
+    (tmp_path / "a.jsonl").write_text('{"conversations": []}\n')
+    with pytest.raises(ValueError, match=r"is left; of 1 rows dropped the first: .*ShareGPT"):
+        prepare_conversations(one, dataclasses.replace(sft, bad_rows="drop"), 600, tmp_path)
 
 
 def test_a_tokenizer_of_phrases_shortens_conversations(prepared, tmp_path) -> None:

@@ -67,7 +67,7 @@ def test_a_bad_row_is_one_line_with_file_and_row(tmp_path, words: str, messages:
         ("[" * 100_000, "not JSON"),
         ("[]", "not an object with a list"),
         ({"messages": "x"}, "not an object with a list"),
-        ({"messages": GOOD[0], "tools": [3]}, "`tools` is not"),
+        ({"messages": GOOD[0], "tools": [3]}, "`tools`: it is not a list"),
         ({"messages": GOOD[0], "chat_template_kwargs": {"effort": 1}}, "effort: unknown"),
         ({"messages": []}, "no assistant turn"),
     ],

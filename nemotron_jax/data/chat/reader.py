@@ -3,6 +3,7 @@
 import re
 
 from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK
+from nemotron_jax.environments.sound import sound_text
 
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
@@ -10,7 +11,6 @@ _TEXT_TAGS = (ANSWER, CALL, CALL_END, END, PARAMETER_END)  # that end a stretch 
 LONGEST = max(map(len, (*_TEXT_TAGS, PARAMETER, FUNCTION, FUNCTION_END, THINK)))
 
 BLANK = re.compile(r"\s*")
-_HALF = re.compile("[\ud800-\udfff]")  # halves of surrogate pairs are no characters
 
 
 def tags_of(*tags: str) -> re.Pattern[str]:
@@ -31,7 +31,7 @@ class TextReader:
 
     def _feed(self, text: str) -> None:
         # What leaves the parser can be written in UTF-8.
-        self._text, self._at = self._text[self._at :] + _HALF.sub("\ufffd", text), 0
+        self._text, self._at = self._text[self._at :] + sound_text(text), 0
 
     def _until(self, tags: re.Pattern[str]) -> tuple[str, str | None]:
         """Text up to the next tag, less one line end before it, and the tag, which is read too.

@@ -5,10 +5,10 @@ tests/golden/chat/renders.json holds what that template gives.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nemotron_jax.data.chat.schemas import strict_json
 from nemotron_jax.data.chat.tools import describe_tools, in_json
 
 Message = Mapping[str, Any]
@@ -54,8 +54,13 @@ class ChatOptions:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
+                name = " ".join(name.split())
                 raise ValueError(
-                    f"chat_template_kwargs.{name}: unknown; the template has {', '.join(known)}"
+                    f"chat_template_kwargs.{name:.40}: unknown; the template has {', '.join(known)}"
+                )
+            if name != "reasoning_budget" and not isinstance(values[name], bool):
+                raise ValueError(
+                    f"chat_template_kwargs.{name}={values[name]!r:.40}: must be true or false"
                 )
         return cls(**values)
 
@@ -152,7 +157,7 @@ def text_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list | tuple):
-        texts = [p.get("text") if isinstance(p, Mapping) else None for p in content]
+        texts = [p.get("text") if _is_text_part(p) else None for p in content]
         if all(isinstance(text, str) for text in texts):
             return "".join(texts)
     raise ValueError(
@@ -161,17 +166,25 @@ def text_of(message: Message) -> str:
     )
 
 
+def _is_text_part(part: Any) -> bool:
+    kinds = ("text", "input_text", "output_text")
+    return isinstance(part, Mapping) and part.get("type", "text") in kinds
+
+
 def calls_of(message: Message) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Name and arguments of each call of an assistant message."""
-    for call in message.get("tool_calls") or ():
-        function = call.get("function", call)
+    calls = message.get("tool_calls") or ()
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            function = {}  # refused below
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments) if arguments.strip() else {}
+                arguments = strict_json(arguments) if arguments.strip() else {}
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"chat: the arguments of a call to {function.get('name')!r} are not JSON "
+                    f"chat: the arguments of a call to {function.get('name')!r:.40} are not JSON "
                     f"({error}); write an object"
                 ) from None
         arguments = {} if arguments is None else arguments
