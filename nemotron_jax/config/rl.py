@@ -22,6 +22,12 @@ SAMPLERS = ("side_by_side", "engine")
 WORKER_KINDS = ("processes", "ray")
 JUDGE_FORMATS = ("words", "genrm")
 REWARDS = ("earned", "permuted", "demonstrations")
+# Mathematics, science and code: where Super's recipe asks for low effort.
+LOW_EFFORT_ENVIRONMENTS = (
+    *("arithmetic", "equational_proof", "equations", "python_tool"),
+    *("multiple_choice", "science_units"),
+    *("bug_repair", "code_tests", "sql"),
+)
 
 # Far above any use, so that a slip of the keyboard is found before hours of fine-tuning: slots and
 # workers are made at the start, tasks are drawn and held at the start, and waits outlast a run.
@@ -93,7 +99,8 @@ class RolloutConfig:
     slots: int = 64  # conversations that the engine decodes at one time
     thinking: bool = False  # whether prompts open the reasoning
     low_effort: float = 0.0  # share of prompts that ask for low effort, with its length reward
-    low_effort_tokens: int = 3000  # of reasoning and answer at which that reward turns negative
+    low_effort_environments: tuple[str, ...] = LOW_EFFORT_ENVIRONMENTS  # names of those that ask
+    low_effort_tokens: int = 3000  # of the last turn at which that reward turns negative
     workers: int = 0  # that play environments; 0 plays them in this process
     worker_kind: str = "processes"  # or "ray": actors of a cluster (extra `rl`)
     timeout_s: float = 60.0  # after which a worker counts as hung

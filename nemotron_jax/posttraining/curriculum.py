@@ -66,8 +66,8 @@ def step_tasks(
     """
     first = number * config.prompts
     chosen = _environment_of_prompts(config, first + config.prompts)
-    generator = np.random.default_rng([seed, number, 1])
-    low_effort = generator.random(config.prompts) < config.low_effort
+    drawn = np.random.default_rng([seed, number, 1]).random(config.prompts)
+    low_effort = drawn < low_effort_chances(config)[chosen[first:]]
     tasks = []
     for prompt in range(first, first + config.prompts):
         name = config.environments[chosen[prompt]]
@@ -78,13 +78,28 @@ def step_tasks(
     return tasks, low_effort.tolist()
 
 
+def low_effort_chances(config: RolloutConfig) -> Float[np.ndarray, "N"]:
+    """How likely a prompt of each of the config's environments asks for low effort: 0 but in those
+    that are to, whose prompts make up the share that the config has of all."""
+    names = [environment.name for environment, _ in played_environments(config)]
+    asks = np.isin(names, config.low_effort_environments)
+    share = _shares(config)[asks].sum()
+    return asks * min(1.0, config.low_effort / share) if share else np.zeros(len(names))
+
+
+def _shares(config: RolloutConfig) -> Float[np.ndarray, "N"]:
+    """The share of prompts of each of the config's environments."""
+    shares = np.array(config.shares or [1.0] * len(config.environments))
+    return shares / shares.sum()
+
+
 def _environment_of_prompts(config: RolloutConfig, count: int) -> Int[np.ndarray, "N"]:
     """The environment's place in the config of each of the first `count` prompts of a run.
 
     Along a sequence of low discrepancy, every stretch of which holds them by their shares.
     """
-    shares = np.array(config.shares or [1.0] * len(config.environments))
-    bounds = np.cumsum(shares) / shares.sum()
+    shares = _shares(config)
+    bounds = np.cumsum(shares)
     points = (np.arange(count) + 0.5) * _GOLDEN % 1.0
     return np.minimum(np.searchsorted(bounds, points, side="right"), len(shares) - 1)
 

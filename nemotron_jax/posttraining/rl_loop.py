@@ -203,6 +203,13 @@ def check_rollouts(config: RunConfig) -> None:
     names, compared = {one.name for one, _ in sources}, config.rl.preference.environments
     rule = f"must be among those that are played: {', '.join(sorted(names))}"
     check_value("PreferenceConfig", "environments", compared, names.issuperset(compared), rule)
+    low_effort, marked = config.rl.rollout.low_effort, config.rl.rollout.low_effort_environments
+    rule = (
+        f"must be 0 where none of low_effort_environments={marked} is played; name some of "
+        f"{', '.join(sorted(names))} there"
+    )
+    asked = not low_effort or bool(names.intersection(marked))
+    check_value("RolloutConfig", "low_effort", low_effort, asked, rule)
     if config.rl.preference.judge:
         make_judge(
             config.rl.preference
@@ -269,7 +276,7 @@ def shaped_rewards(
     """
     paid = np.array(
         [
-            low_effort_reward(e.reward, int(e.own.sum()), config.low_effort_tokens)
+            low_effort_reward(e.reward, e.last_tokens, config.low_effort_tokens)
             if e.low_effort
             else e.reward
             for e in episodes

@@ -72,6 +72,11 @@ class Episode:
         return mask
 
     @property
+    def last_tokens(self) -> int:
+        """Tokens of its last turn."""
+        return self.turns[-1].stop - self.turns[-1].start if self.turns else 0
+
+    @property
     def counted(self) -> bool:
         """Whether its reward means something."""
         return self.verdict.infra_error is None

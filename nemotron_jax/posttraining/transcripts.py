@@ -145,7 +145,7 @@ def _episode(one: dict[str, Any]) -> str:
     notes += ["cut off"] if one["truncated"] else []
     notes += [f"{broken} malformed turns"] if broken else []
     messages = "".join(map(_message, one["messages"]))
-    kind = "right" if one["reward"] > 0.5 else "wrong"
+    kind = "right" if one["verdict"]["reward"] > 0.5 else "wrong"
     notes += [str(said[-1])[:_ANSWER_LETTERS]] if said and said[-1] else []
     heading = html.escape(" · ".join(notes))
     return f'<details class="{kind}"><summary>{heading}</summary>{messages}</details>'

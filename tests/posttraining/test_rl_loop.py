@@ -16,7 +16,7 @@ from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining import rl_loop
-from nemotron_jax.posttraining.curriculum import step_tasks, training_task
+from nemotron_jax.posttraining.curriculum import low_effort_chances, step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import health
 from nemotron_jax.posttraining.players import Here
@@ -35,6 +35,7 @@ from nemotron_jax.training.state import first_state
 
 TASK = registry["arithmetic"].split(0, "train", 0)
 NAMES = ("arithmetic/0", "lookup/0", "needle/0")
+NAMES_ALONE = ("arithmetic", "lookup", "needle")
 
 
 def episode(reward: float, group: int, **fields) -> Episode:
@@ -67,8 +68,22 @@ def test_tasks_are_drawn_by_shares_and_none_twice(grpo_config) -> None:
     assert [task.id for task in again] == [task.id for task in batches[7]]
     assert [task.id for task in step_tasks(rollout, 1, 7)[0]] != [task.id for task in again]
     low = dataclasses.replace(rollout, low_effort=0.25)
-    asked = [flag for number in range(50) for flag in step_tasks(low, 0, number)[1]]
-    assert 0.15 < np.mean(asked) < 0.35
+    marked = [
+        pair for number in range(50) for pair in zip(*step_tasks(low, 0, number), strict=True)
+    ]
+    # A quarter of all prompts, and all of them of mathematics: half of those are of that.
+    assert 0.15 < np.mean([flag for _, flag in marked]) < 0.35
+    assert {task.environment for task, flag in marked if flag} == {"arithmetic"}
+    chances = low_effort_chances(dataclasses.replace(low, low_effort_environments=NAMES_ALONE))
+    assert chances.tolist() == [0.25] * 3
+    chances = low_effort_chances(dataclasses.replace(low, low_effort_environments=("needle",)))
+    assert chances.tolist() == [0, 0, 1]
+    none = dataclasses.replace(low, low_effort_environments=("equations",))
+    config = dataclasses.replace(grpo_config, rl=dataclasses.replace(grpo_config.rl, rollout=none))
+    with pytest.raises(
+        ValueError, match=r"low_effort=0\.25: must be 0 .*equations.*arithmetic, lo"
+    ):
+        check_rollouts(config)
 
 
 def test_permuted_rewards_are_the_same_ones_dealt_out(grpo_config) -> None:
@@ -84,11 +99,11 @@ def test_permuted_rewards_are_the_same_ones_dealt_out(grpo_config) -> None:
 
 def test_length_is_paid_where_low_effort_was_asked_for(grpo_config) -> None:
     rollout = dataclasses.replace(grpo_config.rl.rollout, low_effort_tokens=8)
-    low = {"low_effort": True}  # each has written four tokens: a tenth more for a right one
+    low = {"low_effort": True}  # each ends with a turn of two tokens: 0.15 more for a right one
     episodes = [episode(1, 0), episode(1, 1, **low), episode(0, 1, **low)]
     episodes.append(episode(0, 1, paid=0.5, **low))
     paid = shaped_rewards(episodes, rollout, 0, 0)
-    np.testing.assert_allclose(paid, [1, 1.1, 0, 0.55], rtol=1e-6)
+    np.testing.assert_allclose(paid, [1, 1.15, 0, 0.575], rtol=1e-6)
 
 
 def test_health_is_by_environment_and_leaves_failures_out() -> None:

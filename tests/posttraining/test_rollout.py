@@ -329,7 +329,7 @@ def test_a_prompt_that_cannot_be_encoded_costs_its_episode_alone(phrases, grpo_c
     ],
 )
 def test_turns_that_break_the_format_are_found(text, right) -> None:
-    assert is_well_formed(parse_turn(text + END, tools=TASKS[0].tools)) is right
+    assert is_well_formed(parse_turn(text + END, tools=TASKS[0].tools, strict=True)) is right
 
 
 CALL = "<tool_call>\n<function=calc>\n<parameter=e>\n1+1\n</parameter>\n</function>\n</tool_call>"
@@ -365,7 +365,8 @@ CALL = "<tool_call>\n<function=calc>\n<parameter=e>\n1+1\n</parameter>\n</functi
     ],
 )
 def test_a_thought_that_does_not_end_breaks_nothing(text, right, unclosed, cut_call) -> None:
-    span = turn_span(parse_turn(text, thinking=True, tools=TASKS[0].tools), 0, 1, True, 0)
+    turn = parse_turn(text, thinking=True, tools=TASKS[0].tools, strict=True)
+    span = turn_span(turn, 0, 1, True, 0)
     assert (span.well_formed, span.unclosed, span.cut_call) == (right, unclosed, cut_call)
 
 
@@ -378,7 +379,7 @@ def test_a_right_turn_that_is_cut_off_is_broken_only_within_a_call() -> None:
         if whole[:n].count("<tool_call>") > whole[:n].count("</tool_call>")
     }
     for stop in range(len(whole)):
-        cut = parse_turn(whole[:stop], thinking=True, tools=TASKS[0].tools)
+        cut = parse_turn(whole[:stop], thinking=True, tools=TASKS[0].tools, strict=True)
         span = turn_span(cut, 0, 1, False, 0)
         assert span.unclosed == (stop < thought), whole[:stop]
         assert span.cut_call == (stop in opened) == (not span.well_formed), whole[:stop]
