@@ -30,7 +30,7 @@ from nemotron_jax.training.checkpoint import (
 from nemotron_jax.training.losses import Objective, pretrain_objective
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
-from nemotron_jax.training.plots import draw_loss
+from nemotron_jax.training.plots import draw_curves
 from nemotron_jax.training.progress import Progress
 from nemotron_jax.training.resume import check_resumable
 from nemotron_jax.training.signals import StopSignal, sole_owner
@@ -262,7 +262,8 @@ class _Reporter:
         self._config, self._workdir = config, workdir
         self._evaluators, self._sampler = evaluators, sampler
         self.log = MetricsLog(workdir / metrics_files.FILE_NAME, step)
-        self._samples = SamplesLog(workdir / metrics_files.SAMPLES_NAME, step)
+        samples = workdir / metrics_files.SAMPLES_NAME
+        self._samples = None if sampler is None else SamplesLog(samples, step)
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -343,7 +344,7 @@ class _Reporter:
         return {name: value for found in values for name, value in found.items()}
 
     def _illustrate(self, step: int, model: Nemotron) -> None:
-        draw_loss(self.log.records, self._workdir)
+        draw_curves(self.log.records, self._workdir)
         if self._sampler is not None:
             text = self._sampler(model)
             self._samples.append(step, text)

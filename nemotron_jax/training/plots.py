@@ -1,55 +1,105 @@
-"""The loss curve of a run, and the numbers it shows."""
+"""The curves of a run, and the numbers that they show."""
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemotron_jax.data.atomic import atomic_writer
 
 FOLDER = "plots"
+LOSS, REWARD = "loss.png", "reward.png"
+
+Points = list[tuple[int, float]]
+
+
+def draw_curves(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
+    """The picture of the records of metrics.jsonl: of what is earned where something is, else of
+    the loss."""
+    earns = any("reward" in record for record in records)
+    return (draw_reward if earns else draw_loss)(records, run_directory)
 
 
 def draw_loss(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
-    """plots/loss.png of the records of metrics.jsonl, with its data in plots/loss.json.
+    """plots/loss.png, with its data in plots/loss.json.
 
     Training and held-out loss over tokens; the entropy of single tokens is the line that a model
     which knows their frequencies alone would reach.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import
-    from matplotlib.figure import Figure
-
     shown = {
-        "training loss": _curve(records, "loss"),
-        "held-out loss": _curve(records, "held_out_loss"),
+        "training loss": _curve(records, "tokens", "loss"),
+        "held-out loss": _curve(records, "tokens", "held_out_loss"),
     }
     entropies = [record["unigram_entropy"] for record in records if record.get("unigram_entropy")]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for (name, points), colour in zip(shown.items(), ("tab:blue", "tab:orange"), strict=True):
-        marker = "o" if name == "held-out loss" else None
-        axes.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=colour)
-        if points and marker:
-            axes.plot(*zip(*points, strict=True), marker, color=colour)
+    figure, (axes,) = _figure(run_directory.name, rows=1)
+    _draw(axes, shown, marked="held-out loss")
     if entropies:
         axes.axhline(entropies[-1], color="grey", ls="--", label="entropy of single tokens")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(run_directory.name)
+    _describe(axes, "tokens", "loss (nats per token)")
+    data = {"x": "tokens", "y": "nats per token", **shown}
+    data["entropy of single tokens"] = entropies[-1] if entropies else None
+    return _write(figure, run_directory / FOLDER / LOSS, data)
+
+
+def draw_reward(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
+    """plots/reward.png, with its data in plots/reward.json.
+
+    Above what the episodes of each step earned and held-out success; below the loss of the policy
+    gradient, whose slope alone means something: its height is no measure of what was learned.
+    """
+    steps = "optimizer steps"
+    earned = {
+        "mean reward of a batch": _curve(records, "step", "reward"),
+        "held-out success": _curve(records, "step", "success"),
+    }
+    surrogate = {"policy-gradient surrogate": _curve(records, "step", "loss")}
+    figure, (above, below) = _figure(run_directory.name, rows=2)
+    _draw(above, earned, marked="held-out success")
+    _describe(above, steps, "reward")
+    _draw(below, surrogate)
+    _describe(below, steps, "surrogate loss")
+    data = {"x": steps, "y": "reward", **earned, **surrogate}
+    return _write(figure, run_directory / FOLDER / REWARD, data)
+
+
+def _figure(title: str, rows: int) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.figure import Figure  # half a second to import
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False, height_ratios=[2, 1][:rows])[:, 0]
+    axes[0].set_title(title)
+    return figure, axes
+
+
+def _draw(axes: Any, curves: Mapping[str, Points], marked: str = "") -> None:
+    """The curves that have points, each in its own colour whatever the others have."""
+    colours = dict(zip(curves, ("tab:blue", "tab:orange"), strict=False))
+    for name, points in curves.items():
+        if points:
+            marker = "o" if name == marked else None
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name, color=colours[name])
+
+
+def _describe(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
+
+
+def _write(figure: Any, path: Path, data: Mapping[str, Any]) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    data = {name: [list(point) for point in points] for name, points in shown.items()}
-    data["entropy of single tokens"] = entropies[-1] if entropies else None
-    path = run_directory / FOLDER / "loss.png"
     with atomic_writer(path) as out:
         out.write(image.getvalue())
     with atomic_writer(path.with_suffix(".json")) as out:
-        out.write(json.dumps({"x": "tokens", "y": "nats per token", **data}, indent=1).encode())
+        out.write(json.dumps(data, indent=1).encode())
     return path
 
 
-def _curve(records: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(r["tokens"], r[name]) for r in records if "tokens" in r and r.get(name) is not None]
+def _curve(records: Sequence[dict[str, Any]], x: str, y: str) -> Points:
+    return [(r[x], r[y]) for r in records if x in r and r.get(y) is not None]

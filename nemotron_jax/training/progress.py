@@ -27,8 +27,19 @@ def _evaluated(record: Mapping[str, Any]) -> bool:
     return "held_out_loss" in record or any(name in record for name in _SHOWN)
 
 
+def _reached(record: Mapping[str, Any]) -> str:
+    """What a step's batch reached: the reward where it earned one, since the loss of a policy
+    gradient says nothing of it."""
+    if "reward" not in record:
+        return f"loss {told(record['loss'], 3)}"
+    text = f"reward {told(record['reward'], 3)}"
+    failed = round(record.get("infra_errors") or 0)
+    return f"{text}, {failed} episodes whose environment failed" if failed else text
+
+
 class Progress:
-    """Steps done with loss, tokens/s and time left; evaluations always get a line of their own.
+    """Steps done with loss or reward, speed and time left; an evaluation always gets a line of its
+    own.
 
     The time left is that of the steps at the speed of the latest readings: it leaves out compiling
     and evaluating, as the readings do.
@@ -46,8 +57,7 @@ class Progress:
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Bring what is shown up to the record of a step."""
-        loss, rate = record["loss"], record["tokens_per_second"]
-        text = f"loss {told(loss, 3)}"
+        text, rate = _reached(record), record["tokens_per_second"]
         text += f", {rate:,.0f} tokens/s" if rate else ""
         text += self._left(record)
         if self._bar is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotron_jax.training.metrics import Record
+from nemotron_jax.training.metrics import SAMPLES_NAME, Record
 
 
 def summary(records: Sequence[Record], workdir: Path) -> str:
@@ -21,8 +21,8 @@ def summary(records: Sequence[Record], workdir: Path) -> str:
         "loss curve": workdir / "plots" / "loss.png",
         "checkpoints": workdir / "checkpoints",
     }
-    if (workdir / "samples.txt").exists():
-        rows["samples"] = workdir / "samples.txt"
+    if (samples := workdir / SAMPLES_NAME).exists() and samples.stat().st_size:
+        rows["samples"] = samples
     return "\n".join(f"{name:15}{value}" for name, value in rows.items())
 
 

@@ -11,7 +11,7 @@ from nemotron_jax.config.convert import from_json
 from nemotron_jax.model.accounting import training_flops
 from nemotron_jax.training import metrics
 from nemotron_jax.training.metrics import MetricsLog, SamplesLog, Speed
-from nemotron_jax.training.plots import draw_loss
+from nemotron_jax.training.plots import draw_curves
 from tests.training.runs import LENGTH, ROOT, ROWS, changed, small_run, train
 
 NAMES = {
@@ -67,8 +67,11 @@ def test_the_directory_holds_what_a_run_promises(finished_run):
 
 
 def test_a_plot_of_nothing_is_drawn_too(tmp_path):
-    assert draw_loss([], tmp_path).exists()
-    assert draw_loss([{"tokens": 3, "loss": None}], tmp_path).exists()
+    assert draw_curves([], tmp_path).exists()
+    for name in ("loss", "reward"):
+        records = [{"step": 1, "tokens": 3, name: None}]
+        assert draw_curves(records, tmp_path) == tmp_path / f"plots/{name}.png"
+        assert (tmp_path / f"plots/{name}.png").exists()
 
 
 def test_a_directory_has_one_owner(finished_run):

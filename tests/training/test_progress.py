@@ -2,8 +2,9 @@
 
 import pytest
 
-from nemotron_jax.training import progress
+from nemotron_jax.training import plots, progress
 from nemotron_jax.training.progress import Progress
+from nemotron_jax.training.summary import summary
 
 RECORD = {"step": 5, "tokens": 50, "loss": 1.5, "tokens_per_second": 10.0, "held_out_loss": 1.25}
 
@@ -25,6 +26,69 @@ def test_an_evaluation_is_told_in_one_line(capsys, values: dict, words: str) -> 
     shown.show(RECORD | values)
     shown.close()
     assert capsys.readouterr().out.endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"reward": 0.25, "infra_errors": 0.0}, "step 5/10: reward 0.250, 10 tokens/s"),
+        (
+            {"reward": 0.25, "infra_errors": 3.0},
+            "step 5/10: reward 0.250, 3 episodes whose environment failed, 10 tokens/s",
+        ),
+        ({"reward": None}, "step 5/10: reward not finite, 10 tokens/s"),
+        ({}, "step 5/10: loss 1.500, 10 tokens/s"),
+    ],
+)
+def test_what_is_learned_from_rewards_shows_them(capsys, monkeypatch, values, words) -> None:
+    """And not the loss of the policy gradient, whose height says nothing."""
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    record = {name: value for name, value in RECORD.items() if name != "held_out_loss"}
+    Progress(10, 0).show(record | values)
+    assert capsys.readouterr().out.startswith(words)
+
+
+def legend(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "shown"),
+    [
+        ({}, "loss", [["training loss"]]),
+        ({"held_out_loss": 1.0}, "loss", [["training loss", "held-out loss"]]),
+        (
+            {"reward": 0.5},
+            "reward",
+            [["mean reward of a batch"], ["policy-gradient surrogate"]],
+        ),
+        (
+            {"reward": 0.5, "success": 0.25},
+            "reward",
+            [["mean reward of a batch", "held-out success"], ["policy-gradient surrogate"]],
+        ),
+    ],
+)
+def test_a_picture_names_what_it_shows_and_nothing_else(
+    tmp_path, monkeypatch, values, name, shown
+) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path, data: drawn.append((figure, path)))
+    records = [{"step": n, "tokens": 8 * n, "loss": 1.0} | values for n in (1, 2)]
+    plots.draw_curves(records, tmp_path)
+    ((figure, path),) = drawn
+    assert path == tmp_path / f"plots/{name}.png"
+    assert [legend(axes) for axes in figure.axes] == shown
+
+
+def test_a_summary_names_samples_that_are_there(tmp_path) -> None:
+    records = [{"step": 1, "tokens_per_second": None, "held_out_loss": 1.0}]
+    samples = tmp_path / "samples.txt"
+    assert "samples.txt" not in summary(records, tmp_path)
+    samples.touch()
+    assert "samples.txt" not in summary(records, tmp_path)
+    samples.write_text("step 1\n  x\n")
+    assert str(samples) in summary(records, tmp_path)
 
 
 def test_the_time_left_is_that_of_the_steps_at_their_speed(capsys, monkeypatch) -> None:
