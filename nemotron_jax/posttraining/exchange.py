@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # Bytes of a reply that are read. The longest that is asked for, 16,384 tokens, takes about 100 kB.
-MAX_BYTES = 8 * 2**20
+MAX_BYTES = 2 * 2**20
 
 
 class ExchangeError(Exception):
@@ -47,8 +47,7 @@ def post_json(
         with opener.open(request, timeout=timeout_s) as reply:
             return json.loads(_whole(reply))
     except urllib.error.HTTPError as error:
-        error.close()
-        reason = f"HTTP status {error.code}"
+        reason = f"HTTP status {error.code}: {_said(error)}"
     except Exception as error:  # of a hundred kinds: nothing that a server says may end a run
         reason = f"{type(error).__name__}: {error}"[:200]
     finally:
@@ -56,6 +55,15 @@ def post_json(
     if call.late:
         reason = f"no whole reply within {timeout_s:g} s"
     raise ExchangeError(reason)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says of an error, such as that it has no model of a name."""
+    with error:
+        try:
+            return error.read1(200).decode(errors="replace")
+        except Exception:  # that it says no more
+            return ""
 
 
 def _whole(reply: http.client.HTTPResponse) -> bytes:

@@ -38,7 +38,9 @@ def success_evaluator(
 
     def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
         played = play_tasks(model, tokenizer, tasks, max_new_tokens=config.sft.success_tokens)
-        return {"success": sum(verdict.reward for _, verdict in played) / len(played)}
+        # Where the environment failed, nothing is known of the model.
+        counted = [verdict.reward for _, verdict in played if verdict.infra_error is None]
+        return {"success": sum(counted) / max(len(counted), 1)}
 
     return evaluate
 

@@ -70,7 +70,8 @@ def test_a_whole_reply_is_its_json(answer) -> None:
     [
         (b"", "without response"),
         (b"garbage\r\n\r\n", "BadStatusLine"),
-        (b"HTTP/1.1 500 X\r\nContent-Length: 2\r\n\r\n{}", "HTTP status 500"),
+        (b"HTTP/1.1 404 X\r\nContent-Length: 8\r\n\r\nno model", "HTTP status 404: no model"),
+        (b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\nzz", "HTTP status 500: "),
         (b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\n\r\n", "HTTP status 302"),
         (b"HTTP/1.1 307 X\r\nLocation: file:///etc/hosts\r\n\r\n", "HTTP status 307"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"a": 1}', "IncompleteRead"),

@@ -13,6 +13,7 @@ from nemotron_jax.data.conversations import prepare_conversations
 from nemotron_jax.data.messages import oracle_conversation, oracle_source
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.generate import Generated
+from nemotron_jax.environments.base import Verdict
 from nemotron_jax.posttraining import sft
 
 SOURCE = "oracle:arithmetic/1"
@@ -82,3 +83,13 @@ def test_success_is_the_mean_over_the_oracle_sources_held_out_tasks(tokenizer, m
     assert evaluate(None, config.execution) == {"success": 0.75}
     silent = dataclasses.replace(config, sft=dataclasses.replace(four, success_tasks=0))
     assert sft.success_evaluator(tokenizer, silent) is None
+
+
+def test_success_is_that_of_the_plays_that_count(tokenizer, monkeypatch) -> None:
+    config = from_config_dict(RunConfig, sft_tiny.get_config())
+    verdicts = [Verdict(1.0), Verdict(0.0), Verdict(0.0, infra_error="gone")]
+    monkeypatch.setattr(sft, "play_tasks", lambda *given, **options: [([], v) for v in verdicts])
+    evaluate = sft.success_evaluator(tokenizer, config)
+    assert evaluate(None, None) == {"success": 0.5}
+    del verdicts[:2]
+    assert evaluate(None, None) == {"success": 0.0}
