@@ -1,7 +1,6 @@
 """Models and tokenizers by path: hub directories and directories of runs."""
 
 import dataclasses
-import json
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from nemotron_jax.config.checks import check_value, local_path
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.run import DataConfig, RunConfig
+from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
@@ -135,17 +135,13 @@ def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None 
 
 def _is_run(directory: Path) -> bool:
     """Whether config.json is a run's and not a hub model's; both have that name."""
-    file = directory / "config.json"
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
+    if not (directory / "config.json").exists():
         raise ValueError(
             f"load_pretrained: {directory} holds no config.json; pass the directory of a model or "
             "of a run"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"load_pretrained: {file} cannot be read ({error})") from error
-    return isinstance(config, dict) and "format_version" in config and "model_type" not in config
+        )
+    config = read_object(directory / "config.json", "pass the directory of a model or of a run")
+    return "format_version" in config and "model_type" not in config
 
 
 def _load_run(directory: Path, dtype: str | None, mesh: Mesh | None, *, drop_mtp: bool) -> Nemotron:

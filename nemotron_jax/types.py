@@ -108,6 +108,8 @@ class Origin:
     dtype_exceptions: tuple[tuple[str, str], ...] = ()
     stop_tokens: tuple[int, ...] = ()  # of generation_config.json
     step: int | None = None  # of a run's checkpoint, which holds float32 throughout
+    hub: str = ""  # the directory whose companions, as a chat template, go along when it is saved
+    is_part: bool = False  # the text model of that directory's model of text and images
 
     @property
     def is_run(self) -> bool:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nemotron_jax.config.untrusted import shown
+
 # A URL's scheme, also where pathlib has made one slash of the two. One letter is a drive.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -15,7 +17,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 def check_value(owner: str, field: str, value: object, ok: bool, rule: str) -> None:
     """Raise the ValueError `owner.field=value: rule` unless `ok`; `rule` says the way out."""
     if not ok:
-        raise ValueError(f"{owner}.{field}={value!r}: {rule}")
+        raise ValueError(f"{owner}.{field}={shown(value)}: {rule}")
 
 
 def check(config: Any, field: str, ok: bool, rule: str) -> None:

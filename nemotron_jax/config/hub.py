@@ -8,7 +8,6 @@ say what this project computes (NEUTRAL). `time_step_limit` is the exception: tr
 it, the family's own code honours it, and so does this project.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -17,8 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.untrusted import read_object, shown
 
 MODEL_TYPE = "nemotron_h"
+MOST_SIZE = 2**31 - 1  # of a size or a token id; shapes and ids are 32-bit integers
+MOST_LAYERS = 10_000  # the largest model of the family has 108
+_TEXT_PART = "llm_config"  # of a model that also sees: Nemotron 3.5 Super VL
+_FAMILY = ("nemotron_h", "nemotronh")  # how a larger model's model_type begins, in small letters
 BLOCK_LETTERS = {
     "mamba": "M",
     "linear_attention": "M",
@@ -59,7 +63,8 @@ _LARGEST_FLOAT32 = 3.4028235e38
 def read(source: Mapping | str | os.PathLike) -> dict[str, Any]:
     """The fields of the ModelConfig that a hub configuration describes, a dictionary for each part.
 
-    `source` is the parsed dictionary, a JSON file, or a directory that holds `config.json`. The
+    `source` is the parsed dictionary, a JSON file, or a directory that holds `config.json`; of a
+    model that also sees or hears, the text model under `llm_config` is read and nothing else. The
     blocks may be spelled as `hybrid_override_pattern` or as `layers_block_type` (with the hub's or
     transformers' names), an infinity as bare `Infinity` or as `{"__float__": "Infinity"}`. Parts
     whose letter no pattern uses are left None. Any positive `num_nextn_predict_layers` means one
@@ -67,7 +72,8 @@ def read(source: Mapping | str | os.PathLike) -> dict[str, Any]:
     value, and warns when `num_hidden_layers` disagrees with the blocks, which decide, and of
     dropout.
     """
-    keys = _Keys(source if isinstance(source, Mapping) else _read_json(pathlib.Path(source)))
+    values = source if isinstance(source, Mapping) else _read_json(pathlib.Path(source))
+    keys = _Keys.of_text(values)
     _refuse_other_models(keys)
     pattern = keys.pattern("hybrid_override_pattern", "layers_block_type")
     rule = "give the blocks as this pattern, or as the list layers_block_type"
@@ -100,11 +106,41 @@ def read(source: Mapping | str | os.PathLike) -> dict[str, Any]:
     )
 
 
+def text_config(keys: Mapping) -> Mapping:
+    """The part of a hub configuration that describes the text model: all of it, or what a model of
+    text and images has under `llm_config`."""
+    inner = keys.get(_TEXT_PART)
+    return inner if isinstance(inner, Mapping) else keys
+
+
+def with_text_config(keys: Mapping, text: Mapping) -> Mapping:
+    """The same configuration with another text model."""
+    return text if text_config(keys) is keys else {**keys, _TEXT_PART: text}
+
+
 class _Keys:
     """Typed access to a hub configuration; every failure names the key, the value and the rule."""
 
-    def __init__(self, values: Mapping) -> None:
+    def __init__(self, values: Mapping, path: str = "") -> None:
         self.values = values
+        self._path = path  # before the names of keys in errors
+
+    @classmethod
+    def of_text(cls, values: Mapping) -> "_Keys":
+        """The text model's keys, which may stand within those of a larger model."""
+        inner = values.get(_TEXT_PART)
+        if inner is None:
+            return cls(values)
+        outer = cls(values)
+        rule = "must be an object: the text model's own configuration"
+        outer.check(isinstance(inner, Mapping), _TEXT_PART, inner, rule)
+        kind = values.get("model_type")
+        kind_name = kind.lower() if isinstance(kind, str) else ""
+        known = kind_name.startswith(_FAMILY) and "puzzle" not in kind_name
+        rule = f"holds an {_TEXT_PART}, so it must be one of the family, as 'nemotron_h_omni'"
+        outer.check(known, "model_type", kind, rule)
+        outer.refuse_block_configs()
+        return cls(inner, f"{_TEXT_PART}.")
 
     def value(self, key: str, default: object) -> object:
         """What the file says under any spelling of the key, null for a key that is null."""
@@ -113,13 +149,21 @@ class _Keys:
             return default
         told = [name for name in names if self.values[name] is not None]
         for other in told[1:]:
-            rule = f"contradicts {other}={self.values[other]!r}, another spelling; give one of them"
+            rule = f"contradicts {other}={shown(self.values[other])}, another spelling; give one"
             value = self.values[told[0]]
             self.check(_plain(value) == _plain(self.values[other]), told[0], value, rule)
         return self.values[told[0]] if told else None
 
     def check(self, condition: bool, key: str, value: object, rule: str) -> None:
-        check_value("HubConfig", key, value, condition, rule)
+        check_value("HubConfig", self._path + key, value, condition, rule)
+
+    def refuse_block_configs(self) -> None:
+        """Raise where single blocks have sizes of their own, as a pruned model's do."""
+        value = self.values.get("block_configs")
+        rule = (
+            "must be absent: all blocks of a kind have the same sizes here, so these are not read"
+        )
+        self.check(value is None, "block_configs", value, rule)
 
     def only(self, key: str, *supported: object) -> None:
         value = self.value(key, supported[0])
@@ -131,7 +175,8 @@ class _Keys:
 
     def integer(self, key: str, default: int) -> int:
         value = self.value(key, default)
-        self.check(type(value) is int and value >= 0, key, value, "must be an integer >= 0")
+        valid = type(value) is int and 0 <= value <= MOST_SIZE
+        self.check(valid, key, value, f"must be an integer from 0 to {MOST_SIZE}")
         return value
 
     def token(self, key: str, default: int) -> int:
@@ -140,7 +185,8 @@ class _Keys:
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
             value = value[0]
         value = default if value is None else value
-        self.check(type(value) is int and value >= 0, key, value, "must be a token id or a list")
+        valid = type(value) is int and 0 <= value <= MOST_SIZE
+        self.check(valid, key, value, "must be a token id or a list of them")
         return value
 
     def positive(self, key: str, default: float) -> float:
@@ -160,13 +206,15 @@ class _Keys:
         kinds = self.value(list_key, None)
         if letters is not None:
             known = set(BLOCK_LETTERS.values())
-            valid = isinstance(letters, str) and len(letters) > 0 and set(letters) <= known
-            self.check(valid, pattern_key, letters, "must be a string of the letters M*E-")
+            valid = isinstance(letters, str) and 0 < len(letters) <= MOST_LAYERS
+            valid = valid and set(letters) <= known
+            rule = f"must be a string of the letters M*E-, at most {MOST_LAYERS}"
+            self.check(valid, pattern_key, letters, rule)
         if kinds is None:
             return letters
         names = ", ".join(BLOCK_LETTERS)
-        valid = isinstance(kinds, list | tuple) and len(kinds) > 0
-        self.check(valid, list_key, kinds, "must be a list that is not empty")
+        valid = isinstance(kinds, list | tuple) and 0 < len(kinds) <= MOST_LAYERS
+        self.check(valid, list_key, kinds, f"must be a list of 1 to {MOST_LAYERS} names")
         for index, kind in enumerate(kinds):
             known = isinstance(kind, str) and kind in BLOCK_LETTERS
             self.check(known, f"{list_key}[{index}]", kind, f"must be one of {names}")
@@ -175,7 +223,7 @@ class _Keys:
             letters in (None, listed),
             pattern_key,
             letters,
-            f"contradicts {list_key}, which spells {listed!r}; give one of them",
+            f"contradicts {list_key}, which spells {shown(listed)}; give one of them",
         )
         return listed
 
@@ -193,6 +241,7 @@ class _Keys:
 
 def _refuse_other_models(keys: _Keys) -> None:
     """Raise for a key that asks for another computation than this project's."""
+    keys.refuse_block_configs()
     for key, supported in NEUTRAL.items():
         keys.only(key, *supported)
     # transformers builds `use_bias` and ignores this key; the family's own code wrote them alike.
@@ -203,7 +252,7 @@ def _refuse_other_models(keys: _Keys) -> None:
     for key in ("attention_dropout", "hidden_dropout"):
         if value := keys.value(key, 0.0):
             warnings.warn(
-                f"HubConfig.{key}={value!r} is ignored: nothing is dropped here", stacklevel=4
+                f"HubConfig.{key}={shown(value)} is ignored: nothing is dropped here", stacklevel=4
             )
 
 
@@ -267,13 +316,9 @@ def _mtp(keys: _Keys) -> dict[str, Any] | None:
 
 def _read_json(path: pathlib.Path) -> Mapping:
     file = path / "config.json" if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"from_hf: {file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"from_hf: {file} holds {type(values).__name__}; a JSON object is needed")
-    return values
+    if not file.exists():
+        raise FileNotFoundError(f"from_hf: there is no {file}; name a hub model's directory")
+    return read_object(file, "name a hub model's config.json")
 
 
 def _decoded_float(value: object) -> object:

@@ -163,11 +163,16 @@ class ModelConfig:
 
         Raises ValueError and warns as `hub.read` does.
         """
-        values = hub.read(source)
-        for field, part in PARTS.items():
-            if values[field] is not None:
-                values[field] = part(**values[field])
-        return cls(**values)
+        try:
+            values = hub.read(source)
+            for field, part in PARTS.items():
+                if values[field] is not None:
+                    values[field] = part(**values[field])
+            return cls(**values)
+        except ValueError as error:
+            if isinstance(source, Mapping) or str(source) in str(error):
+                raise
+            raise ValueError(f"{source}: {error}") from None
 
 
 PARTS = {

@@ -1,18 +1,25 @@
 """Writing a model as a hub directory that transformers and `load_pretrained` both read."""
 
+import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from nemotron_jax.config.dtypes import dtype_name
+from nemotron_jax.config.hub import text_config, with_text_config
 from nemotron_jax.config.hub_writer import to_hf
-from nemotron_jax.interop.hf_import import INDEX_FILE, SINGLE_FILE, default_dtype
+from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.untrusted import read_object
+from nemotron_jax.interop.hf_import import default_dtype
 from nemotron_jax.interop.hf_names import hub_tensors
+from nemotron_jax.interop.hub_files import INDEX_FILE, SINGLE_FILE, HubFiles, open_hub
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.types import Origin
@@ -46,12 +53,13 @@ def save_hub(
     staging = _staging(target)
     try:
         origin = model.origin if model.origin is not None else Origin("", "bfloat16")
+        around = _model_around(origin)
         stored = origin.dtype if dtype is None else dtype
         exceptions = dict(origin.dtype_exceptions) if dtype is None else {}
-        _write_tensors(model, staging, stored, exceptions, shard_bytes)
+        tensors = _stored(model, stored, exceptions, around)
+        _write_tensors(tensors, staging, shard_bytes)
         _write_companions(model, staging, origin)
-        # Transformers before 4.56 reads `torch_dtype` alone, and would load float32 without it.
-        config = {**to_hf(model.config, dtype=stored), "dtype": stored}
+        config = _hub_config(model.config, stored, around)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in staging.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(staging / "config.json", file)
@@ -59,6 +67,36 @@ def save_hub(
         _take_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Around:
+    """The directory of a model of text and images, of whose text model a new version is written."""
+
+    keys: dict[str, Any]  # of its config.json
+    files: HubFiles
+
+
+def _model_around(origin: Origin) -> _Around | None:
+    """What the files of the origin hold around the text model; None where that is all."""
+    config = Path(origin.hub) / "config.json"
+    if not origin.is_part:
+        return None
+    keys = read_object(config, "save_pretrained needs the model that this is a part of")
+    return _Around(keys, open_hub(config.parent, keys))
+
+
+def _hub_config(config: ModelConfig, stored: str, around: _Around | None) -> dict[str, Any]:
+    """The config.json of a model stored in a dtype, within that of the model around it."""
+    # Transformers before 4.56 reads `torch_dtype` alone, and would load float32 without it.
+    names = {"torch_dtype": stored, "dtype": stored}
+    if around is None:
+        return {**to_hf(config), **names}
+    text = dict(text_config(around.keys))
+    if ModelConfig.from_hf(around.keys) != config:
+        text = to_hf(config)
+    renamed = lambda keys: {**keys, **{key: names[key] for key in names if key in keys}}
+    return renamed(with_text_config(around.keys, renamed(text)))
 
 
 def _staging(target: Path) -> Path:
@@ -105,10 +143,23 @@ def _take_place(staging: Path, target: Path) -> None:
         shutil.rmtree(retired)
 
 
-def _write_tensors(
-    model: Nemotron, directory: Path, stored: str, exceptions: dict[str, str], shard_bytes: int
-) -> None:
+def _stored(
+    model: Nemotron, stored: str, exceptions: dict[str, str], around: _Around | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor as the files have it, those of the model around it unchanged."""
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(model).items()}
+    for tensor in hub_tensors(model.config, set(arrays)):
+        kind = exceptions.get(tensor.name)
+        dtype = default_dtype(tensor.name, stored) if kind is None else default_dtype("", kind)
+        name = tensor.name if around is None else around.files.stored_name(tensor.name)
+        yield name, np.ascontiguousarray(tensor.to_hub(arrays).astype(dtype))
+    for name, (file, entry) in around.files.others.items() if around else ():
+        yield name, file.read_entry(entry)
+
+
+def _write_tensors(
+    tensors: Iterable[tuple[str, np.ndarray]], directory: Path, shard_bytes: int
+) -> None:
     shards, shard, size, places = 0, {}, 0, {}
 
     def flush() -> None:
@@ -120,13 +171,10 @@ def _write_tensors(
         shard, size = {}, 0
 
     total = 0
-    for tensor in hub_tensors(model.config, set(arrays)):
-        kind = exceptions.get(tensor.name)
-        dtype = default_dtype(tensor.name, stored) if kind is None else default_dtype("", kind)
-        array = np.ascontiguousarray(tensor.to_hub(arrays).astype(dtype))
+    for name, array in tensors:
         if shard and size + array.nbytes > shard_bytes:
             flush()
-        shard[tensor.name] = array
+        shard[name] = array
         size += array.nbytes
         total += array.nbytes
     flush()

@@ -1,8 +1,7 @@
 """Loading a hub directory (config.json and safetensors files) into a model."""
 
-import json
+import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,19 @@ from jax.sharding import Mesh
 
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.dtypes import DTYPES, dtype_name
+from nemotron_jax.config.hub import text_config, with_text_config
 from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.untrusted import read_object, shown
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
+from nemotron_jax.interop.hub_files import open_hub
 from nemotron_jax.interop.parts import Destination
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
+from nemotron_jax.model import accounting
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import abstract_model, flatten, model_shardings, unflatten
 from nemotron_jax.types import Origin
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+_HINT = "download it again, or name the directory of a hub model"
 _LISTED = 20  # names shown of a long list of faults
 _EMBEDDING = "backbone.embeddings.weight"
 MTP = ("keep", "drop")
@@ -43,13 +45,14 @@ def load_hub(
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     directory = Path(path)
-    keys = read_json(directory / "config.json")
+    keys = read_object(directory / "config.json", _HINT)
     _refuse_quantised(directory, keys)
-    if mtp == "drop" and isinstance(keys, dict):
-        keys = {**keys, "num_nextn_predict_layers": 0}
-    config = ModelConfig.from_hf(keys if isinstance(keys, dict) else directory)
-    files = _open_files(directory, drop_mtp=mtp == "drop")
+    config = _model_config(directory, keys, mtp)
+    files = open_hub(directory, keys).files
+    if mtp == "drop":
+        _drop_mtp(files)
     stored = _stored_dtype(directory, keys, files)
+    _refuse_other_size(directory, config, files)
     model = abstract_model(
         config, stored if dtype is None else dtype_name("load_pretrained", dtype)
     )
@@ -67,26 +70,22 @@ def load_hub(
         for name, entry in file.entries.items():
             tensor = tensors[name]
             if any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
-                for parameter, values in tensor.from_hub(file.read(name), shapes):
+                for parameter, values in tensor.from_hub(file.read_finite(name), shapes):
                     into[parameter].write(tensor.index, values)
             if entry.dtype != default_dtype(name, stored):
                 exceptions.append((name, entry.dtype.name))
     parameters = {name: into.pop(name).array() for name in shapes}
     loaded = unflatten(model, parameters)
+    home = str(directory.resolve())
     loaded.origin = Origin(
-        str(directory.resolve()), stored, tuple(sorted(exceptions)), read_stop_tokens(directory)
+        home,
+        stored,
+        tuple(sorted(exceptions)),
+        read_stop_tokens(directory, config.vocab_size),
+        hub=home,
+        is_part=text_config(keys) is not keys,
     )
     return loaded
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file of a directory holds; raises ValueError, naming it, where it is broken."""
-    try:
-        return json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing; pass the directory of a hub model") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); download it again") from None
 
 
 def default_dtype(name: str, stored: str) -> np.dtype:
@@ -97,20 +96,21 @@ def default_dtype(name: str, stored: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if stored == "bfloat16" else np.dtype(stored)
 
 
-def read_stop_tokens(directory: Path) -> tuple[int, ...]:
+def read_stop_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
     """The end-of-sequence ids of generation_config.json, or else of config.json; empty without
     any."""
     file = directory / "generation_config.json"
     if not file.is_file():
         file = directory / "config.json"
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object; download it again")
-    eos = values.get("eos_token_id")
+    keys = read_object(file, _HINT)
+    eos = keys.get("eos_token_id", text_config(keys).get("eos_token_id"))
     tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(token) is int for token in tokens):
-        raise ValueError(f"{file}: eos_token_id={eos!r} must be a token id or a list of them")
-    return tuple(tokens)
+    if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
+        raise ValueError(
+            f"{file}: eos_token_id={shown(eos)} must be a token id below vocab_size={vocab_size} "
+            "or a list of them"
+        )
+    return tuple(dict.fromkeys(tokens))
 
 
 def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> str:
@@ -118,83 +118,61 @@ def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> 
 
     Raises ValueError for one that no model is stored in.
     """
-    named = keys.get("dtype") or keys.get("torch_dtype") or "auto"
+    text = text_config(keys)
+    names = [part.get(key) for part in (text, keys) for key in ("dtype", "torch_dtype")]
+    named = next((name for name in names if name), "auto")
     if named != "auto":
         return dtype_name(str(directory / "config.json"), named)
     found = [file.entries[_EMBEDDING].dtype.name for file in files if _EMBEDDING in file.entries]
     return found[0] if found and found[0] in DTYPES else "bfloat16"
 
 
-def _refuse_quantised(directory: Path, keys: Any) -> None:
+def _refuse_quantised(directory: Path, keys: dict[str, Any]) -> None:
     """Raise ValueError for a quantised checkpoint: its codes mean nothing without their scales."""
-    recipe = keys.get("quantization_config") if isinstance(keys, dict) else None
+    recipes = [part.get("quantization_config") for part in (keys, text_config(keys))]
+    recipe = next((recipe for recipe in recipes if recipe is not None), None)
     file = directory / "config.json"
     if recipe is None:
         file = directory / "hf_quant_config.json"
         if not file.is_file():
             return
-        recipe = read_json(file)
+        recipe = read_object(file, _HINT)
     recipe = recipe.get("quantization", recipe) if isinstance(recipe, dict) else {}
+    recipe = recipe if isinstance(recipe, dict) else {}
     name = recipe.get("quant_algo") or recipe.get("quant_method") or "an unknown format"
     raise ValueError(
-        f"{directory} is quantised ({name}, {file.name}): its matrices are codes with scales, "
-        "which are not read yet; load the model's bfloat16 checkpoint"
+        f"{directory} is quantised ({str(name)[:40]}, {file.name}): its matrices are codes with "
+        "scales, which are not read yet; load the model's bfloat16 checkpoint"
     )
 
 
-def _open_files(directory: Path, *, drop_mtp: bool) -> list[SafetensorsFile]:
-    """The directory's files, their tensors under the names of the hub's own checkpoints."""
-    index = directory / INDEX_FILE
-    owner = _shards(index) if index.is_file() else {}
-    names = sorted(set(owner.values())) or [SINGLE_FILE]
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{directory}: files are missing: {', '.join(missing)}; download them again"
-        )
-    files = [SafetensorsFile(directory / name) for name in names]
-    for file in files:  # a copy of a tensor in a shard that the index does not name is stale
-        for tensor in [
-            name for name in file.entries if owner.get(name, file.path.name) != file.path.name
-        ]:
-            del file.entries[tensor]
-    rename = _renaming({name for file in files for name in file.entries})
-    for file in files:
-        entries = {rename(name): entry for name, entry in file.entries.items()}
-        kept = {n: e for n, e in entries.items() if not (drop_mtp and n.startswith("mtp."))}
-        file.entries = kept
-    return files
-
-
-def _renaming(names: set[str]) -> Callable[[str], str]:
-    """From the names of a checkpoint to the hub's: a language model inside another, or saved by
-    transformers under its own names."""
-    outer = "language_model."
-    outer = outer if not any(n.startswith("backbone.") for n in names) else ""
-    inner = {name.removeprefix(outer) for name in names}
-    is_renamed = any(n.startswith("model.") for n in inner) and not any(
-        n.startswith("backbone.") for n in inner
-    )
-
-    def rename(name: str) -> str:
-        name = name.removeprefix(outer)
-        if is_renamed and name.startswith("model."):
-            return "backbone." + name.removeprefix("model.")
-        return name
-
-    return rename
-
-
-def _shards(index: Path) -> dict[str, str]:
-    """The file of each tensor."""
+def _model_config(directory: Path, keys: dict[str, Any], mtp: str) -> ModelConfig:
+    text = text_config(keys)
+    if mtp == "drop":
+        text = {**text, "num_nextn_predict_layers": 0}
     try:
-        return {
-            name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return ModelConfig.from_hf(with_text_config(keys, text))
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from None
+
+
+def _drop_mtp(files: list[SafetensorsFile]) -> None:
+    for file in files:
+        file.entries = {n: e for n, e in file.entries.items() if not n.startswith("mtp.")}
+
+
+def _refuse_other_size(directory: Path, config: ModelConfig, files: list[SafetensorsFile]) -> None:
+    """Raise ValueError where config.json describes far more than the files hold: so much that
+    listing what is missing would take all memory."""
+    described = sum(accounting.hub_tensors(config)), accounting.parameters(config).total
+    entries = [entry for file in files for entry in file.entries.values()]
+    held = len(entries), sum(math.prod(entry.shape) for entry in entries)
+    if described[0] > 10 * held[0] + 100_000 or described[1] > 100 * held[1] + 10**9:
         raise ValueError(
-            f"{index}: not an index of safetensors files ({error!r}); download it again"
-        ) from error
+            f"{directory}: config.json describes {described[0]} tensors of {described[1]} "
+            f"parameters, and its files hold {held[0]} of {held[1]}; compare config.json with the "
+            "files"
+        )
 
 
 def _check(
@@ -207,14 +185,15 @@ def _check(
         for name, entry in file.entries.items():
             if entry.dtype.name not in (*DTYPES, "float64"):
                 raise ValueError(
-                    f"{file.path}: tensor {name} is stored as {entry.dtype.name}, codes that mean "
-                    "nothing without their scales; load the model's bfloat16 checkpoint"
+                    f"{file.path}: tensor {shown(name)} is stored as {entry.dtype.name}, codes "
+                    "that mean nothing without their scales; load the model's bfloat16 checkpoint"
                 )
     found = {name: entry.shape for file in files for name, entry in file.entries.items()}
     faults = [
         f"missing {name} {tensors[name].shape(shapes)}" for name in tensors if name not in found
     ]
-    faults += [f"unknown {name} {shape}" for name, shape in found.items() if name not in tensors]
+    unknown = [name for name in found if name not in tensors]
+    faults += [f"unknown {shown(name)[1:-1]} {found[name]}" for name in unknown]
     for name in tensors.keys() & found.keys():
         expected = tensors[name].shape(shapes)
         if found[name] != expected:
@@ -224,7 +203,8 @@ def _check(
     more = f"\n  … and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
     hint = "compare config.json with the files"
     if not tensors.keys() & found.keys():
-        prefixes = ", ".join(sorted({name.split(".")[0] + "." for name in found})[:5])
+        prefixes = sorted({shown(name)[1:-1].split(".")[0] + "." for name in found})
+        prefixes = ", ".join(prefixes[:5])
         hint = f"all names begin with backbone., mtp. or lm_head. and not with {prefixes}"
     if all(fault.startswith("missing mtp.") for fault in faults):
         hint = (

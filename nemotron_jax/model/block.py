@@ -56,7 +56,5 @@ def _mixer(config: ModelConfig, kind: str, rngs: nnx.Rngs, dtype: str) -> nnx.Mo
         return Attention(config.attention, config.width, **options)
     if kind == "moe":
         return LatentMoE(config.moe, config.width, **options)
-    if kind == "mlp":
-        bias = config.mlp.projection_bias
-        return MLP("mlp", config.width, config.mlp.width, bias=bias, **options)
-    raise ValueError(f"Block: kind={kind!r} has no mixer here; add the one that it stands for")
+    bias = config.mlp.projection_bias
+    return MLP("mlp", config.width, config.mlp.width, bias=bias, **options)

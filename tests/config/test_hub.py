@@ -262,7 +262,7 @@ def test_missing_blocks_are_named() -> None:
 
 def test_a_broken_file_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(ValueError, match="config.json cannot be read"):
         ModelConfig.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="JSON object"):

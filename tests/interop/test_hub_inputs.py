@@ -55,7 +55,7 @@ def test_a_wrong_end_token_names_its_file(hub, eos):
 
 def test_an_unknown_dtype_is_named(tmp_path):
     save_file({"w": np.zeros(4, np.uint32)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="tensor w has dtype U32, which no model here"):
+    with pytest.raises(ValueError, match="tensor 'w' has dtype 'U32', which no model here"):
         SafetensorsFile(tmp_path / "model.safetensors")
 
 
@@ -73,7 +73,7 @@ def test_codes_without_a_recipe_are_no_weights(hub):
     tensors = load_file(hub / "model.safetensors")
     name = "backbone.layers.0.mixer.out_proj.weight"
     save_file({**tensors, name: tensors[name].astype(np.int8)}, hub / "model.safetensors")
-    with pytest.raises(ValueError, match=f"{name} is stored as int8, codes that mean nothing"):
+    with pytest.raises(ValueError, match=f"'{name}' is stored as int8, codes that mean nothing"):
         nj.load_pretrained(hub)
 
 

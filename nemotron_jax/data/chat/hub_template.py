@@ -1,11 +1,11 @@
 """Whether a hub directory's own chat template is the one that is rendered here."""
 
 import dataclasses
-import json
 import re
 import warnings
 from pathlib import Path
 
+from nemotron_jax.config.untrusted import parse_json, read_bytes
 from nemotron_jax.data.chat.render import ANSWERS, REASONS, ChatOptions
 from nemotron_jax.data.chat.tools import HEADING, INSTRUCTIONS
 
@@ -22,6 +22,7 @@ _WRITTEN = (
     "<tool_response>\n",
     "\n</tool_response>\n",
 )
+_MOST_BYTES = 1 << 20  # of a template; the family's has 11 KB, and the search takes its time
 _SWITCH = re.compile(r"\b(\w+)\s+if\s+\1\s+is\s+defined\b")
 
 
@@ -31,7 +32,12 @@ def template_differences(directory: str | Path) -> list[str]:
     It reads chat_template.jinja, else `chat_template` of tokenizer_config.json. A template that
     writes the same words in another order is not noticed.
     """
-    template = _template_of(Path(directory))
+    try:
+        template = _template_of(Path(directory))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        return [f"it cannot be read: {str(error)[:100]}"]
     if template is None:
         return []
     text = template.replace("\\n", "\n").replace("\\'", "'").replace('\\"', '"')
@@ -53,14 +59,13 @@ def warn_of_other_template(directory: str | Path) -> None:
 
 def _template_of(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
-    try:
-        if file.exists():
-            return file.read_text("utf-8")
-        config = json.loads((directory / "tokenizer_config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    if file.exists():
+        return read_bytes(file, _MOST_BYTES).decode("utf-8")
+    config = parse_json(read_bytes(directory / "tokenizer_config.json"))
     template = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(template, list):  # several under names; the first is the default
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((entry.get("template") for entry in named), None)
+    if isinstance(template, str) and len(template) > _MOST_BYTES:
+        raise ValueError(f"it is longer than {_MOST_BYTES} characters")
     return template if isinstance(template, str) else None
