@@ -32,8 +32,25 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .PHONY: train
-train: $(VENV)/.installed  ## pre-train the tiny model on a CPU (about 5 minutes)
+train: $(VENV)/.installed  ## pre-train the tiny model on a CPU (six to eight minutes on two cores)
 	$(VENV)/bin/python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
+
+.PHONY: sft
+sft: $(VENV)/.installed  ## fine-tune a small model to use a calculator, in runs/sft
+	$(VENV)/bin/python train.py --config=configs/sft_tiny.py --workdir=runs/sft
+
+.PHONY: grpo
+grpo: $(VENV)/.installed  ## let rewards teach a small model that often guesses, in runs/grpo
+	$(VENV)/bin/python train.py --config=configs/grpo_tiny.py --workdir=runs/grpo
+
+# RUN=DIR names another run's or a hub model's directory; CHAT=... gives more flags.
+.PHONY: chat
+chat: $(VENV)/.installed  ## talk to a model: RUN=runs/sft CHAT=--no_thinking by default
+	$(VENV)/bin/python -m nemotron_jax.chat --checkpoint=$(or $(RUN),runs/sft) $(or $(CHAT),--no_thinking)
+
+.PHONY: report
+report: $(VENV)/.installed  ## evaluate RUN=runs/tiny into build/report/report.html
+	$(VENV)/bin/python eval.py --checkpoint=$(or $(RUN),runs/tiny) --suites=perplexity --output=build/report
 
 .PHONY: test
 test: $(VENV)/.installed  ## run every fast test

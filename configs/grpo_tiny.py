@@ -1,9 +1,10 @@
-"""A small model that often guesses learns from rewards alone to work sums out with a calculator.
+"""A small model that often guesses learns from rewards alone to use its calculator instead.
 
 Command:  python train.py --config=configs/grpo_tiny.py --workdir=runs/grpo
 Hardware: a CPU, two cores.
 Expected: success on 512 held-out tasks rises from 0.219 to 0.748 (95 % interval of the gain: 0.48
 to 0.57), on those that left-to-right gets right from 0.274 to 0.955; the other 111 stay near 0.
+Most of it happens in the first six updates. docs/posttraining.md says what is learned and what not.
 """
 
 from ml_collections import ConfigDict

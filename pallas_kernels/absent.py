@@ -39,7 +39,7 @@ def tpu_devices(target: str) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"target={target!r}: compiling for a TPU needs libtpu, which is not installed; "
-            "pip install 'nemotron-jax[tpu]', or pip install libtpu"
+            "pip install -e '.[tpu]' in a checkout, or pip install libtpu"
         )
     for variable, value in _NO_TPU_HERE.items():
         os.environ.setdefault(variable, value)

@@ -90,7 +90,7 @@ def test_a_wrong_target_is_one_sentence(target: str, mesh: dict, sentence: str) 
 
 def test_without_libtpu_a_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(absent.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'nemotron-jax\[tpu\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[tpu\]'"):
         absent.tpu_devices("v5p:2x2x1")
 
 

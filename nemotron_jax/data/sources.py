@@ -271,5 +271,5 @@ def _import_parquet(source: str, name: str) -> ModuleType:
     except ImportError:
         raise ValueError(
             f"data source {source!r}: reading {name} needs pyarrow; install it "
-            "(pip install 'nemotron-jax[parquet]') or convert the file to .jsonl"
+            "(pip install -e '.[parquet]' in a checkout) or convert the file to .jsonl"
         ) from None

@@ -51,7 +51,7 @@ class ReasoningGym(Environment):
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("reasoning_gym") is None:
-            return "reasoning-gym is not installed; pip install 'nemotron-jax[rl]' brings it"
+            return "reasoning-gym is not installed; pip install -e '.[rl]' in a checkout brings it"
         return None
 
     def draw(self, draws: Draws, level: int) -> Draft:

@@ -52,7 +52,7 @@ def check_ray() -> None:
     if importlib.util.find_spec("ray") is None:
         raise ValueError(
             "RolloutConfig.worker_kind='ray': the package ray is not installed; "
-            "pip install 'nemotron-jax[rl]' brings it, and worker_kind='processes' needs none"
+            "pip install -e '.[rl]' in a checkout brings it, and worker_kind='processes' needs none"
         )
 
 

@@ -136,5 +136,5 @@ def test_a_missing_package_is_said_and_leaves_the_rest_alone() -> None:
     if environment.unavailable() is None:
         pytest.skip("reasoning-gym is installed")
     assert "reasoning_gym" not in list(registry) and "reasoning_gym" in registry.everything()
-    with pytest.raises(ValueError, match=r"pip install 'nemotron-jax\[rl\]' brings it"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[rl\]' in a checkout brings it"):
         environment.split(0, "train", 0)
