@@ -17,7 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nemotron_jax import command_line
 from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.data.json_lines import read_objects
+from nemotron_jax.posttraining.result_file import NAME as RESULT
+from nemotron_jax.posttraining.result_file import read_result
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 REWARDS = "--config.rl.rollout.rewards"
@@ -39,21 +43,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     flags, overrides = parser.parse_known_args(arguments)
-    missing = [arm for arm in flags.arms if not (flags.output / arm / "result.json").exists()]
-    status = 0
+    try:
+        _check_output(flags.output)
+        return _run(flags, overrides)
+    except (ValueError, OSError) as error:
+        print(f"arms: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    output, status = flags.output, 0
+    missing = [arm for arm in flags.arms if read_result(output / arm / RESULT) is None]
     for arm in missing:
-        if status := run_arm(arm, flags.config, flags.output, overrides):
+        if status := run_arm(arm, flags.config, output, overrides):
             break
-        draw_arms(read_arms(flags.output), flags.output)
+        draw_arms(read_arms(output), output)
     if status or not missing:
-        draw_arms(read_arms(flags.output), flags.output)
+        draw_arms(read_arms(output), output)
     return status
+
+
+def _check_output(output: Path) -> None:
+    """Raise ValueError for a directory that could not take what hours of runs would leave."""
+    command_line.writable("output", output)
+    command_line.writable("output", output / "plots")
+    for file in (output / "arms.json", output / "plots" / "arms.png"):
+        if file.is_dir():
+            raise ValueError(f"--output={output}: {file} is a folder and must be a file; move it")
 
 
 def run_arm(arm: str, config: str, output: Path, overrides: Sequence[str]) -> int:
     """Run one arm to its end, or on to it; train.py's exit status."""
     directory = output / arm
-    if arm in SHARED and (output / FIRST / "result.json").exists() and not directory.exists():
+    if arm in SHARED and (output / FIRST / RESULT).exists() and not directory.exists():
         partial = output / f".{arm}"  # a copy that was cut short is none
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(output / FIRST / "sft", partial / "sft")
@@ -67,16 +89,17 @@ def read_arms(output: Path) -> dict[str, dict[str, Any]]:
     """Every finished arm's result, held-out success by step, and mean reward by step."""
     found = {}
     for arm in ARMS:
-        file = output / arm / "result.json"
-        if not file.exists():
+        if (result := read_result(output / arm / RESULT)) is None:
             continue
-        result = json.loads(file.read_text("utf-8"))
-        lines = (output / arm / "grpo" / "metrics.jsonl").read_text("utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-        curve = lambda name, records=records: [[r["step"], r[name]] for r in records if name in r]
+        lines = read_objects(output / arm / "grpo" / "metrics.jsonl")
+        records = [r for _, r in lines if r is not None and isinstance(r.get("step"), int)]
+        curve = lambda name, records=records: [
+            [r["step"], r[name]] for r in records if isinstance(r.get(name), int | float)
+        ]
         success = [[0, result["before"]], *curve("success")]
         if arm == "longer_fine_tuning":  # its evaluations play other tasks
-            success = [[0, result["before"]], [records[-1]["step"], result["after"]]]
+            last = records[-1]["step"] if records else result.get("steps", 0)
+            success = [[0, result["before"]], [last, result["after"]]]
         found[arm] = {"result": result, "success": success, "reward": curve("reward")}
     return found
 

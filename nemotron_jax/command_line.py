@@ -53,9 +53,11 @@ def writable(flag: str, path: str | Path) -> Path:
         there = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
         if not there.is_dir():
             raise NotADirectoryError(f"{there} is {'a file' if there.exists() else 'a dead link'}")
+        if "\0" in str(path):  # which lexists takes for a path that is not there yet
+            raise ValueError("a zero byte in the name")
         with tempfile.TemporaryFile(dir=there):
             return path
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"--{flag}={path}: cannot be written ({error}); name a directory that can"
         ) from None

@@ -20,26 +20,30 @@ from ml_collections import config_flags
 from nemotron_jax import command_line, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.atomic import atomic_writer
 
 if TYPE_CHECKING:
     import jax  # for main, only once it has read how many devices to show
 
 GB = 1e9
+# The host makes each device before anything is compiled: thousands take minutes and gigabytes.
+_MOST_CPU_DEVICES = 1024
 
 
 def main() -> int:
     """Plan as the flags say; exit status 0 where the step fits, 1 where it does not."""
     values = flags.FLAGS
     config = from_config_dict(RunConfig, values["config"].value)
-    target = values["target"].value
+    target, file = values["target"].value, _report_file(values["json"].value)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # its time is what is asked for
-    name, _, count = target.partition(":")
-    if name == "cpu" and count.isdigit():
-        host.show_cpu_devices(int(count))
+    if (count := _cpu_devices(target)) is not None:
+        _check_count(config, target, count)  # before so many are made
+        host.show_cpu_devices(count)
     report = plan(config, target)
-    if path := values["json"].value:
-        Path(path).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+    if file is not None:
+        with atomic_writer(file) as out:
+            out.write((json.dumps(report, indent=2) + "\n").encode())
     print(table(report))
     return 0 if report["fits"] else 1
 
@@ -158,19 +162,44 @@ def _devices(target: str) -> tuple:
 
     from pallas_kernels import absent
 
-    name, _, count = target.partition(":")
-    if name != "cpu":
+    if (count := _cpu_devices(target)) is None:
         return absent.tpu_devices(target), absent.memory_of(target)
-    if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"target={target!r}: of a CPU, say how many devices, as in cpu:8")
     devices = jax.devices("cpu")
-    if len(devices) < int(count):
+    if len(devices) < count:
         raise ValueError(
             f"target={target!r}: this process shows {len(devices)} CPU devices; start it with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return devices[: int(count)], memory / int(count)
+    return devices[:count], memory / count
+
+
+def _cpu_devices(target: str) -> int | None:
+    """How many devices a target of a CPU has; None for another target."""
+    name, _, count = target.partition(":")
+    if name != "cpu":
+        return None
+    if not re.fullmatch("[0-9]{1,9}", count) or not 1 <= int(count) <= _MOST_CPU_DEVICES:
+        raise ValueError(
+            f"target={target!r}: of a CPU, say how many devices, from cpu:1 to "
+            f"cpu:{_MOST_CPU_DEVICES}, such as cpu:8"
+        )
+    return int(count)
+
+
+def _report_file(name: str) -> Path | None:
+    """The file that the report is written to; ValueError where it cannot be."""
+    if not name:
+        return None
+    path = command_line.path_of("json", name)
+    if "\0" in name:
+        raise ValueError(f"--json={name!r}: no file can have that name; name another")
+    command_line.writable("json", path.absolute().parent)
+    if path.is_dir():
+        raise ValueError(f"--json={path}: is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--json={path}: its folder does not exist; make it, or name another")
+    return path
 
 
 def _check_count(config: RunConfig, target: str, count: int) -> None:

@@ -29,7 +29,8 @@ class Trained:
         records = [{"step": 1, "reward": 0.25}, {"step": 2, "reward": 0.5, "success": 0.75}]
         lines = [json.dumps(record) + "\n" for record in records]
         (directory / "grpo/metrics.jsonl").write_text("".join(lines))
-        result = {"before": 0.125, "after": 0.875, "n": 64}
+        result = {"before": 0.125, "after": 0.875, "n": 64, "interval": [0.5, 1.0]}
+        result |= {"environments": {"arithmetic": dict(result)}}
         (directory / "result.json").write_text(json.dumps(result))
         return subprocess.CompletedProcess(command, 0)
 
@@ -62,6 +63,32 @@ def test_each_arm_is_run_once_and_the_rest_after_a_failure(tmp_path, trained) ->
     assert found["seed_1"]["reward"] == [[1, 0.25], [2, 0.5]]
     # Fine-tuning evaluates itself on other tasks: its curve is before and after alone.
     assert found["longer_fine_tuning"]["success"] == [[0, 0.125], [2, 0.875]]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "[" * 100_000, "\0"])
+def test_an_arm_whose_result_is_damaged_is_run_again(tmp_path, trained, monkeypatch, text) -> None:
+    """train.py makes its result again, and nothing else."""
+    monkeypatch.setattr(arms, "draw_arms", lambda *unused: None)
+    assert experiment(tmp_path, "--arms", "seed_0", "longer_fine_tuning") == 0
+    (tmp_path / "seed_0/result.json").write_text(text)
+    (tmp_path / "longer_fine_tuning/grpo/metrics.jsonl").write_text('{"step": 1, "rew')
+    with pytest.warns(UserWarning, match="result.json: is damaged"):
+        assert experiment(tmp_path, "--arms", "seed_0", "longer_fine_tuning") == 0
+    assert [name for name, *_ in trained.told] == ["seed_0", "longer_fine_tuning", "seed_0"]
+    found = arms.read_arms(tmp_path)
+    assert found["seed_0"]["reward"] == [[1, 0.25], [2, 0.5]]
+    assert found["longer_fine_tuning"]["success"] == [[0, 0.125], [0, 0.875]]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "of", "plotted", "\0", "/proc/x"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, trained, capsys, name) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "of/arms.json").mkdir(parents=True)
+    (tmp_path / "plotted").mkdir()
+    (tmp_path / "plotted/plots").touch()
+    assert experiment(tmp_path / name) == 2 and not trained.told
+    said = capsys.readouterr().err
+    assert said.startswith("arms: --output=") and said.count("\n") == 1
 
 
 def test_controls_start_with_the_first_arms_fine_tuning(tmp_path, trained, monkeypatch) -> None:

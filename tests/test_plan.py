@@ -21,7 +21,7 @@ from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import MeshConfig, RunConfig
 from nemotron_jax.model import accounting
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.plan import compile_step, memory_of_program, plan
+from nemotron_jax.plan import _report_file, compile_step, memory_of_program, plan
 from nemotron_jax.sharding import make_mesh
 from pallas_kernels import absent
 from tests.training.runs import changed, small_run
@@ -71,6 +71,20 @@ def test_a_step_is_planned_for_eight_devices(tmp_path: Path) -> None:
     assert "data 2 × fsdp 4" in done.stdout and "fits" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["", "report.json", "folder", "absent/x.json", "file/x", "\0"])
+def test_a_report_that_cannot_be_written_is_found_before_the_step_is_compiled(
+    tmp_path, name
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    if not name or name == "report.json":
+        path = tmp_path / name if name else None
+        assert _report_file(str(path or "")) == path
+        return
+    with pytest.raises(ValueError, match="--json="):
+        _report_file(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("target", "mesh", "sentence"),
     [
@@ -78,6 +92,10 @@ def test_a_step_is_planned_for_eight_devices(tmp_path: Path) -> None:
         ("cpu:4", {"data": 2}, "--config.mesh.data=2 --config.mesh.fsdp=2"),
         ("cpu:64", {}, r"this process shows \d+ CPU devices; start it with"),
         ("cpu:", {}, "how many devices"),
+        ("cpu:0", {}, "how many devices, from cpu:1 to"),
+        ("cpu:1000000", {}, "how many devices, from cpu:1 to"),
+        ("cpu:\u00b2", {}, "how many devices"),
+        ("cpu:" + "9" * 5000, {}, "how many devices"),
         ("h100:8", {}, "must be a TPU with the sides of its topology, such as v5p:8x8x4"),
         ("v5p:2x2", {}, "v5p has 3 sides"),
         ("v5p:0x2x2", {}, "must be a TPU"),

@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(table(registry.everything()))
             return 0
         if given.check:
+            if given.tasks < 1:
+                raise ValueError(f"--tasks={given.tasks}: must be at least 1, the tasks to try")
             return _check(given.check, given.tasks, given.seed)
         environment = find(given.sample or given.play)
         task = environment.split(given.seed, given.split, given.index, level=given.level)

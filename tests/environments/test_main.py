@@ -80,6 +80,8 @@ def test_all_are_checked_at_once(
         (["--sample=none"], "no environment is called 'none'"),
         (["--sample=lookup", "--level=9"], "level=9 is not one of"),
         (["--check=json:loads"], "is not an environment"),
+        (["--check=arithmetic", "--tasks=0"], "--tasks=0: must be at least 1"),
+        (["--check=all", "--tasks=-3"], "--tasks=-3: must be at least 1"),
         (["--check=no_such_module:X"], "No module named"),
     ],
 )
