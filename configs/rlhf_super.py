@@ -3,6 +3,9 @@
 Command:  python train.py --config=configs/rlhf_super.py --workdir=runs/rlhf_super \
               --config.rl.preference.judge=http://HOST:8000/v1 \
               --config.rl.preference.judge_model=NAME
+          The judge is one of NVIDIA's generative reward models, such as
+          nvidia/Qwen3-Nemotron-235B-A22B-GenRM. Of any other model:
+              --config.rl.preference.judge_format=words.
 Hardware: v5p:8x8x4, with what configs/rlvr_super.py says of it, and a server of the judge.
 Expected: not run here. The tests pin its figures to the published ones.
 Source:   stage3_rlhf of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron). Its prompts are of human

@@ -2,13 +2,16 @@
 
 Command:  python train.py --config=configs/rlvr_super.py --workdir=runs/rlvr_super
           The second half of training: --config.rl.rollout.max_tokens=65536
-              --config.data.sequence_length=65536 --config.rl.rollout.low_effort=0.01.
+              --config.data.sequence_length=65536 --config.rl.rollout.low_effort=0.01,
+              with mathematics and science alone in rl.rollout.low_effort_environments.
           Preferences come after it: configs/rlhf_super.py.
 Hardware: v5p:8x8x4 is what the mesh is for, 256 chips, data=2 and fsdp=128: weights, gradients and
           moments take 15.5 of 95 GB a chip. Reinforcement learning runs in one process on one host
           so far, so this run does not start on a pod yet; neither its rollouts nor its step were
           compiled at this size.
-Expected: not run here. The tests pin its figures to the published ones.
+Expected: not run here. The tests pin its figures to the published ones. Before its first step
+          pool_tasks has every one of 4,096 tasks of 23 environments played four times: 377,000
+          episodes, against 1.2 million in all of training.
 Source:   stage1_rlvr of NVIDIA's recipe for Super (NVIDIA-NeMo/Nemotron, NeMo RL branch super-v3);
           the number of steps follows from 1.2 million episodes, as NVIDIA's launch said. The
           warm-up begins at a rate of 0, theirs at 3e-7.
