@@ -1,58 +1,48 @@
 """Instructions that a program can check: some to be followed, some that go against habit."""
 
 import re
+import unicodedata
+from collections.abc import Iterable
 
-from nemotron_jax.environments.answers import number
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.reading import is_prose, lines_of, parts_of, words_of
 from nemotron_jax.environments.turns import Turn
-from nemotron_jax.environments.words import CITIES, COLOURS, FILLER, FIRST, THINGS, ask
+from nemotron_jax.environments.words import COLOURS, FILLER, THINGS, ask
 
-_WORD = re.compile(r"[^\W\d_]+")
-
-
-def lines_of(text: str) -> list[str]:
-    return [line.strip() for line in text.strip().splitlines() if line.strip()]
-
-
-def checks(text: str, rules: dict) -> dict[str, bool]:
-    """Each rule of a task by its name, and whether a text keeps it."""
-    lines, words = lines_of(text), text.split()
-    bare = [word.casefold() for word in _WORD.findall(text)]
-    kept = {"words": len(words) == rules["words"]}
-    if "lines" in rules:
-        kept["lines"] = len(lines) == rules["lines"]
-    if "keyword" in rules:
-        kept["keyword"] = bare.count(rules["keyword"]) == rules["times"]
-    if "first" in rules:
-        kept["first"] = bool(words) and words[0].strip("-*").casefold() == rules["first"]
-    if "last" in rules:
-        kept["last"] = bool(bare) and bare[-1] == rules["last"] and words[-1].casefold() in (
-            rules["last"], rules["last"] + ".")  # fmt: skip
-    if "case" in rules:
-        kept["case"] = text == (text.upper() if rules["case"] == "capitals" else text.lower())
-    if "without" in rules:
-        kept["without"] = rules["without"] not in text.casefold()
-    if "topic" in rules:
-        kept["topic"] = rules["topic"] in bare
-    # Letters in a row are no text, nor is one word over and over.
-    known = sum(map(_is_known, bare))
-    kept["language"] = bool(words) and 2 * min(known, len(set(bare))) >= len(words)
-    return kept
-
-
-_KNOWN = frozenset(word.casefold() for word in (*THINGS, *COLOURS, *FILLER, *CITIES, *FIRST))
-_COMMON = frozenset(
-    "a about all an and are as at be but by can do for from had has have he her his how i if in is"
-    " it its made me my no not of on one or our she so some than that the their them then there"
-    " they this to two up us was we were what when which who will with you your".split()
+# Words that a text can begin and end with whatever stands between.
+_ENDS = tuple(
+    "bright calm clear deep fine gentle glad green happy high keen light long mild new old open"
+    " plain quick quiet round simple small soft still strong sunny tall warm wide young".split()
 )
 
 
-def _is_known(word: str) -> bool:
-    return (
-        word in _KNOWN or word in _COMMON or (len(word) > 3 and bool(re.search("[aeiouy]", word)))
-    )
+def checks(text: str, rules: dict) -> dict[str, bool]:
+    """Each rule of a task by its name, and whether a text keeps it.
+
+    Words are read without the marks beside them, so punctuation and emphasis change nothing.
+    """
+    words = words_of(text)
+    parts = parts_of(words)
+    kept = {"words": len(words) == rules["words"]}
+    if "lines" in rules:
+        kept["lines"] = len(lines_of(text)) == rules["lines"]
+    if "keyword" in rules:
+        kept["keyword"] = parts.count(rules["keyword"]) == rules["times"]
+    if "first" in rules:
+        kept["first"] = words[:1] == [rules["first"]]
+    if "last" in rules:
+        kept["last"] = words[-1:] == [rules["last"]]
+    if "case" in rules:
+        wrong = str.islower if rules["case"] == "capitals" else str.isupper
+        kept["case"] = not any(map(wrong, text))
+    if "without" in rules:
+        letters = unicodedata.normalize("NFKD", text).casefold()
+        kept["without"] = rules["without"] not in letters
+    if "topic" in rules:
+        kept["topic"] = rules["topic"] in parts
+    kept["language"] = is_prose(words)
+    return kept
 
 
 def _told(rules: dict) -> str:
@@ -92,7 +82,7 @@ class InstructionFollowing(Environment):
 
     def draw(self, draws: Draws, level: int) -> Draft:
         topic, keyword = draws.sample(THINGS, 2)
-        first, last = draws.sample(FILLER, 2)
+        first, last = draws.sample(_ENDS, 2)
         if level == 0:
             rules = {"words": draws.between(5, 40), "first": topic, "last": last}
             text = f"{rules['words']} words, first “{topic}”, last “{last}”"
@@ -104,9 +94,11 @@ class InstructionFollowing(Environment):
             {"case": draws.choice(["capitals", "small letters"])},
         ]
         rules: dict = {"topic": topic, "lines": draws.between(2, 3 + level)}
-        rules["words"] = rules["lines"] * draws.between(5, 9)
+        rules["words"] = rules["lines"] * draws.between(6, 9)
         for choice in draws.sample(choices, level + 1):
             rules |= choice
+        if "times" in rules:  # one word in six at most: more leave no room for sentences
+            rules["times"] = min(rules["times"], rules["words"] // 6)
         if level == 3:
             used = "".join(str(value) for value in rules.values()) + "caps"
             rules["without"] = draws.choice(
@@ -129,30 +121,70 @@ class InstructionFollowing(Environment):
             "the rules promised": ["I have written the text and kept every rule."],
             "one word over and over": [" ".join([words[0]] * (len(words) - 1) + [words[-1]])],
             "letters for words": [" ".join("zzq" for _ in words)],
+            "coined words": [_coined(text, task.data["rules"])],
+            "a list of words": [_list(text, task.data["rules"])],
             "introduced": [f"Here is the text:\n{text}"],
         }
 
 
+def _coined(text: str, rules: dict) -> str:
+    """A text with every word that no rule asks for exchanged for letters like a word's."""
+    asked = {str(value) for value in rules.values()}
+    vowel, end = "aeio", [c for c in "lnrst" if c != rules.get("without")]
+
+    def letters(match: re.Match) -> str:
+        place = match.start()
+        word = vowel[place % 4] * 2 + end[place % len(end)] + vowel[place % 3] + end[0]
+        word = word.upper() if match[0].isupper() else word
+        return match[0] if match[0].casefold() in asked else word
+
+    return re.sub(r"\w+", letters, text)
+
+
+def _list(text: str, rules: dict) -> str:
+    """The words that the rules ask for, pasted into words side by side."""
+    asked = {str(value) for value in rules.values()}
+    pool = iter(sorted({*COLOURS, *THINGS} - asked) * 2)
+    words = [word if word.casefold() in asked else next(pool) for word in text.split()]
+    return " ".join(words) if len(words) > 12 else " ".join(words[:1] * len(words))
+
+
 def _written(rules: dict, shift: int) -> str:
     """A text that keeps the rules; another one for another shift."""
-    banned = {rules.get("keyword"), rules.get("first"), rules.get("last")}
-    pool = [w for w in FILLER if w not in banned and rules.get("without", "?") not in w]
-    inner = [pool[(place + shift) % len(pool)] for place in range(rules["words"])]
+    words = _sentences(rules, shift)
     if "first" in rules:
-        inner[0] = rules["first"]
+        words[0] = rules["first"]
     if "last" in rules:
-        inner[-1] = rules["last"]
-    missing = rules.get("times", 0) - inner.count(rules.get("keyword"))
-    for place in range(1, 1 + missing):
-        inner[place] = rules["keyword"]
-    if "topic" in rules:
-        inner[-2] = rules["topic"]
+        words[-1] = rules["last"]
     count = rules.get("lines", 1)
-    width = len(inner) // count
-    rows = [inner[row * width : (row + 1) * width] for row in range(count - 1)]
-    rows.append(inner[(count - 1) * width :])
+    width = len(words) // count
+    rows = [words[row * width : (row + 1) * width] for row in range(count - 1)]
+    rows.append(words[(count - 1) * width :])
     text = "\n".join(" ".join(row) for row in rows)
     return text.upper() if rules.get("case") == "capitals" else text
+
+
+def _sentences(rules: dict, shift: int) -> list[str]:
+    """Words in the order of "the drum is near the old kettle and …", the asked ones among them."""
+    banned = rules.get("without", "?")
+    asked = [rules.get("keyword"), rules.get("topic"), rules.get("first"), rules.get("last")]
+
+    def pool(words: Iterable[str]) -> list[str]:
+        return [word for word in words if banned not in word and word not in asked]
+
+    nouns, sizes = pool(THINGS), pool(_ENDS)
+    links = pool(("near", "under", "by", "with", "above", "behind"))
+    joints = pool(("and", "while", "so", "but"))
+    own = [rules["topic"]] if "topic" in rules else []
+    own += [rules.get("keyword", "")] * rules.get("times", 0)
+    words: list[str] = []
+    for place in range(rules["words"]):
+        at, turn = place % 8, place // 8 + shift
+        noun = own.pop() if own and at in (1, 6) else nouns[(2 * turn + at // 4) % len(nouns)]
+        link, joint = links[turn % len(links)], joints[turn % len(joints)]
+        size = sizes[turn % len(sizes)]
+        words.append(("the", noun, "is", link, "the", size, noun, joint)[at])
+    return words
 
 
 class InverseSession(Session):
@@ -161,9 +193,13 @@ class InverseSession(Session):
         kept = getattr(self, f"_{data['kind']}")(text, data)
         return Verdict(float(kept), answer=text[:200])
 
-    def _wrong_sum(self, text: str, data: dict) -> bool:
-        value = number(text) if re.fullmatch(r"-?\d{1,6}", text, re.ASCII) else None
-        return value is not None and value != data["sum"]
+    def _digit(self, text: str, data: dict) -> bool:
+        told, given = data["number"], text.strip("*`_. ")
+        return (
+            len(given) == len(told)
+            and set(given) <= set("0123456789")
+            and sum(a != b for a, b in zip(told, given)) == 1
+        )
 
     def _misspelt(self, text: str, data: dict) -> bool:
         told, given = data["sentence"].split(), text.split()
@@ -173,7 +209,7 @@ class InverseSession(Session):
         return len(changed) == data["count"] and all(one_letter_apart(a, b) for a, b in changed)
 
     def _exactly(self, text: str, data: dict) -> bool:
-        return " ".join(text.split()) == data["text"]
+        return " ".join(text.split()).removesuffix(".") == data["text"]
 
 
 def one_letter_apart(one: str, other: str) -> bool:
@@ -188,7 +224,7 @@ def one_letter_apart(one: str, other: str) -> bool:
 
 
 class InverseInstructions(Environment):
-    """The instruction goes against habit: a wrong answer, misspellings, the reverse order."""
+    """The instruction goes against habit: a wrong copy, misspellings, the reverse order."""
 
     name = "inverse_instructions"
     summary = "Do what is asked although habit says otherwise"
@@ -198,8 +234,9 @@ class InverseInstructions(Environment):
 
     def draw(self, draws: Draws, level: int) -> Draft:
         if level == 0:
-            a, b = draws.between(2, 99), draws.between(2, 99)
-            return Draft(ask(f"{a}+{b}? Wrong number only."), {"kind": "wrong_sum", "sum": a + b})
+            told = str(draws.between(1000, 99_999))
+            text = f"Copy {told} with one digit wrong, the number only."
+            return Draft(ask(text), {"kind": "digit", "number": told})
         words = draws.sample([*THINGS, *FILLER], 5 + 2 * level)
         listed = ", ".join(words)
         kind = draws.choice(["misspelt", "backwards", "unsorted", "quoted"])
@@ -229,8 +266,9 @@ class InverseInstructions(Environment):
 
     def _answer(self, task: Task, letter: str) -> str:
         data = task.data
-        if data["kind"] == "wrong_sum":
-            return str(data["sum"] + ord(letter) - 100)
+        if data["kind"] == "digit":
+            told = data["number"]
+            return told[:-1] + str((int(told[-1]) + 1 + (letter == "q")) % 10)
         if data["kind"] == "exactly":
             return data["text"]
         words = data["sentence"].split()
@@ -239,8 +277,11 @@ class InverseInstructions(Environment):
 
     def cheats(self, task: Task) -> dict[str, list[Turn | str]]:
         data = task.data
-        if data["kind"] == "wrong_sum":
-            return {"habit": [str(data["sum"])], "many": [f"{data['sum'] + 1} {data['sum'] + 2}"]}
+        if data["kind"] == "digit":
+            told = data["number"]
+            several = " ".join(told[:-1] + digit for digit in "0123456789")
+            other = "".join(str(9 - int(digit)) for digit in told)
+            return {"habit": [told], "many": [several], "another number": [other]}
         if data["kind"] == "exactly":
             return {"chatty": [f"Sure! {data['text']}"], "quoted": [f"“{data['text']}”"]}
         return {
