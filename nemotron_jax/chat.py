@@ -1,28 +1,47 @@
 """A terminal chat: python -m nemotron_jax.chat --checkpoint=DIR [--adapter=DIR].
 
 The checkpoint is a run's directory or a model's in the hub's layout. `/reset` forgets the
-conversation, `/quit` or the end of input ends the chat.
+conversation, `/quit` or the end of input ends the chat, `/help` says so. Ctrl-C ends an answer.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from nemotron_jax.config.checks import check_value
-from nemotron_jax.data.chat.events import Content, Event, Malformed, Reasoning, turn_of
+from nemotron_jax.data.chat.events import (
+    CallEnded,
+    Content,
+    Event,
+    Malformed,
+    ParsedTurn,
+    Reasoning,
+    turn_of,
+)
 from nemotron_jax.data.chat.hub_template import warn_of_other_template
 from nemotron_jax.data.chat.parse import TurnParser
 from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, Message
 from nemotron_jax.data.chat.tokens import encode_prompt
+from nemotron_jax.data.chat.tools import in_json
 from nemotron_jax.data.tokenizer import Tokenizer, check_vocabulary
 from nemotron_jax.decoding.generate import default_stop_tokens
 from nemotron_jax.decoding.sampling import Sampling
 from nemotron_jax.decoding.stream import stream_tokens
+from nemotron_jax.environments.sound import sound_text
 from nemotron_jax.interop.peft import load_adapter
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.pretrained import load_pretrained, load_tokenizer
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # how a terminal shows the reasoning
+
+HELP = """/reset  forget the conversation
+/quit   end the chat; so does the end of input
+/help   show this
+Ctrl-C  end the answer that is being written
+"""
 
 # Gives a turn's ids for a prompt's.
 Writer = Callable[[Sequence[int]], Iterable[int]]
@@ -51,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         writer = _writer(model, tokenizer, sampling, flags)
         dim, plain = (DIM, PLAIN) if sys.stdout.isatty() else ("", "")
         system = [{"role": "system", "content": flags.system}] if flags.system else []
-        chat(_lines(), writer, tokenizer, options, system=system, dim=dim, plain=plain)
+        reasoning = "off" if flags.no_thinking else "on (--no_thinking turns it off)"
+        print(f"{flags.checkpoint}: reasoning {reasoning}; /help lists commands, /quit ends")
+        limit, marks = flags.max_tokens, {"dim": dim, "plain": plain}
+        chat(_lines(), writer, tokenizer, options, system=system, max_tokens=limit, **marks)
     except (ValueError, OSError) as error:
         print(f"chat: {error}", file=sys.stderr)
         return 2
@@ -68,30 +90,66 @@ def chat(
     options: ChatOptions,
     *,
     system: Sequence[Message] = (),
+    max_tokens: int | None = None,
     dim: str = "",
     plain: str = "",
     show: Callable[[str], object] | None = None,
 ) -> list[Message]:
-    """Answer each line in turn, showing the text as it comes; the conversation at the end."""
+    """Answer each line in turn, showing the text as it comes; the conversation at the end.
+
+    `max_tokens` is where the writer stops of itself: an answer that is cut off there says so.
+    """
     show = show or _show
     messages = list(system)
     for line in lines:
-        if line.strip() == "/quit":
+        command = line.strip()
+        if command == "/quit":
             break
-        if line.strip() == "/reset":
+        if command == "/reset":
             messages = list(system)
-            continue
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line.rstrip("\n")})
-        ids = writer(encode_prompt(tokenizer, messages, options=options))
-        events = []
-        for event in turn_events(ids, tokenizer, options):
-            events.append(event)
-            show(_as_text(event, dim, plain))
-        show("\n")
-        messages.append(turn_of(events).message())
+        elif command == "/help":
+            show(HELP)
+        elif command:
+            asked = [*messages, {"role": "user", "content": sound_text(line.rstrip("\n"))}]
+            ids = writer(encode_prompt(tokenizer, asked, options=options))
+            turn = _shown_turn(ids, tokenizer, options, max_tokens, _Screen(show, dim, plain))
+            if turn.reasoning or turn.content or turn.calls or turn.closed:
+                messages = [*asked, turn.message()]
     return messages
+
+
+@dataclasses.dataclass(frozen=True)
+class _Screen:
+    """Where text goes, and how reasoning is marked there."""
+
+    show: Callable[[str], object]
+    dim: str
+    plain: str
+
+
+def _shown_turn(
+    ids: Iterable[int],
+    tokenizer: Tokenizer,
+    options: ChatOptions,
+    max_tokens: int | None,
+    screen: _Screen,
+) -> ParsedTurn:
+    """The turn that was written, shown meanwhile, and why it ends where it does not end itself."""
+    events: list[Event] = []
+    written: list[int] = []
+    counted = (written.append(token) or token for token in ids)
+    try:
+        for event in turn_events(counted, tokenizer, options):
+            events.append(event)
+            screen.show(_as_text(event, screen.dim, screen.plain))
+    except KeyboardInterrupt:
+        screen.show("\n[interrupted]")
+    else:
+        ended = written and written[-1] in (tokenizer.token_id(END), tokenizer.eos)
+        if max_tokens is not None and len(written) >= max_tokens and not ended:
+            screen.show(f"\n[cut off after {max_tokens} tokens; --max_tokens allows more]")
+    screen.show("\n")
+    return turn_of(events)
 
 
 def turn_events(ids: Iterable[int], tokenizer: Tokenizer, options: ChatOptions) -> Iterator[Event]:
@@ -108,6 +166,8 @@ def _as_text(event: Event, dim: str, plain: str) -> str:
         return f"{dim}{event.text}{plain}"
     if isinstance(event, Content):
         return event.text
+    if isinstance(event, CallEnded):
+        return f"\n[calls {event.name} {in_json(event.arguments)}]\n"
     if isinstance(event, Malformed):
         return f"\n[{event.reason}]{event.text}\n"
     return ""
@@ -138,6 +198,9 @@ def _writer(
 
 
 def _lines() -> Iterator[str]:
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # Windows has none
+            importlib.import_module("readline")  # input() then edits its line and has a history
     while True:
         try:
             yield input("> ")

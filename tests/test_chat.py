@@ -1,6 +1,7 @@
 """The terminal chat shows a turn while it is written and keeps the conversation."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -22,7 +23,7 @@ def tokenizer() -> Tokenizer:
 def written(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = []
     for part in (
-        text.replace("</think>", "\x00</think>\x00")
+        re.sub("</?(think|tool_call)>", "\x00\\g<0>\x00", text)
         .replace("<|im_end|>", "\x00<|im_end|>")
         .split("\x00")
     ):
@@ -67,6 +68,56 @@ def test_reset_forgets_all_but_the_system_message(tokenizer: Tokenizer) -> None:
     assert [m["content"] for m in messages] == ["there", "b", "four"]
 
 
+CALL = (
+    "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=to>\nfour\n"
+    "</parameter>\n</function>\n</tool_call>\n<|im_end|>"
+)
+
+
+def answered(tokenizer: Tokenizer, *turns: str, limit: int | None = None) -> tuple[list, str]:
+    """The conversation and what is shown where the model writes these turns."""
+    left, shown = iter(turns), []
+    writer = lambda prompt: iter(written(tokenizer, next(left))[:limit])
+    off = ChatOptions(enable_thinking=False)
+    lines = ["hello\n"] * len(turns)
+    messages = command.chat(
+        [*lines, "/help\n"], writer, tokenizer, off, max_tokens=limit, show=shown.append
+    )
+    return messages, "".join(shown)
+
+
+def test_a_call_is_shown_with_its_arguments(tokenizer: Tokenizer) -> None:
+    messages, text = answered(tokenizer, CALL)
+    assert '[calls add {"a": 1, "to": "four"}]' in text and "/reset" in text
+    assert messages[1]["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_an_answer_that_is_cut_off_says_so(tokenizer: Tokenizer) -> None:
+    whole = len(written(tokenizer, "four and two<|im_end|>"))
+    _, text = answered(tokenizer, "four and two<|im_end|>", limit=whole - 1)
+    assert f"[cut off after {whole - 1} tokens" in text
+    for limit in (whole, whole + 1):
+        assert "cut off" not in answered(tokenizer, "four and two<|im_end|>", limit=limit)[1]
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_chat(tokenizer: Tokenizer) -> None:
+    prompts, shown = [], []
+
+    def writer(prompt):
+        prompts.append(tokenizer.decode(prompt, show_special=True))
+        if len(prompts) < 3:
+            yield from tokenizer.encode("four" if len(prompts) == 1 else "")
+            raise KeyboardInterrupt
+        yield from written(tokenizer, "two<|im_end|>")
+
+    off = ChatOptions(enable_thinking=False)
+    lines = ["a\n", "b\n", "\udc80c\n"]
+    messages = command.chat(lines, writer, tokenizer, off, show=shown.append)
+    assert "".join(shown).count("[interrupted]") == 2
+    said = [message["content"] for message in messages]
+    assert said == ["a", "four", "\ufffdc", "two"]  # a question without any answer is forgotten
+
+
 def test_the_command_answers_from_a_model_on_disk(tmp_path, tokenizer, monkeypatch, capsys) -> None:
     config = dataclasses.replace(models.tiny(), vocab_size=300, mtp=None, pattern="M*E")
     nj.save_pretrained(randomised(abstract_model(config), 0), tmp_path)
@@ -76,7 +127,8 @@ def test_the_command_answers_from_a_model_on_disk(tmp_path, tokenizer, monkeypat
     arguments = [f"--checkpoint={tmp_path}", "--max_tokens=3", "--no_thinking", "--temperature=0"]
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
-    assert out.endswith("\n")
+    assert out.endswith("\n") and "/help" in out.splitlines()[0]
+    assert "[cut off after 3 tokens" in out
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert command.main(["--checkpoint=/nowhere"]) == 2
     assert "chat: tokenizer /nowhere" in capsys.readouterr().out
