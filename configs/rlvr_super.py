@@ -126,6 +126,7 @@ def reinforcement() -> RLConfig:
             advantage_clip=50.0,
             turn_penalty=5.0,
             invalid_turns="penalise",
+            cut_off_calls="invalid",
             overlong="keep",
             kl_weight=0.0,
         ),

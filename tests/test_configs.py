@@ -151,6 +151,7 @@ def test_super_is_reinforced_with_the_published_figures() -> None:
     assert (objective.importance_cap, objective.sequence_limit) == (5, 2)
     assert (objective.advantage_clip, objective.turn_penalty) == (50, 5)
     assert objective.kl_weight == 0 and objective.overlong == "keep"
+    assert (objective.invalid_turns, objective.cut_off_calls) == ("penalise", "invalid")
     assert (rollout.temperature, rollout.low_effort, rollout.low_effort_tokens) == (1, 0.02, 3000)
     assert rl.max_age == 1 and training.freeze_routers
     assert (training.mtp_depths, training.aux_loss_scale) == (0, 0)

@@ -191,7 +191,8 @@ class EndpointJudge:
         return {"messages": [{"role": r, "content": text} for r, text in told], **_GENRM_SAMPLING}
 
     def _leave_out(self, reason: str) -> None:
-        reason = "".join(c if c.isprintable() else " " for c in reason)
+        # A server's words: no terminal's commands, and nothing that a narrow stdout cannot hold.
+        reason = "".join(c if c.isprintable() else " " for c in ascii(reason)[1:-1])
         with self._lock:
             new = reason not in self._reasons and len(self._reasons) < _REASONS_SHOWN
             self._reasons |= {reason} if new else set()

@@ -13,7 +13,8 @@ TIE = 3.5  # the middle of a ranking, and the score of either answer in a tie
 GOOD, BAD = 4.5, 2.5  # scores of an answer that is right or preferred, and of one that is not
 # JSON objects at the end of a text that are tried: a text of brackets alone stays cheap.
 _OBJECTS_TRIED = 64
-_MARKS = " \t*_`#>\"'“”‘’«»()[]{}.,:;!"  # what may stand around a verdict's one word
+# What may stand around a verdict's one word; a question mark would be a doubt.
+_MARKS = " \t*_`#<>|\"'“”‘’«»()[]{}.,:;!。•–—-"
 
 
 class NoVerdict(Exception):
