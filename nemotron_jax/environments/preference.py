@@ -7,11 +7,12 @@ The model is left out; what it cannot do without, the facts, and the terms that 
 import re
 
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
+from nemotron_jax.environments.claims import Reader
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.reading import words_of
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import THINGS, ask, coined_names
 
-_NUMBER = re.compile(r"\d+", re.ASCII)
 _STYLE = re.compile(r"[*#`_|]|^[ \t]*[-\u2022]", re.MULTILINE)
 _PADDING = (
     "Thank you so much for asking this great question!",
@@ -22,17 +23,16 @@ _PADDING = (
 _KINDS = ("price", "weight", "length", "stock")
 
 
-def sentences(text: str) -> list[str]:
-    return [part for part in re.split(r"[.!?\n]+", text.casefold()) if part.strip()]
-
-
 def style_density(text: str) -> float:
     """Marks of markdown a word."""
     return len(_STYLE.findall(text)) / max(1, len(text.split()))
 
 
 class PreferenceSession(Session):
-    """0 unless every fact stands, none is made up and it is shorter; half of 1 unless plainer."""
+    """0 unless every fact stands, none is made up and it is shorter; half of 1 unless plainer.
+
+    What cannot be read as a plain claim (claims.py) counts as made up.
+    """
 
     def score(self) -> Verdict:
         facts, reference = self.task.data["facts"], self.task.data["reference"]
@@ -40,18 +40,13 @@ class PreferenceSession(Session):
         words = len(text.split())
         if words >= len(reference.split()) or len(text) > 2 * len(reference):
             return Verdict(0.0, {"shorter": 0.0})
-        parts_of = [set(re.findall(r"\w+", part)) for part in sentences(text)]
-        said = [
-            any({name.casefold(), kind, str(value)} <= part for part in parts_of)
-            for name, kind, value in facts
-        ]
-        known = {str(value) for _, _, value in facts}
-        made_up = any(number not in known for number in _NUMBER.findall(text))
-        # Names and numbers in a row are no sentences: each fact takes a verb at least.
-        prose = len(re.findall(r"\b(?:is|has|costs|are)\b", text)) >= len(facts)
-        sound = all(said) and not made_up and prose
+        wanted = {(name.casefold(), kind, str(value)) for name, kind, value in facts}
+        reader = Reader({name for name, _, _ in wanted}, set(THINGS), set(words_of(reference)))
+        claims = reader.claims(text)
+        said = len(wanted & (claims or set())) / len(wanted)
+        sound = claims == wanted
         plainer = style_density(text) < style_density(reference)
-        parts = {"facts": sum(said) / len(said), "shorter": 1.0, "plainer": float(plainer)}
+        parts = {"facts": said, "shorter": 1.0, "plainer": float(plainer)}
         return Verdict((1 + plainer) / 2 if sound else 0.0, parts)
 
 
@@ -88,17 +83,33 @@ class Preference(Environment):
 
     def alternatives(self, task: Task) -> list[list[Turn | str]]:
         facts = task.data["facts"][::-1]
-        return [[" ".join(f"The {kind} of {name} is {value}!" for name, kind, value in facts)]]
+        verb = {"price": "costs {v}", "weight": "weighs {v}", "length": "is {v} long"}
+        return [
+            [" ".join(f"The {kind} of {name} is {value}!" for name, kind, value in facts)],
+            [", ".join(f"{name}’s {kind} is {value}" for name, kind, value in facts) + "."],
+            [" ".join(f"{n} {verb.get(k, 'has {v} in stock').format(v=v)}." for n, k, v in facts)],
+        ]
 
     def cheats(self, task: Task) -> dict[str, list[Turn | str]]:
         facts, reference = task.data["facts"], task.data["reference"]
         told = " ".join(_said(fact) for fact in facts)
+        values = [value for _, _, value in facts]
+        rotated = [[n, k, v] for (n, k, _), v in zip(facts, [*values[1:], values[0] + 1])]
+        names, kinds = ([fact[part] for fact in facts] for part in (0, 1))
         return {
             "the reference": [reference],
             "one fact missing": [" ".join(_said(fact) for fact in facts[1:]) or "There is none."],
             "a fact made up": [f"{told} The age is 1000."],
+            "a fact made up without a number": [f"{told} It is sold out."],
             "longer": [f"{told} {reference}"],
             "a list of names and numbers": [" ".join(f"{n} {k} {v}" for n, k, v in facts)],
+            "a list with commas": [", ".join(f"{n}, {k} {v}" for n, k, v in facts) + "."],
+            "every fact of another": [", ".join(f"the {k} of {n} is {v}" for n, k, v in rotated)],
+            "every fact denied": [" ".join(f"The {k} of {n} is **not** {v}." for n, k, v in facts)],
+            "denied at the end": [f"{told} None of this is so."],
+            "verbs and names in a heap": [
+                " ".join([*["is"] * len(facts), *names, *kinds, *map(str, values)])
+            ],
             "says that it is better": ["This reply is better than the other: shorter, plainer."],
         }
 
