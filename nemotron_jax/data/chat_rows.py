@@ -34,6 +34,7 @@ _OTHER_FORMS = (
     (("prompt", "completion"), "a prompt with its completion"),
     (("prompt", "response"), "a prompt with its response"),
     (("question", "answer"), "a question with its answer"),
+    (("input", "output"), "an input with its output"),
     (("text",), "a text, which pre-training reads (stage `pretrain`, data.sources=hf:FILE)"),
 )
 
@@ -79,6 +80,7 @@ class _Messages:
         self._schemas = Schemas(tools)
         self._declared = {tool.get("function", tool)["name"] for tool in tools}
         self._waiting: set[str] | int = 0  # calls that replies may still answer, by id or number
+        self._order: list[str] = []  # ids of the calls of the turn before
 
     def add(self, given: Any) -> None:
         """The next message."""
@@ -107,6 +109,8 @@ class _Messages:
         elif role == "assistant":
             self._assistant(message, text)
         self.messages.append(message)
+        if role == "tool" and not self._waiting:
+            self._order_replies()
 
     def finish(self) -> None:
         """After the last message: calls may stand open there, but not some of a turn's."""
@@ -130,8 +134,17 @@ class _Messages:
                     f"it calls {name!r:.40}, which is none of the row's `tools` "
                     f"({', '.join(sorted(self._declared))[:80]})"
                 )
-        ids = {str(c["id"]) for c in message.get("tool_calls", ()) if c.get("id") is not None}
+        self._order = [str(c["id"]) for c in message.get("tool_calls", ()) if "id" in c]
+        ids = set(self._order)
         self._waiting = ids if len(ids) == len(calls) and calls else len(calls)
+
+    def _order_replies(self) -> None:
+        """Replies in the order of their calls: the template writes no ids."""
+        count = len(self._order)
+        replies = self.messages[len(self.messages) - count :]
+        if {str(reply.get("tool_call_id")) for reply in replies} == set(self._order):
+            place = lambda reply: self._order.index(str(reply["tool_call_id"]))
+            self.messages[len(self.messages) - count :] = sorted(replies, key=place)
 
     def _read_calls(self, message: dict[str, Any]) -> None:
         """The calls as objects; of their arguments, nulls that the tool does not take are gone."""
@@ -330,9 +343,16 @@ def _allows_null(schema: Mapping[str, Any]) -> bool:
 def _form_of(row: Any) -> ValueError:
     """What is wrong with a row that has no messages: its form's name, where it is a known one."""
     rule = "it is not an object with a list `messages`"
-    if isinstance(row, list) and any(isinstance(one, Mapping) and "role" in one for one in row):
+    if isinstance(row, list) and row and all(_is_turn(one) for one in row):
         return OtherForm(f'{rule}, but the list alone; write {{"messages": [...]}}')
+    for key, value in row.items() if isinstance(row, Mapping) else ():
+        if isinstance(value, list) and value and all(_is_turn(one) for one in value):
+            return OtherForm(f"{rule}, but has one `{key:.40}`; call that `messages`")
     for keys, name in _OTHER_FORMS:
         if isinstance(row, Mapping) and all(key in row for key in keys):
             return OtherForm(f"{rule}, but {name}; {_TURN}")
     return ValueError(rule)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value and "content" in value

@@ -140,8 +140,9 @@ def prepare_conversations(
         held_out += [part for c in conversations.held_out for part in split_at_users(c)]
         dropped += conversations.dropped
         learned = sum(int(np.count_nonzero(weights)) for weights in train[-1].weights)
+        split = f"examples of {len(moded)} " if len(examples) != len(moded) else ""
         progress(
-            f"{source}: {len(train[-1].parts)} conversations, {learned:,} learned tokens of "
+            f"{source}: {len(train[-1].parts)} {split}conversations, {learned:,} learned tokens of "
             f"{sum(map(len, train[-1].parts)):,}"
         )
         if not train[-1].parts:

@@ -15,6 +15,8 @@ from nemotron_jax.environments.base import Environment, Task
 from nemotron_jax.environments.turns import Turn
 
 MESSAGES, ORACLE, SLIPS = "messages:", "oracle:", "slips:"
+# Endings of files that hold rows in another way than as lines of JSON.
+_NO_LINES = (".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst", ".zip", ".xz", ".bz2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
     Only a line feed ends a line: text may hold U+2028 and its kin.
     """
+    if path.suffix.lower() in _NO_LINES:
+        raise ValueError(
+            f"data.sources: {path} is a table or an archive; write its rows as jsonl, one JSON "
+            "object a line"
+        )
     try:
         with path.open("rb") as file:
             if path.suffix.lower() == ".json" and (rows := _listed(file.read())) is not None:
@@ -215,12 +222,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _listed(content: bytes) -> list | None:
-    """The list that a whole file is, if it is one; it may hold JSON lines all the same."""
+    """The rows of a file that is one list or one row; None where it holds JSON lines after all."""
     try:
-        found = json.loads(content)
+        found = json.loads(content.removeprefix(codecs.BOM_UTF8))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) else None
+    return found if isinstance(found, list) else [found]
 
 
 def source_names(sources: Sequence[str]) -> None:

@@ -148,12 +148,17 @@ def test_calls_that_the_model_is_not_shown_are_said(prepared, tmp_path) -> None:
     rows = [conversation(number, 2) for number in range(40)]
     for row in rows[::2]:
         row["messages"][-1]["tool_calls"] = [call]
+    for row in rows[1::2]:  # two turns that reason are two examples
+        row["messages"] += conversation(99, 3)["messages"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"sources": (f"messages:{tmp_path / 'a.jsonl'}",), "source_weights": (1.0,)}
     told: list[str] = []
     one = dataclasses.replace(data, **source)
-    prepare_conversations(one, sft, 600, tmp_path, progress=told.append)
+    _, corpus = prepare_conversations(one, sft, 600, tmp_path, progress=told.append)
     assert "20 conversations call tools and have no `tools`" in told[-1]
+    train = int(told[0].split(" conversations")[0].split()[-1])
+    assert f": {len(corpus.train[0].parts)} examples of {train} " in told[0]
+    assert train < len(corpus.train[0].parts) < 2 * train
     (tmp_path / "a.jsonl").write_text('{"conversations": []}\n')
     with pytest.raises(ValueError, match=r"is left; of 1 rows dropped the first: .*ShareGPT"):
         prepare_conversations(one, dataclasses.replace(sft, bad_rows="drop"), 600, tmp_path)

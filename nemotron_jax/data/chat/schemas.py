@@ -20,10 +20,10 @@ _NAMES = {
     "number": _NUMBER,
     **{kind: frozenset((kind,)) for kind in ("integer", "boolean", "object", "array", "null")},
     **dict.fromkeys(("str", "text", "char"), _TEXT),
-    **dict.fromkeys(("int", "long", "int32", "int64"), frozenset(("integer",))),
+    **dict.fromkeys(("int", "long", "short", "byte", "int32", "int64"), frozenset(("integer",))),
     **dict.fromkeys(("float", "double", "num", "decimal"), _NUMBER),
     **dict.fromkeys(("bool",), frozenset(("boolean",))),
-    **dict.fromkeys(("dict", "map", "hashmap", "mapping"), frozenset(("object",))),
+    **dict.fromkeys(("dict", "map", "hashmap", "hashtable", "mapping"), frozenset(("object",))),
     **dict.fromkeys(("list", "tuple", "set", "arraylist", "sequence"), frozenset(("array",))),
     **dict.fromkeys(("none", "nonetype"), frozenset(("null",))),
 }

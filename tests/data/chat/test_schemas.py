@@ -112,7 +112,23 @@ def test_whatever_is_written_leaves_the_parser_as_strict_json_in_utf8() -> None:
     schemas = [{}, *({"type": kind} for kind in ("string", "number", "integer", "object", "array"))]
     names = [f"p{n}" for n in range(len(schemas))]
     tools = [{"name": "f", "parameters": {"properties": dict(zip(names, schemas, strict=True))}}]
-    bits = [*NOT_JSON, "1", "[", "]", "{", "}", '"', ":", ",", "\\u", "d83d", "é", "\n", "null"]
+    bits = [
+        *(text for text in NOT_JSON if len(text) < 99),
+        "9" * 5000,
+        "1",
+        "[",
+        "]",
+        "{",
+        "}",
+        '"',
+        ":",
+        ",",
+        "\\u",
+        "d83d",
+        "é",
+        "\n",
+        "null",
+    ]
     for _ in range(300):
         written = "".join(
             f"<parameter={name}>\n{text}\n</parameter>\n"
