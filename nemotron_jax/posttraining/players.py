@@ -1,11 +1,15 @@
 """Sessions of environments, played where they are; what a worker process does is the same."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Session, Task, Verdict
+from nemotron_jax.environments.sound import sound_text
+
+_MAX_REASON = 300  # characters of an error: it may quote a whole turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,29 +55,53 @@ class Here:
 
     def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]:
         """The answers to the assistant's messages at these places."""
-        return {place: _answer(self._sessions[place], turn) for place, turn in turns.items()}
+        return {place: self._answer(place, turn) for place, turn in turns.items()}
 
     def verify(self) -> list[Verdict]:
         """Every session's verdict."""
-        return [s if isinstance(s, Verdict) else s.verify() for s in self._sessions]
+        return list(map(_judged, self._sessions))
 
     def close(self) -> None:
         """Give back what the sessions hold."""
         for session in self._sessions:
             if isinstance(session, Session):
-                session.close()
+                with contextlib.suppress(Exception):  # what is left of it is no verdict's matter
+                    session.close()
         self._sessions = []
+
+    def _answer(self, place: int, turn: dict[str, Any]) -> Reply:
+        session = self._sessions[place]
+        if isinstance(session, Verdict):
+            return Reply((), over=True)
+        try:
+            messages = session.reply(turn)
+            return Reply(tuple(messages or ()), session.over)
+        except Exception as error:  # of somebody's own session: the others go on
+            self._sessions[place] = failure(session.task, error)
+            with contextlib.suppress(Exception):
+                session.close()
+            return Reply((), over=True)
 
 
 def _started(task: Task) -> Session | Verdict:
     try:
         return registry[task.environment].start(task)
     except Exception as error:  # whatever keeps it from starting is not the model's fault
-        return Verdict(0.0, infra_error=f"{task.environment}: {error!r}")
+        return failure(task, error)
 
 
-def _answer(session: Session | Verdict, turn: dict[str, Any]) -> Reply:
+def _judged(session: Session | Verdict) -> Verdict:
     if isinstance(session, Verdict):
-        return Reply((), over=True)
-    messages = session.reply(turn)
-    return Reply(tuple(messages), session.over)
+        return session
+    try:
+        verdict = session.verify()
+        if isinstance(verdict, Verdict):
+            return verdict
+        raise TypeError(f"verify gave {type(verdict).__name__}, which is no Verdict")
+    except Exception as error:
+        return failure(session.task, error)
+
+
+def failure(task: Task, error: Exception) -> Verdict:
+    """The verdict on an episode whose session failed, in a text that can be written down."""
+    return Verdict(0.0, infra_error=sound_text(f"{task.environment}: {error!r}"[:_MAX_REASON]))
