@@ -43,6 +43,9 @@ def forward(
         scores = jnp.einsum("bkrc,bskc->bkrs", rows, k_block)
         visible = _visible(masks, key, block * width, (tokens, groups, width), causal)
         scores = jnp.where(visible, scores, -jnp.inf)
+        # 0 times NaN is NaN: what lies past a cache's length may be anything.
+        seen = jnp.any(visible, axis=(1, 2))[..., None, None]
+        v_block = jnp.where(seen, v_block, 0)
         new = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
         weights, decay = jnp.exp(scores - new), jnp.exp(largest - new)
         total = total * decay + jnp.sum(weights, axis=-1, keepdims=True)

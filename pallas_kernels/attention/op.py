@@ -76,7 +76,7 @@ def attention(
 
     Query head h uses kv head h // (H // K). Key s stands at position s; query t at position t, or
     at q_offset[b] + t if k and v are a cache that already holds the new tokens: then positions from
-    q_offset[b] + T on are not seen, whatever finite numbers they hold. With `segment_ids` a query
+    q_offset[b] + T on are not seen, and may hold anything, NaN too. With `segment_ids` a query
     sees keys of its own id only; keys take `kv_segment_ids`, or the queries' ids where there is no
     cache. Queries from `lengths` on, and queries that see no key, give zeros and no gradient.
     `causal=False` lets every query see every key, without a cache only.

@@ -15,7 +15,10 @@ def attention(
     q_offset: Int[Array, "B"] | None = None,
     causal: bool = True,
 ) -> Float[Array, "B T H C"]:
-    """softmax(q kᵀ / sqrt(C)) v over the keys that a query may see; zeros where it sees none."""
+    """softmax(q kᵀ / sqrt(C)) v over the keys that a query may see; zeros where it sees none.
+
+    Keys and values that no query sees may be anything, NaN too.
+    """
     batch, tokens, heads, channels = q.shape
     keys, kv_heads = k.shape[1:3]
     offset = jnp.zeros(batch, jnp.int32) if q_offset is None else q_offset
@@ -28,8 +31,10 @@ def attention(
         visible &= segment_ids[..., None] == of_key[:, None]
     if lengths is not None:
         visible &= (jnp.arange(tokens) < lengths[:, None])[..., None]
+    seen = jnp.any(visible, axis=1)[..., None, None]
     visible = visible[:, None]
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    k, v = (jnp.where(seen, a, 0) for a in (k, v))
     k, v = (jnp.repeat(a, heads // kv_heads, axis=2) for a in (k, v))
     scores = jnp.einsum("bthc,bshc->bhts", q, k, precision="highest") / jnp.sqrt(channels)
     scores = jnp.where(visible, scores, -jnp.inf)

@@ -180,6 +180,10 @@ def _over_keys(
             key = jnp.minimum(block * width, num_keys - width)
             keys, values = (_key_block(a, at, key, width) for a in keys_values)
             mask = _mask(scope.masks, at, key, block * width, width, plan) if mask_all else None
+            if mask is not None:
+                # 0 times NaN is NaN: what lies past a cache's length may be anything.
+                seen = jnp.any(mask, axis=1)[:, None]
+                keys, values = (jnp.where(seen, a, 0) for a in (keys, values))
             return step(keys, values, mask, key, carry)
 
         return lax.fori_loop(low, high, body, carry)

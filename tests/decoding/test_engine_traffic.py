@@ -3,6 +3,7 @@
 import random
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -103,6 +104,28 @@ def test_new_weights_make_known_prefixes_void(model, other_model):
     again = engine.submit(PROMPTS[0], max_new_tokens=NEW, **GREEDY).wait()
     assert_alone(again, alone(0, 0, 2, "new"))
     assert engine.stats().prefix_hits == 0 and engine.stats().prefix_entries > 0
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("speculative", [0, 2])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_weights_are_gone_with_their_requests(model, speculative, value):
+    """Pages, states and snapshots of a push that failed spoil nobody who comes after it."""
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), model)
+    engine = make(model, speculative, prefix_cache=True)
+    engine.replace_weights(broken, "broken")
+    for _ in range(4):
+        engine.submit(PROMPTS[0], max_new_tokens=3, **GREEDY)
+    engine.run()
+    beside = engine.submit(PROMPTS[0], max_new_tokens=NEW, **GREEDY)  # keeps what it has of them
+    engine.step()
+    assert not np.isfinite(beside.logprobs).any()
+    engine.replace_weights(model, "old")
+    asked = [(n, n % len(WAYS)) for n in (1, 4, 5, 6, 3)]
+    requests = [engine.submit(PROMPTS[n], max_new_tokens=NEW, **WAYS[way]) for n, way in asked]
+    engine.run()
+    for request, (n, way) in zip(requests, asked, strict=True):
+        assert_alone(request, alone(n, way, speculative))
     assert_empty(engine)
 
 

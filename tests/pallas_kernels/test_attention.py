@@ -48,8 +48,8 @@ def test_a_row_in_pieces_over_a_cache_equals_the_whole_row(pieces):
         end = start + piece
         # The cache is longer than the row, and what lies past its filled part is not seen.
         cache = [
-            np.pad(a[:, :end], ((0, 0), (0, 400 - end), (0, 0), (0, 0)), constant_values=7e3)
-            for a in (k, v)
+            np.pad(a[:, :end], ((0, 0), (0, 400 - end), (0, 0), (0, 0)), constant_values=left)
+            for a, left in ((k, np.nan), (v, np.inf))
         ]
         outs.append(attention(q[:, start:end], *cache, q_offset=jnp.full(2, start, jnp.int32)))
         start = end
