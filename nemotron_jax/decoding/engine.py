@@ -5,16 +5,22 @@ are compiled when the engine is made. A request's tokens and log-probabilities a
 `generate` gives for it alone, whatever runs beside it.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from nemotron_jax.config.cache import CacheConfig
-from nemotron_jax.config.checks import is_integer
 from nemotron_jax.data.tokenizer import Tokenizer
-from nemotron_jax.decoding.generate import MOST_DRAFTS
+from nemotron_jax.decoding.admission import (
+    QueueFull,
+    Standstill,
+    check_fits,
+    check_moves,
+    check_queue,
+    check_sizes,
+)
+from nemotron_jax.decoding.ledger import Gain, Ledger, Stats
 from nemotron_jax.decoding.prefix_cache import PrefixCache, block_hashes
 from nemotron_jax.decoding.request import (
     Request,
@@ -25,42 +31,18 @@ from nemotron_jax.decoding.request import (
 )
 from nemotron_jax.decoding.runner import Runner, programs_compiled
 from nemotron_jax.decoding.scheduler import Group, Job, Scheduler, Slot
-from nemotron_jax.decoding.speculative import Acceptance
+from nemotron_jax.decoding.speculative import Acceptance, count_places
 from nemotron_jax.decoding.step import for_decoding
 from nemotron_jax.decoding.store import Decoded
 from nemotron_jax.model.nemotron import Nemotron
+
+__all__ = ["Engine", "QueueFull", "Standstill", "Stats"]
 
 # Rows and tokens of one prefill call. All read about as many tokens, so that those who decode wait
 # about as long for either: many short prompts together, or a piece of a long one.
 PREFILL_SHAPES = ((8, 32), (1, 256))
 # Prefill calls in a row while fewer than half of the slots decode: they fill up first.
 _MOST_PREFILLS = 4
-
-
-class QueueFull(RuntimeError):
-    """As many requests wait as the engine was told to let; step it, or try again later."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What an engine has done and what it holds."""
-
-    running: int
-    waiting: int
-    finished: int  # cancelled ones not counted
-    cancelled: int
-    new_tokens: int
-    prompt_tokens: int  # that were read; those of shared prompts once
-    pages: int
-    free_pages: int
-    free_snapshots: int
-    programs: int  # compiled so far; stays as it is after the engine was made
-    version: int | str
-    acceptance: Acceptance | None  # of drafted tokens; None without speculation
-    prefix_entries: int = 0
-    prefix_queries: int = 0  # requests that started
-    prefix_hits: int = 0  # those of them that started from an entry
-    prefix_tokens: int = 0  # prompt tokens that were not read again
 
 
 class Engine:
@@ -75,6 +57,10 @@ class Engine:
     at the queue, one while prompts wait to be read: more are faster, and tokens come in larger
     pieces. With `max_waiting`, `submit` raises QueueFull where more would wait. A tokenizer is
     needed for stop strings alone. Not for use from several threads.
+
+    An exception in `step`, an interrupt too, loses no token and no request: the next step reads
+    the texts of all that ran again, and each goes on as if nothing had been; what the prefix cache
+    held is forgotten.
 
     Raises ValueError for sizes that fit nothing, or drafts without an MTP block.
     """
@@ -99,26 +85,31 @@ class Engine:
     ) -> None:
         sizes = {"slots": slots, "max_length": max_length, "page_tokens": page_tokens}
         sizes |= {"pages": 1 if pages is None else pages, "snapshots": snapshots, "rounds": rounds}
-        _check_sizes(sizes, model, speculative)
+        check_sizes(sizes, model, speculative)
+        # Those of numpy may overflow in a product.
+        slots, max_length, page_tokens = int(slots), int(max_length), int(page_tokens)
+        snapshots, speculative, self._rounds = int(snapshots), int(speculative), int(rounds)
         self.slots, self.max_length, self.speculative = slots, max_length, speculative
-        self.version, self._tokenizer, self._max_waiting = version, tokenizer, max_waiting
-        self._rounds = rounds
-        self._shapes = tuple(sorted((min(rows, slots), chunk) for rows, chunk in prefill_shapes))
-        pages = slots * -(-max_length // page_tokens) if pages is None else pages
+        self._tokenizer, self._max_waiting = tokenizer, max_waiting
+        self._shapes = tuple(sorted((min(int(n), slots), int(size)) for n, size in prefill_shapes))
+        pages = slots * -(-max_length // page_tokens) if pages is None else int(pages)
         held = {"slots": slots, "pages": pages, "page_tokens": page_tokens, "snapshots": snapshots}
-        self._prefix = PrefixCache(page_tokens) if prefix_cache else None
-        self._scheduler = Scheduler(prefix=self._prefix, drafts=speculative > 0, **held)
+        prefix = PrefixCache(page_tokens) if prefix_cache else None
+        self._scheduler = Scheduler(prefix=prefix, drafts=speculative > 0, **held)
         self._runner = Runner(
             for_decoding(model),
             max_length=max_length,
             speculative=speculative,
             cache=cache,
-            rounds=rounds,
+            rounds=self._rounds,
             prefill_shapes=self._shapes,
+            version=version,
             **held,
         )
-        self._counts = dict.fromkeys(("finished", "cancelled", "new_tokens", "prompt_tokens"), 0)
-        self._verifications, self._accepted = 0, np.zeros(speculative, np.int64)
+        self._ledger = Ledger(places=2 * (speculative + 1))
+        self._prompt_tokens = 0
+        # Whether an exception has left books and store in a state that nobody knows.
+        self._in_doubt = False
 
     def submit(
         self,
@@ -153,21 +144,24 @@ class Engine:
             seed,
             prompt_logprobs,
         )
-        self._check_fits(prompt, wanted, n)
-        requests = [Request(prompt, wanted, branch, self.step) for branch in range(n)]
+        check_fits(prompt, wanted, n, self._scheduler, self.max_length)
+        self._check_waits(wanted, n)
         group = Group(waiting=n) if n > 1 else None
-        hashes = () if self._prefix is None else block_hashes(prompt, self._scheduler.page_tokens)
-        for request in requests:
-            strings = wanted.stop_strings
-            watch = StopText(self._tokenizer, strings) if strings else None
-            self._scheduler.waiting.append(Job(request, group, watch, hashes))
+        requests = [Request(prompt, wanted, branch, self.step) for branch in range(n)]
+        jobs = [self._job(request, group) for request in requests]
+        self._ledger.enter(jobs)
+        self._scheduler.waiting.extend(jobs)
         return requests if n > 1 else requests[0]
 
     def step(self) -> bool:
         """Start what can start, read some of the prompts, decode some tokens; whether there is more
         to do."""
+        if self._in_doubt:
+            self._begin_anew()
+        self._in_doubt = True
         self._drop_cancelled()
         self._start()
+        check_moves(self._scheduler)
         for _ in range(_MOST_PREFILLS):
             if not self._scheduler.reading:
                 break
@@ -177,7 +171,9 @@ class Engine:
         rows = [slot for slot in self._scheduler.running() if not slot.reading]
         if rows:
             self._decode(rows)
-        return bool(self._scheduler.waiting or any(self._scheduler.running()))
+        more = bool(self._scheduler.waiting or any(self._scheduler.running()))
+        self._in_doubt = False
+        return more
 
     def run(self) -> None:
         """Step until every request is over."""
@@ -198,64 +194,90 @@ class Engine:
                 "Engine.replace_weights: the model differs from the engine's in its configuration, "
                 "shapes or dtypes; make another engine for it"
             )
-        self._runner.put_model(model)
-        self.version = version
-        self._scheduler.expire()
+        in_doubt, self._in_doubt = self._in_doubt, True
+        self._runner.put_model(model, version)
+        if not in_doubt:  # otherwise the next step forgets all
+            self._scheduler.expire()
+        self._in_doubt = in_doubt
+
+    @property
+    def version(self) -> int | str:
+        """Of the weights that give tokens now."""
+        return self._runner.version
 
     def stats(self) -> Stats:
         """Counts since the engine was made, and what it holds now."""
-        scheduler = self._scheduler
-        counts, prefix = (self._verifications, self._accepted), {}
-        if (cached := self._prefix) is not None:
+        scheduler, totals, prefix = self._scheduler, self._ledger.totals, {}
+        if (cached := scheduler.prefix) is not None:
             prefix = {"entries": len(cached), "queries": cached.queries, "hits": cached.hits}
             prefix |= {"tokens": cached.hit_tokens}
         return Stats(
             running=sum(1 for _ in scheduler.running()),
             waiting=len(scheduler.waiting),
+            finished=totals.finished,
+            cancelled=totals.cancelled,
+            new_tokens=totals.new_tokens,
+            prompt_tokens=self._prompt_tokens,
             pages=scheduler.pages.count,
             free_pages=scheduler.pages.free,
             free_snapshots=scheduler.free_snapshots,
             programs=programs_compiled(),
             version=self.version,
-            acceptance=Acceptance.of_counts(*counts) if self.speculative else None,
-            **self._counts,
+            acceptance=Acceptance.of_places(totals.places) if self.speculative else None,
             **{f"prefix_{name}": count for name, count in prefix.items()},
         )
 
-    def _check_fits(self, prompt: tuple[int, ...], wanted: Wanted, n: int) -> None:
-        scheduler, total = self._scheduler, len(prompt) + wanted.max_new_tokens
-        need = f"{len(prompt)} prompt tokens and max_new_tokens={wanted.max_new_tokens}"
-        if total > self.max_length:
-            raise ValueError(
-                f"Engine.submit: {need} exceed max_length={self.max_length}; ask for fewer, or "
-                "make the engine with a larger max_length"
-            )
-        if scheduler.pages_for(total) > scheduler.pages.count:
-            raise ValueError(
-                f"Engine.submit: {need} need {scheduler.pages_for(total)} pages, and the engine "
-                f"has {scheduler.pages.count}; ask for fewer, or make the engine with more pages"
-            )
-        if not is_integer(n) or n < 1:
-            raise ValueError(f"Engine.submit: n={n!r} must be an integer of at least 1")
+    def _job(self, request: Request, group: Group | None) -> Job:
+        """A request as it is to be continued."""
+        strings, watch = request.wanted.stop_strings, None
+        if strings:
+            watch = StopText(self._tokenizer, strings)
+            for token in request.tokens:
+                watch.push(token)
+        job = Job(request, group, watch)
+        if self._scheduler.prefix is not None:
+            job.hashes = block_hashes(job.text, self._scheduler.page_tokens)
+        return job
+
+    def _begin_anew(self) -> None:
+        """Put every request in line again, with what it was given, and let nothing else stay.
+
+        Samples of a prompt that have begun differ from now on in what is to be read.
+        """
+        self._ledger.settle()
+        groups: dict[Group, Group] = {}
+        jobs = []
+        for old in self._ledger:
+            group = None
+            if old.group is not None and not old.request.tokens:
+                group = groups.setdefault(old.group, Group(waiting=0))
+                group.waiting += 1
+            jobs.append(self._job(old.request, group))
+        self._ledger.replace(jobs)
+        self._scheduler = self._scheduler.emptied()
+        self._scheduler.waiting.extend(jobs)
+        self._runner.renew()
+
+    def _check_waits(self, wanted: Wanted, n: int) -> None:
         if wanted.stop_strings and self._tokenizer is None:
             raise ValueError(
                 "Engine.submit: stop_strings need the tokens' texts; make the engine with a "
                 "tokenizer"
             )
-        if self._max_waiting is not None and len(scheduler.waiting) + n > self._max_waiting:
-            raise QueueFull(
-                f"Engine.submit: {len(scheduler.waiting)} requests wait and {n} more would exceed "
-                f"max_waiting={self._max_waiting}; step the engine, or try again later"
-            )
+        if self._max_waiting is not None:
+            check_queue(n, len(self._scheduler.waiting), self._max_waiting)
 
     def _drop_cancelled(self) -> None:
         for job in [job for job in self._scheduler.waiting if job.request.cancelled]:
             self._scheduler.drop_waiting(job)
-            self._finish(job.request, "cancelled")
+            self._cancelled(job)
         for slot in list(self._scheduler.running()):
             if slot.job.request.cancelled:
                 self._scheduler.leave(slot)
-                self._finish(slot.job.request, "cancelled")
+                self._cancelled(slot.job)
+
+    def _cancelled(self, job: Job) -> None:
+        self._ledger.give([Gain(job, len(job.request.tokens), reason="cancelled")])
 
     def _start(self) -> None:
         while (started := self._scheduler.start_next()) is not None:
@@ -273,7 +295,7 @@ class Engine:
         self._score(slots, starts, hidden)
         for slot, length in zip(slots, lengths.tolist(), strict=False):
             self._scheduler.has_read(slot, length)
-            self._counts["prompt_tokens"] += length
+            self._prompt_tokens += length
             self._keep(slot)
 
     def _score(self, slots: list[Slot], starts: list[int], hidden: jax.Array) -> None:
@@ -282,7 +304,8 @@ class Engine:
         if not wanted:
             return
         targets = np.zeros(hidden.shape[:2], np.int32)
-        pieces = {row: slots[row].prompt[starts[row] + 1 :][: targets.shape[1]] for row in wanted}
+        prompts = {row: slots[row].job.request.prompt for row in wanted}
+        pieces = {row: prompts[row][starts[row] + 1 :][: targets.shape[1]] for row in wanted}
         for row, piece in pieces.items():
             targets[row, : len(piece)] = piece
         found = self._runner.score(hidden, targets)
@@ -321,12 +344,16 @@ class Engine:
 
     def _decode(self, slots: list[Slot]) -> None:
         given, rows = self._runner.decode(slots, 1 if self._scheduler.reading else self._rounds)
-        self._verifications += int(given.verifications)
-        self._accepted += given.accepted
-        for slot, row in zip(slots, rows, strict=True):
-            self._take(slot, given, row)
+        gains = [self._gain(slot, given, row) for slot, row in zip(slots, rows, strict=True)]
+        counts = [len(gain.tokens) for gain in gains]
+        places = [given.places[row, :count] for row, count in zip(rows, counts, strict=True)]
+        self._ledger.give(gains, count_places(np.concatenate(places), self.speculative))
+        for slot, row, gain in zip(slots, rows, gains, strict=True):
+            slot.length = int(given.length[row])
+            if gain.reason is not None:
+                self._end(slot)
 
-    def _take(self, slot: Slot, given: Decoded, row: int) -> None:
+    def _gain(self, slot: Slot, given: Decoded, row: int) -> Gain:
         """A slot's new tokens for its request, which may end with them."""
         request = slot.job.request
         count, done = int(given.count[row]), bool(given.done[row])
@@ -339,36 +366,15 @@ class Engine:
             place = next((n for n, t in enumerate(tokens) if slot.job.stop_text.push(t)), None)
             if place is not None:
                 count, reason = place + 1, "stop"
-        request.tokens += tokens[:count]
-        request.logprobs += given.logprobs[row, :count].tolist()
-        request.versions += [self.version] * count
-        self._counts["new_tokens"] += count
-        slot.length = int(given.length[row])
-        if reason is None:
-            return
+        logprobs = given.logprobs[row, :count].tolist()
+        before = len(request.tokens)
+        return Gain(slot.job, before, tokens[:count], logprobs, self.version, reason)
+
+    def _end(self, slot: Slot) -> None:
+        """Keep what the slot of a request that is over holds, and free it."""
         # Once a stop string was looked for, a slot may hold tokens that are not the request's.
         if slot.job.stop_text is None:
             entry = self._scheduler.remember_turn(slot, complete=self.speculative > 0)
             if entry is not None:
                 self._runner.save(slot, entry)
         self._scheduler.leave(slot)
-        self._finish(request, reason)
-
-    def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
-        self._counts["cancelled" if reason == "cancelled" else "finished"] += 1
-
-
-def _check_sizes(sizes: dict[str, int], model: Nemotron, speculative: int) -> None:
-    for name, value in sizes.items():
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"Engine: {name}={value!r} must be an integer of at least 1")
-    if not is_integer(speculative) or not 0 <= speculative <= MOST_DRAFTS:
-        raise ValueError(
-            f"Engine: speculative={speculative!r} must be an integer between 0 and {MOST_DRAFTS}"
-        )
-    if speculative and model.mtp_block is None:
-        raise ValueError(
-            f"Engine: speculative={speculative} needs an MTP block to draft with, and this model "
-            "has none; use 0"
-        )

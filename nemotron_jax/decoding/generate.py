@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from nemotron_jax.config.checks import check_value, is_integer
 from nemotron_jax.decoding.loop import Loop, Rules, first_tokens, run_rounds
 from nemotron_jax.decoding.sampling import Sampling
-from nemotron_jax.decoding.speculative import Acceptance
+from nemotron_jax.decoding.speculative import Acceptance, count_places
 from nemotron_jax.decoding.step import for_decoding, last_hidden, prefill_chunk
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
@@ -60,6 +60,8 @@ def generate(
     """
     rows = _checked_rows(model, prompt_tokens, max_new_tokens)
     _check_speculative(model, speculative)
+    # Those of numpy may overflow in a sum, and compile a program for their type.
+    max_new_tokens, speculative = int(max_new_tokens), int(speculative)
     sampling = _sampling_of_rows(Sampling.create(temperature, top_k, top_p), len(rows))
     stop_tokens = default_stop_tokens(model) if stop_tokens is None else stop_tokens
     stops = _stop_table(_checked_stops(model, stop_tokens))
@@ -148,12 +150,12 @@ def _decode(
 
 def _result(end: Loop, rows: int, max_new_tokens: int, speculative: int) -> Generated:
     assert not np.any(end.cache.overflowed()), "a row outgrew its cache"
-    counts = int(end.verifications), np.asarray(end.accepted)
+    counts = count_places(np.asarray(end.places), speculative)
     return Generated(
         tokens=np.asarray(end.tokens)[:rows, :max_new_tokens],
         lengths=np.asarray(end.lengths)[:rows],
         logprobs=np.asarray(end.logprobs)[:rows, :max_new_tokens],
-        acceptance=Acceptance.of_counts(*counts) if speculative else None,
+        acceptance=Acceptance.of_places(counts) if speculative else None,
     )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.decoding.rounding import keep_states
 from nemotron_jax.decoding.sampling import Sampling, sample
-from nemotron_jax.decoding.speculative import DRAW, finish_round, keys_at, run_round
+from nemotron_jax.decoding.speculative import DRAW, finish_round, keys_at, place_of, run_round
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
 
@@ -24,8 +24,7 @@ class Loop:
     logprobs: Float[Array, "B N"]
     lengths: Int[Array, "B"]
     done: Bool[Array, "B"]
-    verifications: Int[Array, ""]
-    accepted: Int[Array, "k"]  # drafts at each place
+    places: Int[Array, "B N"]  # of each token in its round; -1 for one that no round gave
 
     @classmethod
     def create(
@@ -48,8 +47,7 @@ class Loop:
             logprobs=jnp.zeros(shape, jnp.float32),
             lengths=jnp.zeros(len(token), jnp.int32),
             done=done,
-            verifications=jnp.int32(0),
-            accepted=jnp.zeros(speculative, jnp.int32),
+            places=jnp.full(shape, -1, jnp.int8),
         )
 
 
@@ -74,7 +72,8 @@ def first_tokens(
     token = sample(logits, keys_at(rules.row_keys, loop.cache.length, DRAW), rules.sampling)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
     logprob = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    loop = emit(loop, token[:, None], logprob, rows.astype(jnp.int32), rules)
+    none = jnp.full_like(token[:, None], -1)
+    loop = emit(loop, token[:, None], logprob, none, rows.astype(jnp.int32), rules)
     return dataclasses.replace(loop, token=jnp.where(rows, token, loop.token))
 
 
@@ -103,13 +102,11 @@ def run_rounds(
             sampling=rules.sampling,
             row_keys=rules.row_keys,
         )
-        stood = jnp.arange(speculative) < round.accepted[:, None]
+        places = place_of(jnp.arange(speculative + 1), round.accepted[:, None])
         active = ~loop.done
         after = dataclasses.replace(
-            emit(loop, round.tokens, round.logprobs, round.accepted + 1, rules),
+            emit(loop, round.tokens, round.logprobs, places, round.accepted + 1, rules),
             token=jnp.take_along_axis(round.tokens, round.accepted[:, None], axis=1)[:, 0],
-            verifications=loop.verifications + jnp.sum(active),
-            accepted=loop.accepted + jnp.sum(stood & active[:, None], axis=0),
         )
         # A row that this round has finished grows no more: the others may go on for long.
         cache = finish_round(model, round, ~after.done)
@@ -133,6 +130,7 @@ def emit(
     loop: Loop,
     tokens: Int[Array, "B n"],
     logprobs: Float[Array, "B n"],
+    places: Int[Array, "B n"],
     count: Int[Array, "B"],
     rules: Rules,
 ) -> Loop:
@@ -149,6 +147,7 @@ def emit(
         loop,
         tokens=write(loop.tokens, jnp.where(inside, tokens, rules.pad), loop.lengths),
         logprobs=write(loop.logprobs, jnp.where(inside, logprobs, 0.0), loop.lengths),
+        places=write(loop.places, jnp.where(inside, places, -1).astype(jnp.int8), loop.lengths),
         lengths=lengths,
         done=loop.done | (lengths >= rules.limit) | (first < kept),
     )

@@ -49,6 +49,12 @@ class PrefixCache:
         self._places: collections.OrderedDict[Entry, Place]
         self._places = collections.OrderedDict()
 
+    def emptied(self) -> "PrefixCache":
+        """Another one without entries, whose counts go on."""
+        new = PrefixCache(self.block_tokens)
+        new.queries, new.hits, new.hit_tokens = self.queries, self.hits, self.hit_tokens
+        return new
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from nemotron_jax.decoding.sampling import checked_sampling
 
 MOST_STOP_TOKENS = 16  # the width of the engine's table; more would compile another program
 _SEEDS = 2**32
+# Halves of surrogate pairs, which stand for special tokens: decoded text holds none.
+_FIRST_HALF, _LAST_HALF = 0xD800, 0xDFFF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Wanted:
                 raise ValueError(
                     f"Engine.submit: {name}={value!r} must be an integer from {lowest} to {end - 1}"
                 )
+            object.__setattr__(self, name, int(value))  # one of numpy may overflow in a sum
         if any(np.ndim(v) for v in (self.temperature, self.top_k, self.top_p)):
             raise ValueError(
                 "Engine.submit: temperature, top_k and top_p are one value each; submit requests "
@@ -46,6 +49,11 @@ class Wanted:
             raise ValueError(
                 f"Engine.submit: stop_strings={self.stop_strings!r} must be texts that are not "
                 "empty"
+            )
+        if any(map(_is_half, "".join(self.stop_strings))):
+            raise ValueError(
+                f"Engine.submit: stop_strings={self.stop_strings!r} hold half of a surrogate pair, "
+                "which no text of tokens does; give whole characters"
             )
 
 
@@ -100,7 +108,7 @@ class Request:
             given = len(self.tokens)
             if self.done:
                 return
-            self._step()
+            self._advance()
 
     async def __aiter__(self) -> AsyncIterator[int]:
         given = 0
@@ -112,7 +120,13 @@ class Request:
                 return
             await asyncio.sleep(0)  # whoever else waits may have stepped the engine meanwhile
             if given == len(self.tokens) and not self.done:
-                self._step()
+                self._advance()
+
+    def _advance(self) -> None:
+        if not self._step() and not self.done:
+            raise RuntimeError(
+                f"{self!r}: its engine serves it no more, and no token will come; submit it again"
+            )
 
     def __repr__(self) -> str:
         return (
@@ -156,10 +170,21 @@ def checked_stops(stop_tokens: Sequence[int] | int, vocabulary: int) -> tuple[in
 
 
 class StopText:
-    """Watches the text of tokens for the first of some strings; special tokens have no text."""
+    """Watches the text of tokens for the first of some strings.
+
+    A string may hold special tokens by their names, as in `</think>`. One that a text holds stands
+    between its neighbours, and is found whole or not at all: `<` alone never stops at one.
+    """
 
     def __init__(self, tokenizer: Tokenizer, strings: Sequence[str]) -> None:
-        self._strings = strings
+        names = [name for name in tokenizer.special_tokens if any(name in s for s in strings)]
+        names.sort(key=len, reverse=True)
+        marks = {
+            name: chr(_FIRST_HALF + n) for n, name in enumerate(names[: _LAST_HALF - _FIRST_HALF])
+        }
+        self._marks = {tokenizer.special_tokens[name]: mark for name, mark in marks.items()}
+        self._special = tokenizer.special_names
+        self._strings = {*strings, *(_marked(string, marks) for string in strings)}
         self._stream = tokenizer.stream()
         self._longest = max(map(len, strings))
         self._text = ""
@@ -167,6 +192,19 @@ class StopText:
     def push(self, token: int) -> bool:
         """Whether the text holds one of the strings now."""
         self._text += self._stream.push(token)
+        if token in self._special:
+            self._text += self._marks.get(token, chr(_LAST_HALF))
         found = any(string in self._text for string in self._strings)
         self._text = self._text[-self._longest :]
         return found
+
+
+def _marked(string: str, marks: Mapping[str, str]) -> str:
+    """The string with special tokens as they stand in a watched text."""
+    for name, mark in marks.items():
+        string = string.replace(name, mark)
+    return string
+
+
+def _is_half(character: str) -> bool:
+    return _FIRST_HALF <= ord(character) <= _LAST_HALF

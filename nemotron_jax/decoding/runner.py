@@ -1,11 +1,13 @@
 """The engine's device side: what to compile, and calls of whole slots into arrays and back."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.cache import CacheConfig
@@ -15,6 +17,7 @@ from nemotron_jax.decoding.request import MOST_STOP_TOKENS
 from nemotron_jax.decoding.scheduler import Slot
 from nemotron_jax.decoding.store import Decoded, DecodeRows, FlatModel, PrefillRows, Store
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.sharding import current_mesh
 
 # A table of pages is as wide as the longest row needs, in powers of this: attention reads all of
 # it, and every width compiles a program of each kind.
@@ -23,6 +26,15 @@ _SMALLEST_CONTEXT = 512  # tokens; below that one width does for all
 # Few rows decode in a program of a part of the slots: the last ones of a wave, or one alone.
 _FEW_ROWS = 8  # the part is one in this many
 _MOST_SLOTS_WHOLE = 8  # so many slots are always decoded together
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    """A model, what programs take of it, and its version: they change together."""
+
+    model: Nemotron
+    weights: FlatModel
+    version: int | str
 
 
 class Runner:
@@ -41,8 +53,10 @@ class Runner:
         cache: CacheConfig,
         rounds: int,
         prefill_shapes: Sequence[tuple[int, int]],
+        version: int | str,
     ) -> None:
-        self.put_model(model)
+        self._loaded: _Loaded | None = None
+        self.put_model(model, version)
         self.slots, self.rounds = slots, rounds
         self.speculative, self._page_tokens = speculative, page_tokens
         self._decode_widths = self._widths(max_length + speculative + 1)
@@ -51,20 +65,38 @@ class Runner:
         self._prefill_widths = {
             shape: self._widths(max_length + shape[1]) for shape in prefill_shapes
         }
-        self._store = Store.create(
-            model,
-            cache,
+        self._empty_store = functools.partial(
+            Store.create,
+            formats=cache,
             slots=slots,
             snapshots=snapshots,
             pages=pages + 1,
             page_tokens=page_tokens,
             mtp=speculative > 0,
         )
+        self.renew()
         self._compile()
 
-    def put_model(self, model: Nemotron) -> None:
-        """Run this model from now on; one of another shape would compile the programs anew."""
-        self.model, self._weights = model, FlatModel.of(model)
+    @property
+    def model(self) -> Nemotron:
+        """The model that runs."""
+        return self._loaded.model
+
+    @property
+    def version(self) -> int | str:
+        """What its tokens bear."""
+        return self._loaded.version
+
+    def put_model(self, model: Nemotron, version: int | str) -> None:
+        """Run this model from now on, where the first one lies; one of another shape would compile
+        the programs anew."""
+        model = _placed(model, None if self._loaded is None else self._loaded.model)
+        self._loaded = _Loaded(model, FlatModel.of(model), version)
+
+    def renew(self) -> None:
+        """Make the store anew: all that it held is lost."""
+        self._store = None  # frees the old one first
+        self._store = self._empty_store(self.model)
 
     def prefill(
         self, slots: Sequence[Slot], shape: tuple[int, int]
@@ -99,7 +131,7 @@ class Runner:
         self, hidden: Float[Array, "B T D"], targets: Int[np.ndarray, "B T"]
     ) -> Float[np.ndarray, "B T"]:
         """Log-probability of the token that follows each hidden state."""
-        return np.asarray(programs.score(self._weights, hidden, targets))
+        return np.asarray(programs.score(self._loaded.weights, hidden, targets))
 
     def save(self, slot: Slot, entry: Entry) -> None:
         """Keep the slot's states in the entry's snapshot."""
@@ -115,7 +147,7 @@ class Runner:
         )
 
     def _prefill(self, rows: PrefillRows) -> Float[Array, "B T D"]:
-        store, hidden = programs.prefill(self._weights, self._without_snapshots(), rows)
+        store, hidden = programs.prefill(self._loaded.weights, self._without_snapshots(), rows)
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return hidden
 
@@ -126,7 +158,7 @@ class Runner:
 
     def _decode(self, rows: DecodeRows, rounds: int) -> Decoded:
         store, given = programs.decode(
-            self._weights,
+            self._loaded.weights,
             self._without_snapshots(),
             rows,
             np.int32(rounds),
@@ -201,6 +233,22 @@ def programs_compiled() -> int:
     each = (programs.prefill, programs.decode, programs.score)
     each += (programs.save_snapshot, programs.load_snapshot)
     return sum(program._cache_size() for program in each)
+
+
+def _placed(model: Nemotron, like: Nemotron | None) -> Nemotron:
+    """The model where `like` lies, or where it is, committed to its devices: what a program gives
+    back is so too, and arrays that are not would compile it once more."""
+    mesh = current_mesh()
+
+    def put(leaf: Array, mine: Array | None) -> Array:
+        place = leaf.sharding if mine is None else mine.sharding
+        if mine is None and mesh is not None and not leaf.committed:
+            place = NamedSharding(mesh, PartitionSpec())
+        return jax.device_put(leaf, place)
+
+    leaves, structure = jax.tree.flatten(model)
+    likes = [None] * len(leaves) if like is None else jax.tree.leaves(like)
+    return jax.tree.unflatten(structure, [*map(put, leaves, likes)])
 
 
 def _table(

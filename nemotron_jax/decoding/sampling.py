@@ -59,7 +59,8 @@ def checked_sampling(
     if not np.all((p > 0) & (p <= 1)):
         raise ValueError(f"Sampling: top_p={top_p} must lie in (0, 1]; 1 keeps every token")
     t = np.minimum(t, np.finfo(np.float32).max).astype(np.float32)
-    return t, np.minimum(k, _LARGEST).astype(np.int32), p.astype(np.float32)
+    k = np.minimum(k.astype(np.float64), _LARGEST).astype(np.int32)  # int8 has no such number
+    return t, k, p.astype(np.float32)
 
 
 def _numbers(name: str, value: object) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Requests start in the order in which they came; none overtakes one that waits for a slot or for
 pages, so none waits for ever. A request that starts has all the pages it can ever need, so nothing
-that runs is ever put back.
+that runs is ever put back. What is only kept makes way: where nothing runs, all pages can be had.
 """
 
 import collections
@@ -65,7 +65,12 @@ class Job:
     request: Request
     group: Group | None
     stop_text: StopText | None
-    hashes: Sequence[bytes] = ()  # of the prompt's blocks, for the prefix cache
+    hashes: Sequence[bytes] = ()  # of the text's blocks, for the prefix cache
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """What must be in the cache before the next token: all but the newest one given."""
+        return (*self.request.prompt, *self.request.tokens[:-1])
 
 
 @dataclasses.dataclass(eq=False)
@@ -113,8 +118,20 @@ class Scheduler:
         self.pages, self.prefix = Pages(pages), prefix
         self.waiting: collections.deque[Job] = collections.deque()
         self.slots: list[Slot | None] = [None] * slots
+        self._snapshots = snapshots
         self._free_snapshots = list(range(snapshots))
         self._reading: collections.deque[Slot] = collections.deque()
+
+    def emptied(self) -> "Scheduler":
+        """Another one of the same sizes, where nothing runs, waits or is kept."""
+        return Scheduler(
+            slots=len(self.slots),
+            pages=self.pages.count,
+            page_tokens=self.page_tokens,
+            snapshots=self._snapshots,
+            prefix=None if self.prefix is None else self.prefix.emptied(),
+            drafts=self._drafts,
+        )
 
     def running(self) -> Iterator[Slot]:
         """Slots with a request."""
@@ -133,6 +150,10 @@ class Scheduler:
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_tokens)
+
+    def pages_of(self, job: Job) -> int:
+        """Pages that a request holds while it runs."""
+        return self.pages_for(len(job.request.prompt) + job.request.wanted.max_new_tokens)
 
     def shared_pages(self, entry: Entry) -> tuple[int, ...]:
         """The pages of an entry that nobody writes to any more; a request that starts from it has
@@ -153,14 +174,15 @@ class Scheduler:
             if group is not None and group.leader is not None:
                 continue
             entry = self._start_of(job)
-            needed = self.pages_for(len(job.request.prompt) + job.request.wanted.max_new_tokens)
+            of_group = group is not None and group.entry is not None
+            needed = self.pages_of(job)
             shared = () if entry is None else self.shared_pages(entry)
             self.pages.share(shared)
-            if not self._make_room(needed - len(shared), entry):
+            if not self._make_room(needed - len(shared), entry, group):
                 self.pages.release(shared)
                 return None
             pages = [*shared, *self.pages.take(needed - len(shared))]
-            slot = Slot(free, job, pages, prompt=job.request.prompt)
+            slot = Slot(free, job, pages, prompt=job.text)
             slot.length = 0 if entry is None else entry.length
             self.waiting.remove(job)
             self.slots[free] = slot
@@ -169,7 +191,7 @@ class Scheduler:
             if group is not None:
                 group.waiting -= 1
                 group.leader = slot if slot.reading else None
-            if self.prefix is not None and (group is None or group.entry is None):
+            if self.prefix is not None and not of_group:
                 self.prefix.count(entry)
             return slot, entry
         return None
@@ -223,7 +245,7 @@ class Scheduler:
         """The same where a request ends, so that its conversation can go on."""
         if self.prefix is None:
             return None
-        tokens = (*slot.prompt, *slot.job.request.tokens)
+        tokens = (*slot.job.request.prompt, *slot.job.request.tokens)
         hashes = block_hashes(tokens[: slot.length], self.page_tokens)
         return self.remember(slot, tokens, hashes, complete=complete)
 
@@ -233,10 +255,8 @@ class Scheduler:
             pass
         for slot in self.running():
             slot.current = False
-        for group in [job.group for job in self.waiting if job.group is not None]:
-            if group.entry is not None:
-                self.forget(group.entry)
-                group.entry = None
+        for job in self.waiting:
+            self._drop_entry(job.group)
 
     def forget(self, entry: Entry) -> None:
         """One user of an entry fewer; without users its pages and snapshot are released."""
@@ -264,9 +284,8 @@ class Scheduler:
 
     def release_group(self, group: Group) -> None:
         """Forget a group's entry once none of its requests waits."""
-        if group.entry is not None and not group.waiting:
-            self.forget(group.entry)
-            group.entry = None
+        if not group.waiting:
+            self._drop_entry(group)
 
     def _start_of(self, job: Job) -> Entry | None:
         """What a request can start from."""
@@ -274,17 +293,33 @@ class Scheduler:
             return job.group.entry
         if self.prefix is None or job.request.wanted.prompt_logprobs:
             return None  # log-probabilities of a prompt come of reading it
-        return self.prefix.find(job.request.prompt, job.hashes)
+        return self.prefix.find(job.text, job.hashes)
 
-    def _make_room(self, pages: int, spared: Entry | None) -> bool:
-        """Whether so many pages are free, once others' entries have gone if they must."""
+    def _make_room(self, pages: int, spared: Entry | None, own: Group | None) -> bool:
+        """Whether so many pages are free, once what is only kept has gone if it must.
+
+        First entries of the prefix cache, then those of other groups, the last in the queue first:
+        their next sample reads the prompt again. The request's own group keeps its entry while
+        anything runs, which will leave pages behind.
+        """
         if spared is not None:
             spared.users += 1
         while pages > self.pages.free and self._evict():
             pass
+        for job in reversed(self.waiting):
+            if pages > self.pages.free and job.group is not own:
+                self._drop_entry(job.group)
+        if pages > self.pages.free and not any(self.running()):
+            self._drop_entry(own)
         if spared is not None:
             self.forget(spared)  # if it has gone, its snapshot is read before another is kept
         return pages <= self.pages.free
+
+    def _drop_entry(self, group: Group | None) -> None:
+        """Forget what a group keeps, if it keeps anything."""
+        if group is not None and group.entry is not None:
+            entry, group.entry = group.entry, None
+            self.forget(entry)
 
     def _evict(self) -> bool:
         """Forget the entry of the prefix cache that was used longest ago; whether there was one."""

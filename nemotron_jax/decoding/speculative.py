@@ -25,7 +25,8 @@ DRAW, DRAFT, ACCEPT = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Acceptance:
-    """How drafts fared; rows that were finished are not counted."""
+    """How drafts fared. A draft counts as accepted where someone was given it: neither one of a row
+    that was finished does, nor one past a stop or a limit."""
 
     drafted: int
     accepted: int
@@ -33,15 +34,28 @@ class Acceptance:
     mean_length: float  # tokens that one verification gave, the model's own counted
 
     @classmethod
-    def of_counts(cls, verifications: int, accepted: Int[np.ndarray, "k"]) -> "Acceptance":
-        """From how many verifications accepted the draft at each place."""
-        total, times = int(accepted.sum()), max(verifications, 1)
+    def of_places(cls, counts: Int[np.ndarray, "places"]) -> "Acceptance":
+        """From how many tokens were given at each place, as `place_of` numbers them."""
+        drafts = counts[1:-2:2]
+        verifications = int(counts[0] + counts[1])
+        times = max(verifications, 1)
         return cls(
-            drafted=verifications * len(accepted),
-            accepted=total,
-            by_position=tuple(float(count) / times for count in accepted),
-            mean_length=1 + total / times,
+            drafted=verifications * len(drafts),
+            accepted=int(drafts.sum()),
+            by_position=tuple(float(count) / times for count in drafts),
+            mean_length=float(counts.sum()) / times if verifications else 1.0,
         )
+
+
+def place_of(number: Int[Array, "k+1"], accepted: Int[Array, "B 1"]) -> Int[Array, "B k+1"]:
+    """What the tokens of a round are, by their number in it: twice that, and one more for a
+    draft."""
+    return 2 * number + (number < accepted)
+
+
+def count_places(places: Int[np.ndarray, "*N"], speculative: int) -> Int[np.ndarray, "places"]:
+    """How many tokens there are of each place; -1 is of no round and not counted."""
+    return np.bincount(places[places >= 0], minlength=2 * (speculative + 1))
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.cache import CacheConfig
@@ -122,7 +123,12 @@ class Store:
         mtp_pools = pools(config.mtp.pattern) if mtp else None
         kept = states(slots), states(snapshots)
         empty = cls(pools(config.pattern), mtp_pools, *kept, rounding or "stochastic")
-        return empty if current_mesh() is None else jax.jit(_placed)(empty)
+        if current_mesh() is not None:
+            return jax.jit(_placed)(empty)
+        home = model.embedding[...].sharding
+        if isinstance(home, NamedSharding):
+            home = NamedSharding(home.mesh, PartitionSpec())
+        return jax.device_put(empty, home)  # committed, as what programs give back is
 
 
 @jax.tree_util.register_dataclass
@@ -172,8 +178,7 @@ class Decoded:
     count: Int[Array, "B"]
     done: Bool[Array, "B"]
     length: Int[Array, "B"]  # tokens in its cache now
-    verifications: Int[Array, ""]
-    accepted: Int[Array, "k"]
+    places: Int[Array, "B N"]  # of each token in its round, as in `Loop`
 
 
 @functools.partial(jax.jit, donate_argnums=1)
@@ -236,8 +241,7 @@ def decode(
         loop.lengths,
         loop.done,
         loop.cache.length,
-        loop.verifications,
-        loop.accepted,
+        loop.places,
     )
     return _stored(store, loop.cache, slots), given
 

@@ -1,9 +1,7 @@
 """Whatever runs beside a request, its tokens are those of `generate` for it alone."""
 
 import asyncio
-import functools
 import logging
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,8 @@ import pytest
 
 import nemotron_jax as nj
 from nemotron_jax.data.tokenizer import train_tokenizer
-from nemotron_jax.decoding import engine as engine_module
 from nemotron_jax.decoding.engine import QueueFull
+from nemotron_jax.decoding.request import StopText
 from tests.decoding import engines
 from tests.decoding.engines import (
     GREEDY,
@@ -106,6 +104,46 @@ def test_stop_tokens_and_stop_strings_end_a_request(model):
     assert_empty(engine)
 
 
+def stops(tokenizer, tokens: list[int], *strings: str) -> int | None:
+    """Which of the tokens is the first where the text holds one of the strings."""
+    watch = StopText(tokenizer, strings)
+    return next((n for n, token in enumerate(tokens) if watch.push(token)), None)
+
+
+def test_a_stop_string_finds_special_tokens_whole_or_not_at_all():
+    tokenizer = train_tokenizer([], 272)
+    write = tokenizer.encode
+    special = tokenizer.token_id
+    text = [
+        *write("a"),
+        special("<think>"),
+        *write("a"),
+        special("</think>"),
+        special("<|im_end|>"),
+    ]
+    for string, place in (("</think>", 3), ("a</think>", 3), ("</think><|im_end|>", 4)):
+        assert stops(tokenizer, text, "never", string) == place
+    for string in ("aa", "<", ">", "think", "im_end", "a<", "</think>a", "<think></think>"):
+        assert stops(tokenizer, text, string) is None
+    assert stops(tokenizer, write("a</think>"), "</think>") == len("a</think>") - 1, "as plain text"
+    assert stops(tokenizer, [*write("é")[:1], special("<think>")], "\ufffd<think>") == 1
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint32, np.int64])
+def test_numbers_of_numpy_are_taken_as_those_of_python(fake, kind):
+    most = int(np.iinfo(kind).max)
+    sizes = {"slots": kind(3), "max_length": kind(100), "page_tokens": kind(4), "rounds": kind(100)}
+    engine = fake(kind(2), pages=None, prefill_shapes=((kind(2), kind(120)),), **sizes)
+    request = engine.submit(np.arange(9, dtype=kind), max_new_tokens=kind(91), seed=kind(7))
+    assert (request.wanted.max_new_tokens, request.wanted.seed) == (91, 7)
+    assert {type(request.wanted.max_new_tokens), type(request.wanted.seed)} == {int}
+    assert len(request.wait().tokens) == 91 and engine.stats().pages == 75
+    with pytest.raises(ValueError, match="exceed max_length=100|must be an integer from 1"):
+        engine.submit([5], max_new_tokens=kind(most))
+    engine.submit([5], max_new_tokens=kind(2), top_k=kind(most), stop_tokens=kind(5), n=kind(2))
+    engine.run()
+
+
 def test_tokens_come_while_others_still_run(model):
     engine = make(model)
     first, second = (engine.submit(PROMPTS[n], max_new_tokens=NEW, **GREEDY) for n in (1, 2))
@@ -137,18 +175,11 @@ def test_what_must_wait_waits_until_the_queue_is_full(model):
     assert_empty(engine)
 
 
-@pytest.fixture
-def idle(model, monkeypatch):
-    """Makes engines that compile nothing and serve nothing."""
-    monkeypatch.setattr(engine_module, "Runner", lambda model, **_: SimpleNamespace(model=model))
-    return functools.partial(make, model)
-
-
-def test_what_can_never_fit_is_refused(idle):
+def test_what_can_never_fit_is_refused(fake):
     with pytest.raises(ValueError, match="16 prompt tokens and max_new_tokens=25 exceed .*=40"):
-        idle().submit(PROMPTS[0], max_new_tokens=25)
+        fake().submit(PROMPTS[0], max_new_tokens=25)
     with pytest.raises(ValueError, match="need 4 pages, and the engine has 3"):
-        idle(pages=3).submit(PROMPTS[0], max_new_tokens=9)
+        fake(pages=3).submit(PROMPTS[0], max_new_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +201,13 @@ def test_what_can_never_fit_is_refused(idle):
         ([1], {"stop_tokens": list(range(17))}, "at most 16 tokens"),
         ([1], {"stop_tokens": (VOCABULARY,)}, f"vocabulary of {VOCABULARY}"),
         ([1], {"stop_strings": ("",)}, "not empty"),
+        ([1], {"stop_strings": ("a", "\ud800")}, "half of a surrogate pair"),
         ([1], {"stop_strings": ("x",)}, "make the engine with a tokenizer"),
     ],
     ids=str,
 )
-def test_bad_requests_are_errors(idle, prompt, options, message):
-    engine = idle()
+def test_bad_requests_are_errors(fake, prompt, options, message):
+    engine = fake()
     with pytest.raises(ValueError, match=message):
         engine.submit(prompt, **{"max_new_tokens": 4, **options})
     assert_empty(engine)
@@ -190,9 +222,9 @@ def test_bad_requests_are_errors(idle, prompt, options, message):
     ],
     ids=str,
 )
-def test_bad_engines_are_errors(idle, options, message):
+def test_bad_engines_are_errors(fake, options, message):
     with pytest.raises(ValueError, match=message):
-        idle(**options)
+        fake(**options)
 
 
 def test_new_weights_go_on_from_the_old_caches(model, other_model):

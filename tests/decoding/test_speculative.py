@@ -8,7 +8,7 @@ import pytest
 import nemotron_jax as nj
 from nemotron_jax.decoding import generate as generate_module
 from nemotron_jax.decoding.sampling import Sampling, distribution
-from nemotron_jax.decoding.speculative import Acceptance, accept
+from nemotron_jax.decoding.speculative import Acceptance, accept, count_places, place_of
 from nemotron_jax.decoding.step import for_decoding
 from nemotron_jax.model.parameters import flatten, unflatten
 from tests.tiny_models import quick_jit, random_tokens, tiny_model
@@ -207,19 +207,23 @@ def test_rows_that_finish_early_grow_no_more(model, monkeypatch):
     assert (np.asarray(ends[1].cache.length) < np.array(LENGTHS) + NEW).all()
 
 
-def test_acceptance_counts_what_stood():
-    found = Acceptance.of_counts(10, np.array([8, 4, 1]))
-    assert (found.drafted, found.accepted, found.mean_length) == (30, 13, 2.3)
-    assert found.by_position == (0.8, 0.4, 0.1)
+def test_acceptance_counts_what_was_given():
+    rounds = ((3, 4), (3, 1), (0, 1), (1, 2), (3, 3))  # drafts that stood, and tokens given
+    places = [place_of(np.arange(4), np.array(stood))[:given] for stood, given in rounds]
+    found = Acceptance.of_places(count_places(np.concatenate([[-1], *places]), 3))
+    assert (found.drafted, found.accepted, found.mean_length) == (15, 3 + 1 + 0 + 1 + 3, 11 / 5)
+    assert found.by_position == (0.8, 0.4, 0.4)
 
 
-def test_rounds_give_the_tokens_that_acceptance_says(model):
-    """One row, no stop: its tokens are the first and what each verification gave."""
-    result = nj.generate(model, ROWS[:1], 64, speculative=3)
-    rounds = result.acceptance.drafted / 3
-    given = 1 + rounds * result.acceptance.mean_length
-    assert 64 <= given <= 64 + 3  # the last round may pass the limit
-    assert result.acceptance.accepted == round(rounds * sum(result.acceptance.by_position))
+@pytest.mark.parametrize("limit", [1, 2, 3, 24])
+def test_rounds_give_the_tokens_that_acceptance_says(limit):
+    """Every draft stands, and the limit cuts the last round's: nobody was given what it cuts."""
+    model = jax.tree.map(jnp.zeros_like, tiny_model("M*E", mtp="*E"))  # all say token 0
+    found = nj.generate(model, ROWS[:1], limit, speculative=5).acceptance
+    rounds = -(-(limit - 1) // 6)  # the first token is the prompt's own
+    assert found.drafted == 5 * rounds
+    assert found.mean_length == ((limit - 1) / rounds if rounds else 1)
+    assert found.accepted == limit - 1 - (limit - 1) // 6
 
 
 @pytest.mark.parametrize(
