@@ -21,6 +21,7 @@ import hashlib
 import json
 import operator
 import re
+import time
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -48,6 +49,10 @@ class ToolError(Exception):
 
 class InfraError(Exception):
     """The machinery failed; the episode gets no reward and is left out of training."""
+
+
+class OutOfTime(BaseException):
+    """A turn or a verdict took too long. No `Exception`, so that no tool takes it for its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,12 @@ class Verdict:
 class Session:
     """One episode. Subclasses give `score`, and what they need of `tool_NAME`, `answered`."""
 
+    # Seconds for a turn's calls together; later ones are answered "out of time". Half of what a
+    # worker has by default (rl.rollout.timeout_s), so that the last call begun can end in time.
+    turn_s: float = 30.0
+    # Whether it has something of the machine's that other sessions may be waiting for.
+    holds: bool = False
+
     def __init__(self, task: Task, max_turns: int = 1) -> None:
         self.task = task
         self.max_turns = max_turns
@@ -129,6 +140,14 @@ class Session:
 
     def close(self) -> None:
         """Give back what the session holds; called once more does no harm."""
+
+    def ready(self, turn: Turn | None) -> bool:
+        """Whether this turn can be played now, or the verdict found (None); never raises.
+
+        False while other sessions hold what it needs. A loop asks again later; one that does not
+        ask makes the turn wait for it.
+        """
+        return True
 
     # What a subclass fills in.
 
@@ -168,7 +187,7 @@ class Session:
             self.over = True
             return ()
         if turn.calls:
-            results = [self.call(call.name, call.arguments) for call in turn.calls]
+            results = self._results(turn)
             messages = tuple({"role": "tool", "content": sound_text(r)} for r in results)
         else:
             words = self._guarded(lambda: self.answered(turn.text))
@@ -186,6 +205,14 @@ class Session:
             return Verdict(0.0)
         verdict = self._guarded(self.score)
         return verdict or Verdict(0.0, infra_error=self.infra_error)
+
+    def _results(self, turn: Turn) -> list[str]:
+        ends, late = time.monotonic() + self.turn_s, "error: out of time: it was not called; "
+        late += f"the calls of a turn have {self.turn_s:g} s together"
+        return [
+            self.call(call.name, call.arguments) if time.monotonic() < ends else late
+            for call in turn.calls
+        ]
 
     def _result(self, name: str, arguments: Any) -> str:
         if name not in self._specs:

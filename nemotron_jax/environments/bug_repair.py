@@ -1,7 +1,7 @@
 """One bug in a small module: repaired when its tests pass and every other test still does."""
 
 from nemotron_jax.environments import coding
-from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
+from nemotron_jax.environments.base import Draft, Environment, Task, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.fences import fenced
 from nemotron_jax.environments.turns import Turn
@@ -72,7 +72,7 @@ _SEARCH, _DIVIDER, _REPLACE = "<<<<<<< SEARCH", "=======", ">>>>>>> REPLACE"
 MAX_EDITS = 100
 
 
-class RepairSession(Session):
+class RepairSession(coding.CodeSession):
     def score(self) -> Verdict:
         data = self.task.data
         repaired = patched(data["module"], self.text)

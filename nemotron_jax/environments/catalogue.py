@@ -2,7 +2,10 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+import os
+import pickle
+import sys
+from collections.abc import Collection, Iterator, Mapping
 
 from nemotron_jax.environments.base import Environment
 
@@ -74,8 +77,45 @@ class Registry(Mapping[str, Environment]):
         self._loaded[environment.name] = environment
         return environment
 
+    def packed(self, names: Collection[str]) -> bytes | None:
+        """Those of these environments that are the user's own, for `unpack` in another process.
+
+        None where none is. Raises ValueError for one that another process cannot be given.
+        """
+        own = [self[name] for name in sorted(names) if name not in self._homes and name in self]
+        for environment in own:
+            module = type(environment).__module__
+            try:
+                if not _is_importable(module):
+                    raise ImportError(f"no other process can import the module {module!r}")
+                pickle.dumps(environment)
+            except Exception as error:  # whatever an object of the user's own raises
+                raise ValueError(
+                    f"registry: the environment {environment.name!r} cannot be sent to workers "
+                    f"({error}); put its class into a file MODULE.py beside the config and name "
+                    "it 'MODULE:CLASS' in rl.rollout.environments, or set rl.rollout.workers=0"
+                ) from None
+        return pickle.dumps((sys.path, os.getcwd(), pickle.dumps(own))) if own else None
+
+    def unpack(self, packed: bytes) -> None:
+        """Know the environments that another process has `packed`."""
+        folders, here, environments = pickle.loads(packed)
+        missing = [folder for folder in (*folders, here) if folder not in sys.path]
+        sys.path += missing
+        for environment in pickle.loads(environments):
+            self._loaded[environment.name] = environment
+
     def _names(self) -> list[str]:
         return list(dict.fromkeys([*self._homes, *self._loaded]))
+
+
+def _is_importable(module: str) -> bool:
+    """Whether a new process finds a module: by its name, or as the script that was started."""
+    if module == "__main__":
+        return hasattr(sys.modules[module], "__file__")
+    top = module.partition(".")[0]
+    finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    return any(finder.find_spec(top, None) is not None for finder in finders)
 
 
 def _installed(name: str) -> bool:

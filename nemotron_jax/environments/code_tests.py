@@ -1,7 +1,7 @@
 """Functions written from a specification, judged by tests that the code never sees."""
 
 from nemotron_jax.environments import coding
-from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
+from nemotron_jax.environments.base import Draft, Environment, Task, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.turns import Turn
 
@@ -47,7 +47,7 @@ _COUNTS = "[[x, xs.count(x)] for x in sorted(set(xs))]"
 HIDDEN, SHOWN = 10, 2
 
 
-class CodeSession(Session):
+class CodeSession(coding.CodeSession):
     def score(self) -> Verdict:
         data = self.task.data
         tests = [("solve", [inputs]) for inputs in data["inputs"]]

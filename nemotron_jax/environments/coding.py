@@ -8,10 +8,11 @@ import functools
 import json
 from typing import Any
 
-from nemotron_jax.environments.base import InfraError
+from nemotron_jax.environments.base import InfraError, Session
 from nemotron_jax.environments.fences import fenced
 from nemotron_jax.environments.sandbox import Limits, Result, Sandbox, SandboxUnavailable, shared
 from nemotron_jax.environments.schema import canonical, read_json
+from nemotron_jax.environments.turns import Turn
 
 # What one answer's code may take; a right answer needs a hundredth of it.
 LIMITS = Limits(wall_s=4.0, cpu_s=3)
@@ -34,6 +35,55 @@ for function, arguments in tests:
     out.write(line + "\\n")
     out.flush()
 """
+
+
+class CodeSession(Session):
+    """A session whose turns and verdict each take a sandbox for a moment."""
+
+    limits: Limits = LIMITS
+
+    def ready(self, turn: Turn | None) -> bool:
+        try:
+            return sandbox().has_room(self.limits)
+        except (InfraError, ValueError):
+            return True  # the turn meets the same failure, and tells it
+
+
+class HoldingSession(CodeSession):
+    """A session that has a sandbox from its first call to its end, and one slot for it."""
+
+    slot: int | None = None
+    _giver: Sandbox  # of the slot
+
+    @property
+    def holds(self) -> bool:
+        return self.slot is not None
+
+    def ready(self, turn: Turn | None) -> bool:
+        if self.holds or turn is None or not turn.calls:
+            return True
+        try:
+            self._giver = sandbox()
+            self.slot = self._giver.take_now(self.limits)
+        except (InfraError, ValueError):
+            return True
+        return self.holds
+
+    def take_slot(self) -> int:
+        """The slot of this session; without `ready` it is waited for."""
+        if self.slot is None:
+            self._giver = sandbox()
+            try:
+                self.slot = self._giver.take(self.limits)
+            except (OSError, ValueError) as error:
+                raise InfraError(str(error)) from error
+        return self.slot
+
+    def close(self) -> None:
+        """Give back the slot; a subclass ends what runs in it before."""
+        if self.slot is not None:
+            slot, self.slot = self.slot, None
+            self._giver.give_back(slot, self.limits)
 
 
 def code_of(text: str) -> str:

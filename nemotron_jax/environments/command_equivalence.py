@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from nemotron_jax.environments import coding, trees
-from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
+from nemotron_jax.environments.base import Draft, Environment, Task, Verdict
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.sandbox import SHELL_LIMITS
 from nemotron_jax.environments.turns import Turn
 
 Tree = dict[str, str]
@@ -105,7 +106,9 @@ def _word_counts(tree: Tree, v: dict) -> list[str]:
     return [f"{counts[word]} {word}" for word in sorted(counts)]
 
 
-class CommandSession(Session):
+class CommandSession(coding.CodeSession):
+    limits = SHELL_LIMITS
+
     def score(self) -> Verdict:
         command = coding.code_of(self.text)
         right = []

@@ -2,9 +2,9 @@
 
 from nemotron_jax.environments import coding
 from nemotron_jax.environments.answers import final_answer, number
-from nemotron_jax.environments.base import Draft, Environment, InfraError, Session, Task, Verdict
+from nemotron_jax.environments.base import Draft, Environment, InfraError, Task, Verdict
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.sandbox import PythonKernel
+from nemotron_jax.environments.sandbox import KERNEL_LIMITS, PythonKernel
 from nemotron_jax.environments.schema import tool
 from nemotron_jax.environments.turns import Turn, calling
 
@@ -28,9 +28,10 @@ _CHOICES = (
 )
 
 
-class PythonSession(Session):
+class PythonSession(coding.HoldingSession):
     """A kernel is started when the tool is first called."""
 
+    limits = KERNEL_LIMITS
     kernel: PythonKernel | None = None
 
     def tool_python(self, code: str) -> str:
@@ -38,7 +39,7 @@ class PythonSession(Session):
         if self.kernel is None or not self.kernel.alive:
             began = "(a new Python: earlier variables are gone)\n" if self.kernel else ""
             try:
-                self.kernel = PythonKernel(coding.sandbox())
+                self.kernel = PythonKernel(coding.sandbox(), slot=self.take_slot())
             except OSError as error:
                 raise InfraError(str(error)) from error
             if data := self.task.data["loaded"]:
@@ -52,6 +53,7 @@ class PythonSession(Session):
     def close(self) -> None:
         if self.kernel is not None:
             self.kernel.close()
+        super().close()
 
     def score(self) -> Verdict:
         self.close()

@@ -6,7 +6,7 @@ import sqlite3
 from typing import Any
 
 from nemotron_jax.environments import coding
-from nemotron_jax.environments.base import Draft, Environment, Session, Task, ToolError, Verdict
+from nemotron_jax.environments.base import Draft, Environment, Task, ToolError, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.schema import tool
 from nemotron_jax.environments.turns import Turn, calling
@@ -100,7 +100,7 @@ for script in order["databases"]:
 """
 
 
-class SqlSession(Session):
+class SqlSession(coding.CodeSession):
     def tool_query(self, sql: str) -> str:
         (reply,) = run_query(sql, self.task.data["databases"][:1])
         if "rows" not in reply:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from nemotron_jax.environments import coding, trees
-from nemotron_jax.environments.base import Draft, Environment, Session, Task, ToolError, Verdict
+from nemotron_jax.environments.base import Draft, Environment, Task, ToolError, Verdict
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.sandbox import Shell
+from nemotron_jax.environments.sandbox import SHELL_LIMITS, Shell
 from nemotron_jax.environments.schema import tool
 from nemotron_jax.environments.turns import Turn, calling
 
@@ -116,12 +116,13 @@ _JOBS: tuple[tuple[str, Callable[[Tree, str, str], Tree], str, str], ...] = (
 )
 
 
-class TerminalSession(Session):
+class TerminalSession(coding.HoldingSession):
+    limits = SHELL_LIMITS
     box: Shell | None = None
 
     def tool_run(self, command: str) -> str:
         if self.box is None:
-            self.box = trees.shell(self.task.data["tree"])
+            self.box = trees.shell(self.task.data["tree"], self.take_slot())
         if not self.box.alive:
             raise ToolError("the terminal has ended")
         return trees.shown(self.box.execute(command, wall_s=trees.COMMAND_S))
@@ -129,6 +130,7 @@ class TerminalSession(Session):
     def close(self) -> None:
         if self.box is not None:
             self.box.close()
+        super().close()
 
     def score(self) -> Verdict:
         if self.turns[-1].calls:  # the work must be declared done

@@ -27,11 +27,11 @@ def draw_tree(draws: Draws, files: int) -> dict[str, str]:
     return tree
 
 
-def shell(tree: dict[str, str]) -> Shell:
-    """A shell among a tree's files."""
+def shell(tree: dict[str, str], slot: int | None = None) -> Shell:
+    """A shell among a tree's files, in a slot that was taken or in one of its own."""
     try:
-        return Shell(coding.sandbox(), files=tree)
-    except OSError as error:
+        return Shell(coding.sandbox(), files=tree, slot=slot)
+    except (OSError, ValueError) as error:
         raise InfraError(str(error)) from error
 
 

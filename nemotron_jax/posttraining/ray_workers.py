@@ -1,11 +1,11 @@
 """Workers that are actors of a Ray cluster, so that environments play on many machines."""
 
 import importlib.util
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemotron_jax.posttraining.players import Players
-from nemotron_jax.posttraining.workers import answered
+from nemotron_jax.posttraining.players import Answer, Players, Question, answered
 
 
 class RayWorker:
@@ -15,24 +15,28 @@ class RayWorker:
     against the first question's.
     """
 
+    began = True  # an actor does not say which question it was at work on: the next one
+
     def __init__(self, make: Callable[[], Players]) -> None:
         """Raises ValueError where Ray is not installed."""
         self._ray = _ray()
         self._actor = self._ray.remote(_Actor).remote(make)
-        self._asked: Any = None
+        self._asked: deque[Any] = deque()
 
-    def ask(self, question: tuple[str, Any]) -> None:
-        """Put a question; the actor works on it until it is asked for its answer."""
-        self._asked = self._actor.answer.remote(*question)
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Put questions; the actor works on them one after another."""
+        self._asked.extend(self._actor.answer.remote(*question) for question in questions)
 
-    def answer(self, seconds: float) -> tuple[Any, str | None]:
-        """What came back, or why nothing did."""
-        if not self._ray.wait([self._asked], timeout=max(seconds, 0.0))[0]:
-            return None, "an environment's worker did not answer in time"
+    def answer(self, seconds: float) -> Answer:
+        """What came back to the next question, or why nothing did."""
+        first = self._asked.popleft()
+        if not self._ray.wait([first], timeout=max(seconds, 0.0))[0]:
+            return Answer(None, "an environment's worker did not answer in time", gone=True)
         try:
-            return self._ray.get(self._asked)
+            return self._ray.get(first)
         except self._ray.exceptions.RayError as error:
-            return None, f"an environment's worker ended ({type(error).__name__})"
+            reason = f"an environment's worker ended ({type(error).__name__})"
+            return Answer(None, reason, gone=True)
 
     def end(self) -> None:
         """Kill the actor, whatever it does."""
@@ -43,7 +47,7 @@ class _Actor:
     def __init__(self, make: Callable[[], Players]) -> None:
         self._players = make()
 
-    def answer(self, question: str, values: Any) -> tuple[Any, str | None]:
+    def answer(self, question: str, values: Any) -> Answer:
         return answered(self._players, question, values)
 
 

@@ -79,7 +79,7 @@ class Rollouts:
         number, update = divmod(self._step, updates)
         if update == 0 or self._batch is None:
             playing = self._in_flight or self._begin(number)
-            seconds = self._play(playing, model, config.rl.rollout.max_turns)
+            seconds = self._play(playing, model)
             self._batch = self._learn_from(playing.finish(), model, number)
             self._in_flight = None
             if config.rl.max_age and self._step + updates < config.training.steps:
@@ -133,12 +133,12 @@ class Rollouts:
             sampler=self._sampler,
         )
 
-    def _play(self, playing: Playing, model: Nemotron, most: int) -> float:
-        """Play up to so many turns; the seconds that it took."""
-        began = time.perf_counter()
-        for _ in range(most):
-            if not playing.over:
-                playing.turn(model, self._step)
+    def _play(self, playing: Playing, model: Nemotron, most: int | None = None) -> float:
+        """Play up to so many turns, by default all; the seconds that it took."""
+        began, played = time.perf_counter(), 0
+        while played != most and not playing.over:
+            playing.turn(model, self._step)
+            played += 1
         return time.perf_counter() - began
 
     def _learn_from(self, episodes: Sequence[Episode], model: Nemotron, number: int) -> PolicyBatch:
@@ -311,7 +311,7 @@ def play_tasks_once(
     episodes: list[Episode] = []
     with contextlib.ExitStack() as stack:
         if players is None:
-            players = stack.enter_context(contextlib.closing(Here()))
+            players = stack.enter_context(contextlib.closing(Here(config.rl.rollout.timeout_s)))
         for start in range(0, len(tasks), side_by_side):
             part = list(tasks[start : start + side_by_side])
             filled = part + part[:1] * (side_by_side - len(part))  # one shape, one program

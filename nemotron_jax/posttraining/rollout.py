@@ -127,10 +127,13 @@ class Playing:
     def over(self) -> bool:
         """Whether no episode goes on."""
         self._hear()
-        return self._turns >= self._config.max_turns or all(one.over for one in self._episodes)
+        return not any(one.waiting or self._writes(one) for one in self._episodes)
 
     def turn(self, model: Nemotron, version: int = 0) -> None:
-        """Every episode that goes on hears its environment and writes a turn for it."""
+        """Every episode that goes on hears its environment and writes a turn for it.
+
+        One whose last turn waits for a sandbox writes nothing and asks again.
+        """
         self._hear()
         config, going = self._config, self._episodes
         if self._sampler is None:
@@ -139,12 +142,15 @@ class Playing:
             self._sampler.swap(model)
         self._sampler.read([one.take_unread() for one in going])
         room = lambda one: min(config.max_turn_tokens, config.max_tokens - len(one.tokens))
-        written = self._sampler.write([0 if one.over else room(one) for one in going])
-        turns = {}
-        for place, (one, new) in enumerate(zip(going, written, strict=True)):
-            if not one.over:
-                turn = one.add(new, self._tokenizer, config.thinking, version)
-                turns |= {} if one.over else {place: turn}
+        limits = [room(one) if self._writes(one) else 0 for one in going]
+        turns: dict[int, dict | None] = {n: None for n, one in enumerate(going) if one.waiting}
+        for place, new in enumerate(self._sampler.write(limits) if any(limits) else ()):
+            if limits[place]:
+                one = going[place]
+                turns[place] = one.add(new, self._tokenizer, config.thinking, version)
+        if failed := [place for place in turns if going[place].over]:
+            self._players.end(failed)
+            turns = {place: turn for place, turn in turns.items() if place not in failed}
         self._replies = self._players.begin_reply(turns)
         self._turns += 1
 
@@ -170,9 +176,10 @@ class Playing:
         for one, values in zip(self._episodes, state["episodes"], strict=True):
             one.restore(values)
         said = [one.own_messages() for one in self._episodes]
-        for number in range(self._turns):
+        for number in range(max(map(len, said), default=0)):
             turns = {place: own[number] for place, own in enumerate(said) if number < len(own)}
             self._players.reply(turns)
+        self._players.end([n for n, one in enumerate(self._episodes) if self._ended(one)])
 
     def _new_sampler(self, model: Nemotron) -> Conversations:
         return self._begin(
@@ -185,17 +192,32 @@ class Playing:
             seed=self._seed,
         )
 
+    def _writes(self, one: "_Unfinished") -> bool:
+        return not one.over and not one.waiting and len(one.turns) < self._config.max_turns
+
+    def _ended(self, one: "_Unfinished") -> bool:
+        """Whether an episode is over, or is cut off by its number of turns."""
+        return not one.waiting and not self._writes(one)
+
     def _hear(self) -> None:
-        """Take in what environments have said to the last turns."""
+        """Take in what environments have said to the last turns; end what does not go on."""
         replies, self._replies = self._replies, None
+        ended = []
         for place, reply in replies().items() if replies else ():
             one = self._episodes[place]
+            one.waiting = reply.waiting
+            if one.waiting:
+                continue
             one.over = reply.over or not one.turns[-1].closed
             if not one.over:
                 with one.failing("what its environment said cannot be encoded"):
                     messages = sound_value(reply.messages)
                     ids = encode_reply(self._tokenizer, messages, self._options[place])
                     one.hear(messages, ids, self._config.max_tokens)
+            if self._ended(one) and not reply.over:
+                ended.append(place)
+        if ended:
+            self._players.end(ended)
 
 
 def play_episodes(
@@ -231,6 +253,7 @@ class _Unfinished:
         self.messages: list[dict] = list(task.messages)
         self.truncated = False
         self.over = failure is not None
+        self.waiting = False  # for the answer to its last turn
         self._unread: list[int] = []  # tokens that the model has not been fed yet
 
     def add(self, written: Written, tokenizer: Tokenizer, thinking: bool, version: int) -> dict:
@@ -268,7 +291,7 @@ class _Unfinished:
             return
         self.tokens += ids
         self.logprobs += [0.0] * len(ids)
-        self._unread = ids
+        self._unread = self._unread + ids
 
     def take_unread(self) -> list[int]:
         """What the model is to be fed now."""
@@ -294,7 +317,7 @@ class _Unfinished:
         )
 
     def state(self) -> dict[str, Any]:
-        kept = ("tokens", "logprobs", "messages", "truncated", "over", "failure")
+        kept = ("tokens", "logprobs", "messages", "truncated", "over", "failure", "waiting")
         turns = [dataclasses.asdict(turn) for turn in self.turns]
         return {**{name: getattr(self, name) for name in kept}, "turns": turns}
 

@@ -2,27 +2,45 @@
 
 import atexit
 import contextlib
+import dataclasses
+import functools
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from nemotron_jax.config.rl import RolloutConfig
+from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Task, Verdict
-from nemotron_jax.posttraining.players import Here, Players, Replies, Reply
+from nemotron_jax.environments.sandbox import divide_budget
+from nemotron_jax.posttraining.players import (
+    Answer,
+    Here,
+    Players,
+    Question,
+    Replies,
+    Reply,
+    Turns,
+    answered,
+)
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+# What a new worker may take to come up before its first answer: it imports the environments, on a
+# machine that may be busy. Less, and a slow import counts as a worker that hangs.
+_BIRTH_S = 60.0
 
 
 class Worker(Protocol):
-    """A place where sessions live, which answers one question at a time."""
+    """A place where sessions live, which answers questions one after another."""
 
-    def ask(self, question: tuple[str, Any]) -> None: ...
+    began: bool  # whether it is at work on the question whose answer comes next
 
-    def answer(self, seconds: float) -> tuple[Any, str | None]: ...
+    def ask(self, questions: Sequence[Question]) -> None: ...
+
+    def answer(self, seconds: float) -> Answer: ...
 
     def end(self) -> None: ...
 
@@ -30,7 +48,7 @@ class Worker(Protocol):
 def make_players(config: RolloutConfig) -> Players:
     """What a config plays with: this process, others beside it, or actors of a Ray cluster."""
     if not config.workers:
-        return Here()
+        return Here(config.timeout_s)
     if config.worker_kind == "processes":
         return Workers(config.workers, config.timeout_s)
     from nemotron_jax.posttraining.ray_workers import RayWorker  # an optional package
@@ -38,107 +56,220 @@ def make_players(config: RolloutConfig) -> Players:
     return Workers(config.workers, config.timeout_s, begin=RayWorker)
 
 
+@dataclasses.dataclass
+class _Place:
+    """What is known of a session without asking its worker."""
+
+    task: Task
+    told: list[dict] = dataclasses.field(default_factory=list)
+    owed: int = 0  # turns whose answer has not come
+    verdict: Verdict | None = None
+
+
+class _Asked(NamedTuple):
+    """A question that a worker has not answered, about one session or (None) about all."""
+
+    place: int | None
+    question: Question
+    kept: bool = True  # whether somebody waits for the answer
+
+
 class Workers:
     """Sessions dealt out over workers. Place p lives with worker p modulo their number.
 
-    A worker that ends or does not answer within `timeout_s` is killed and replaced; its sessions
-    are lost, and their verdicts are infrastructure failures, not zeros.
+    A worker that ends, or whose next answer does not come within `timeout_s`, is killed and
+    replaced. The session that it was at work on is lost: its verdict is an infrastructure failure,
+    not a zero. The worker's other sessions hear their turns again in the new one and go on.
     """
 
     def __init__(
         self,
         count: int,
         timeout_s: float,
-        make: Callable[[], Players] = Here,
+        make: Callable[[], Players] | None = None,
         begin: Callable[[Callable[[], Players]], Worker] | None = None,
     ) -> None:
         """`make` gives what each worker plays with, and is sent there by name; `begin` makes a
         worker, by default a process of this machine."""
-        self._timeout_s, self._make = timeout_s, make
+        self._timeout_s = timeout_s
+        # This process plays too, what is held out.
+        divide_budget(count + 1)
+        self._make = _Made(make or functools.partial(Here, timeout_s), count + 1)
         self._begin = begin or Process
-        self._workers = [self._begin(make) for _ in range(count)]
-        self._lost: dict[int, str] = {}  # by place, why its session is gone
-        self._count = 0
+        self._workers = [self._begin(self._make) for _ in range(count)]
+        self._new = set(range(count))  # workers that have not answered yet
+        self._places: list[_Place] = []
+        self._packed: bytes | None = None  # environments that workers cannot know
         self.replaced = 0
 
     def start(self, tasks: Sequence[Task]) -> None:
-        """Begin with these tasks; earlier sessions are closed."""
-        self._lost, self._count = {}, len(tasks)
-        parts = {w: [tasks[p] for p in self._places(w)] for w in range(len(self._workers))}
-        self._ask({w: ("start", part) for w, part in parts.items() if part})
+        """Begin with these tasks; earlier sessions are closed.
 
-    def begin_reply(self, turns: dict[int, dict[str, Any]]) -> Replies:
+        Raises ValueError for an environment that cannot be sent to a worker.
+        """
+        self._places = [_Place(task) for task in tasks]
+        self._packed = registry.packed({task.environment for task in tasks})
+        used = range(min(len(self._workers), len(tasks)))
+        self._take(self._put({worker: self._beginning(worker) for worker in used}))
+
+    def begin_reply(self, turns: Turns) -> Replies:
         """Let the workers answer the assistant's messages at these places; gives what waits for
         them. A lost session is over."""
-        parts: dict[int, dict[int, dict]] = {}
+        asked = []
         for place, turn in turns.items():
-            if place not in self._lost:
-                worker, inner = self._home(place)
-                parts.setdefault(worker, {})[inner] = turn
-        self._put({w: ("reply", part) for w, part in parts.items()})
+            one = self._places[place]
+            if one.verdict is None:
+                one.told += [] if turn is None else [turn]
+                one.owed += turn is not None
+                asked.append(_Asked(place, ("reply", {self._inner(place): turn})))
+        parts = self._put(self._by_worker(asked))
 
         def wait() -> dict[int, Reply]:
-            answers = self._take(parts)
-            found = dict.fromkeys(turns, Reply((), over=True))
-            for place in turns:
-                worker, inner = self._home(place)
-                if place not in self._lost:
-                    found[place] = answers[worker][inner]
-            return found
+            found = self._replies(parts)
+            over = lambda place: Reply((), over=True, verdict=self._places[place].verdict)
+            return {place: found.get(place) or over(place) for place in turns}
 
         return wait
 
-    def reply(self, turns: dict[int, dict[str, Any]]) -> dict[int, Reply]:
+    def reply(self, turns: Turns) -> dict[int, Reply]:
         """The answers to the assistant's messages at these places; a lost session is over."""
         return self.begin_reply(turns)()
 
+    def end(self, places: Collection[int]) -> dict[int, Verdict]:
+        """Judge these sessions as they are; gives the verdicts that there is room to find."""
+        left = [place for place in places if self._places[place].verdict is None]
+        asked = [_Asked(place, ("end", [self._inner(place)])) for place in left]
+        for place, verdict in self._take(self._put(self._by_worker(asked))).items():
+            self._places[place].verdict = verdict
+        return {p: v for p in places if (v := self._places[p].verdict) is not None}
+
     def verify(self) -> list[Verdict]:
-        """Every session's verdict."""
-        wanted = range(min(len(self._workers), self._count))
-        alive = [w for w in wanted if any(p not in self._lost for p in self._places(w))]
-        answers = self._ask({w: ("verify", None) for w in alive})
-        verdicts = []
-        for place in range(self._count):
-            worker, inner = self._home(place)
-            lost = self._lost.get(place)
-            verdicts.append(
-                answers[worker][inner] if lost is None else Verdict(0.0, infra_error=lost)
-            )
-        return verdicts
+        """Every session's verdict; one that is not over is judged as it is."""
+        unknown = lambda: [p for p, one in enumerate(self._places) if one.verdict is None]
+        left = unknown()
+        while self.end(left):  # those that end make room for others
+            left = unknown()
+        homes = {place: self._home(place) for place in left}
+        asked = {worker: [_Asked(None, ("verify", None))] for worker in homes.values()}
+        found = self._take(self._put(asked))
+        for place, worker in homes.items():
+            if self._places[place].verdict is None:
+                self._places[place].verdict = found[worker][self._inner(place)]
+        return [one.verdict for one in self._places]
 
     def close(self) -> None:
-        """End the processes."""
+        """End the workers."""
         for worker in self._workers:
             worker.end()
         self._workers = []
+        divide_budget(1)
 
-    def _home(self, place: int) -> tuple[int, int]:
-        return place % len(self._workers), place // len(self._workers)
+    def _home(self, place: int) -> int:
+        return place % len(self._workers)
 
-    def _places(self, worker: int) -> range:
-        return range(worker, self._count, len(self._workers))
+    def _inner(self, place: int) -> int:
+        return place // len(self._workers)
 
-    def _ask(self, questions: dict[int, tuple[str, Any]]) -> dict[int, Any]:
-        self._put(questions)
-        return self._take(questions)
+    def _unknown(self, worker: int) -> list[int]:
+        """The places of a worker whose verdict is not known."""
+        places = range(worker, len(self._places), len(self._workers))
+        return [place for place in places if self._places[place].verdict is None]
 
-    def _put(self, questions: dict[int, tuple[str, Any]]) -> None:
-        for worker, question in questions.items():
-            self._workers[worker].ask(question)
+    def _by_worker(self, asked: Iterable[_Asked]) -> dict[int, list[_Asked]]:
+        parts: dict[int, list[_Asked]] = {}
+        for one in asked:
+            parts.setdefault(self._home(one.place), []).append(one)
+        return parts
 
-    def _take(self, asked: Collection[int]) -> dict[int, Any]:
-        """The answers of the workers, which work at the same time; one that fails is replaced."""
-        deadline, answers = time.monotonic() + self._timeout_s, {}
-        for worker in asked:
-            answer, failure = self._workers[worker].answer(deadline - time.monotonic())
-            if failure is None:
-                answers[worker] = answer
-                continue
-            self._lost |= dict.fromkeys(self._places(worker), failure)
-            self._workers[worker].end()
-            self._workers[worker] = self._begin(self._make)
-            self.replaced += 1
+    def _beginning(self, worker: int) -> list[_Asked]:
+        tasks = [one.task for one in self._places[worker :: len(self._workers)]]
+        known = [_Asked(None, ("learn", self._packed))] if self._packed else []
+        return [*known, _Asked(None, ("start", tasks))]
+
+    def _replies(self, parts: dict[int, list[_Asked]]) -> dict[int, Reply]:
+        """The answers to turns, asked for again where a session waits and others have ended."""
+        found: dict[int, Reply] = {}
+        while parts:
+            new = self._take(parts)
+            for place, reply in new.items():
+                one = self._places[place]
+                one.owed = one.owed if reply.waiting else 0
+                one.verdict = one.verdict or reply.verdict
+            found |= new
+            ended = {w for w, part in parts.items() if any(self._is_known(a) for a in part)}
+            again = [p for p, reply in found.items() if reply.waiting and self._home(p) in ended]
+            asked = [_Asked(place, ("reply", {self._inner(place): None})) for place in again]
+            parts = self._put(self._by_worker(asked))
+        return found
+
+    def _is_known(self, asked: _Asked) -> bool:
+        return asked.place is not None and self._places[asked.place].verdict is not None
+
+    def _put(self, parts: dict[int, list[_Asked]]) -> dict[int, list[_Asked]]:
+        for worker, part in parts.items():
+            self._workers[worker].ask([one.question for one in part])
+        return parts
+
+    def _take(self, parts: dict[int, list[_Asked]]) -> dict[int, Any]:
+        """The answers by place, or by worker where that was asked about all of its sessions.
+
+        There is none about a session that was lost. Workers work at the same time; one that fails
+        is replaced, and asked again for what it did not answer.
+        """
+        answers: dict[int, Any] = {}
+        for worker, part in parts.items():
+            left = list(part)
+            while left:
+                asked = left[0]
+                answer = self._workers[worker].answer(self._seconds(worker, asked))
+                if answer.gone:
+                    left = self._begin_again(worker, left, answer.failure)
+                    continue
+                self._new.discard(worker)
+                left.pop(0)
+                if answer.failure is not None:
+                    self._lose(worker, asked.place, answer.failure)
+                elif asked.kept:
+                    found = answer.value
+                    if asked.place is not None:
+                        found = found.get(self._inner(asked.place))
+                    answers[worker if asked.place is None else asked.place] = found
         return answers
+
+    def _seconds(self, worker: int, asked: _Asked) -> float:
+        """How long an answer may take: by the turns and verdicts that it has to wait for."""
+        if asked.place is None:
+            times = len(self._unknown(worker)) if asked.question[0] == "verify" else 1
+        else:
+            times = self._places[asked.place].owed
+        return self._timeout_s * max(times, 1) + _BIRTH_S * (worker in self._new)
+
+    def _lose(self, worker: int, place: int | None, reason: str) -> None:
+        for lost in self._unknown(worker) if place is None else [place]:
+            self._places[lost].verdict = Verdict(0.0, infra_error=reason)
+
+    def _begin_again(self, worker: int, left: list[_Asked], reason: str) -> list[_Asked]:
+        """Replace a worker; gives what the new one is asked, up to what the old one owed."""
+        # One that never said anything would fail again. What is not begun is played again.
+        if self._workers[worker].began or worker in self._new:
+            self._lose(worker, left[0].place, reason)
+        self._workers[worker].end()
+        self._workers[worker] = self._begin(self._make)
+        self._new.add(worker)
+        self.replaced += 1
+        alive = self._unknown(worker)
+        asked = [one._replace(kept=False) for one in self._beginning(worker)] if alive else []
+        waited = {one.place for one in left if one.kept and one.question[0] == "reply"}
+        for place in alive:
+            one, inner = self._places[place], self._inner(place)
+            one.owed = len(one.told)
+            asked += [_Asked(place, ("reply", {inner: turn}), kept=False) for turn in one.told]
+            if place in waited:
+                asked[-1] = asked[-1]._replace(kept=True)
+        others = [one for one in left if one.kept and one.question[0] != "reply"]
+        asked += [one for one in others if not self._is_known(one)]
+        self._put({worker: asked})
+        return asked
 
 
 class Process:
@@ -148,6 +279,7 @@ class Process:
     """
 
     def __init__(self, make: Callable[[], Players]) -> None:
+        self.began = False
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, make), daemon=True)
@@ -162,25 +294,43 @@ class Process:
         atexit.register(self._process.kill)
         theirs.close()
 
-    def ask(self, question: tuple[str, Any]) -> None:
+    def ask(self, questions: Sequence[Question]) -> None:
         with contextlib.suppress(OSError):  # it has died: `answer` finds that out
-            self._pipe.send(question)
+            self._pipe.send(list(questions))
 
-    def answer(self, seconds: float) -> tuple[Any, str | None]:
-        """What came back, or why nothing did."""
+    def answer(self, seconds: float) -> Answer:
+        """What came back to the next question, or why nothing did."""
+        ends = time.monotonic() + seconds
         try:
-            if not self._pipe.poll(max(seconds, 0.0)):
-                return None, "an environment's worker did not answer in time"
-            answer, failure = self._pipe.recv()
+            while self._pipe.poll(max(ends - time.monotonic(), 0.0)):
+                found = self._pipe.recv()
+                self.began = found is None  # a word that the next question is begun
+                if found is not None:
+                    return found
         except (EOFError, OSError):
-            return None, f"an environment's worker ended (exit code {self._process.exitcode})"
-        return answer, failure
+            self._process.join(_BIRTH_S)
+            code = self._process.exitcode
+            return Answer(None, f"an environment's worker ended (exit code {code})", gone=True)
+        self.began = True
+        return Answer(None, "an environment's worker did not answer in time", gone=True)
 
     def end(self) -> None:
         atexit.unregister(self._process.kill)
         self._process.kill()
         self._process.join()
         self._pipe.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What makes a worker's players, in the worker."""
+
+    make: Callable[[], Players]
+    parts: int  # processes that share the machine's memory for sandboxes
+
+    def __call__(self) -> Players:
+        divide_budget(self.parts)
+        return self.make()
 
 
 def serve(pipe: Connection, make: Callable[[], Players]) -> None:
@@ -195,17 +345,9 @@ def serve(pipe: Connection, make: Callable[[], Players]) -> None:
     players = make()
     while True:
         try:
-            question, values = pipe.recv()
-            pipe.send(answered(players, question, values))
+            for question, values in pipe.recv():
+                pipe.send(None)
+                pipe.send(answered(players, question, values))
         except (EOFError, OSError):  # the run has ended, by a kill or otherwise
             players.close()
             return
-
-
-def answered(players: Players, question: str, values: Any) -> tuple[Any, str | None]:
-    """What players answer to a question by the name of their method, or why they cannot."""
-    try:
-        ask = getattr(players, question)
-        return (ask() if values is None else ask(values)), None
-    except Exception as error:  # a fault of the environments: their episodes do not count
-        return None, f"an environment's worker failed: {error!r}"

@@ -78,18 +78,24 @@ def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_do_not_count(w
         before = workers.replaced
         _, verdicts = through(workers, {1: word}, 2.0 if word == "hang" else PATIENCE_S)
         lost = [verdict.infra_error for verdict in verdicts]
-        assert [reason in (why or "") for why in lost] == [False, True, False, True, False]
-        assert [v.reward for v in verdicts if v.infra_error is None] == [1, 1, 1]
+        # Place 3 lives with the same worker, and was not running.
+        assert [reason in (why or "") for why in lost] == [False, True, False, False, False]
+        assert [v.reward for v in verdicts if v.infra_error is None] == [1, 1, 1, 1]
         assert workers.replaced == before + 1
     assert [verdict.reward for verdict in through(workers, {})[1]] == [1] * 5
 
 
-def test_one_that_dies_between_turns_is_noticed(workers) -> None:
+def test_sessions_of_one_that_dies_between_turns_go_on_in_another(workers) -> None:
     workers.start(TASKS)
-    first = workers._workers[0]
-    first.end() if isinstance(first, RayWorker) else first._process.kill()
-    verdicts = workers.verify()
-    assert [v.infra_error is None for v in verdicts] == [False, True, False, True, False]
+    before = workers.replaced
+    for number in range(3):
+        workers.reply({place: turn_of(task, number) for place, task in enumerate(TASKS)})
+        if number == 1:
+            first = workers._workers[0]
+            first.end() if isinstance(first, RayWorker) else first._process.kill()
+    lost = [verdict for verdict in workers.verify() if verdict.infra_error]
+    assert len(lost) == isinstance(first, RayWorker)  # an actor does not say what it was at
+    assert workers.replaced == before + 1
 
 
 def test_signals_that_stop_a_run_stop_no_worker() -> None:
@@ -110,7 +116,9 @@ def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
     code = (
         "from nemotron_jax.posttraining.workers import Workers\n"
         "made = Workers(1, 60.0)\n"
-        "made._ask({0: ('verify', None)})"  # answered: it is there
+        "made.start([])\n"
+        "made._workers[0].ask([('verify', None)])\n"
+        "made._workers[0].answer(60.0)"  # answered: it is there
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 

@@ -10,7 +10,9 @@ from nemotron_jax.environments.sandbox.runner import (
     Limits,
     Result,
     Sandbox,
+    divide_budget,
     shared,
+    shared_budget,
 )
 from nemotron_jax.environments.sandbox.sessions import Entry, PythonKernel, Reply, Shell
 from nemotron_jax.environments.sandbox.tiers import SandboxUnavailable
@@ -26,5 +28,7 @@ __all__ = [
     "Sandbox",
     "SandboxUnavailable",
     "Shell",
+    "divide_budget",
     "shared",
+    "shared_budget",
 ]

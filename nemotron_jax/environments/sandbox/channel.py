@@ -193,10 +193,12 @@ class Session:
         *,
         limits: Limits,
         files: dict[str, str | bytes] | None = None,
+        slot: int | None = None,
     ) -> None:
-        """Start it. Raises OSError where the sandbox fails."""
-        self._sandbox, self._limits = sandbox, limits
-        self._slot: int | None = sandbox.take(limits)
+        """Start it, in a `slot` that the caller took and gives back, or in one of its own. Raises
+        OSError where the sandbox fails."""
+        self._sandbox, self._limits, self._owns = sandbox, limits, slot is None
+        self._slot = sandbox.take(limits) if slot is None else slot
         self._run = None
         try:
             request = {"mode": self.mode}
@@ -240,7 +242,8 @@ class Session:
             if self._run is not None:
                 self._run.__exit__()
         finally:
-            self._sandbox.give_back(slot, self._limits)
+            if self._owns:
+                self._sandbox.give_back(slot, self._limits)
 
     def __enter__(self) -> "Session":
         return self

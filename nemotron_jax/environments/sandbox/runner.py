@@ -191,18 +191,26 @@ class Sandbox:
 
     def take(self, limits: Limits) -> int:
         """A slot with its memory reserved. Raises OSError when none is free for long."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.has_room(limits), WAIT_FOR_SLOT_S):
+                raise OSError(f"no slot was free for {WAIT_FOR_SLOT_S:.0f} s")
+            self._reserved += limits.reserved_bytes
+            return self._free.pop()
+
+    def take_now(self, limits: Limits) -> int | None:
+        """A slot with its memory reserved; None where one would have to be waited for."""
+        with self._changed:
+            return self.take(limits) if self.has_room(limits) else None
+
+    def has_room(self, limits: Limits) -> bool:
+        """Whether a slot and its memory are free now. Raises ValueError where they never are."""
         need = limits.reserved_bytes
         if need > self.memory_bytes:
             raise ValueError(
                 f"Sandbox: limits reserve {need >> 20} MiB, more than the budget of "
                 f"{self.memory_bytes >> 20} MiB; lower memory_bytes or processes"
             )
-        with self._changed:
-            free = lambda: self._free and self._reserved + need <= self.memory_bytes
-            if not self._changed.wait_for(free, WAIT_FOR_SLOT_S):
-                raise OSError(f"no slot was free for {WAIT_FOR_SLOT_S:.0f} s")
-            self._reserved += need
-            return self._free.pop()
+        return bool(self._free) and self._reserved + need <= self.memory_bytes
 
     def give_back(self, slot: int, limits: Limits) -> None:
         """Free what `take` gave."""
@@ -256,6 +264,19 @@ def available_memory() -> int:
 
 _shared: dict[int, Sandbox] = {}
 _starting = threading.Lock()
+_parts = 1  # processes of this machine that run sandboxes side by side
+
+
+def divide_budget(parts: int) -> None:
+    """Let `shared` take one part of so many of the memory that it would take alone."""
+    global _parts
+    _parts = parts
+
+
+def shared_budget() -> int:
+    """Bytes that this process's Sandbox has, or would have if it were started now."""
+    box = _shared.get(os.getpid())
+    return box.memory_bytes if box else available_memory() // 2 // _parts
 
 
 def shared() -> Sandbox:
@@ -263,6 +284,6 @@ def shared() -> Sandbox:
     with _starting:
         if os.getpid() not in _shared:
             _shared.clear()  # after a fork the parent's belongs to the parent
-            _shared[os.getpid()] = Sandbox()
+            _shared[os.getpid()] = Sandbox(memory_bytes=shared_budget())
             print(_shared[os.getpid()].describe(), file=sys.stderr)
         return _shared[os.getpid()]

@@ -29,9 +29,10 @@ class PythonKernel(Session):
         *,
         limits: Limits = KERNEL_LIMITS,
         files: dict[str, str | bytes] | None = None,
+        slot: int | None = None,
     ) -> None:
         limits = dataclasses.replace(limits, output_bytes=min(limits.output_bytes, MOST_CELL_BYTES))
-        super().__init__(sandbox, limits=limits, files=files)
+        super().__init__(sandbox, limits=limits, files=files, slot=slot)
 
     def execute(self, code: str, *, wall_s: float = 10.0) -> Reply:
         """Run one cell; a last expression's value is printed, as in a notebook."""
@@ -69,11 +70,12 @@ class Shell(Session):
         *,
         limits: Limits = SHELL_LIMITS,
         files: dict[str, str | bytes] | None = None,
+        slot: int | None = None,
     ) -> None:
         if sandbox.tasks(limits) is None:
             raise OSError("sandbox: shells need bubblewrap, or root at the fallback tier")
         limits = dataclasses.replace(limits, output_bytes=min(limits.output_bytes, MOST_CELL_BYTES))
-        super().__init__(sandbox, limits=limits, files=files)
+        super().__init__(sandbox, limits=limits, files=files, slot=slot)
 
     def execute(self, command: str, *, wall_s: float = 10.0) -> Reply:
         """Run one command in the folder; every process it leaves is ended."""
