@@ -12,10 +12,10 @@ BAD_ROWS = ("error", "drop")
 class SFTConfig:
     """Fine-tuning on conversations; `data.sources` name them, `data.source_weights` their shares.
 
-    A source is `messages:FILE`, jsonl in messages format, or `oracle:NAME` or `oracle:NAME/LEVEL`,
-    the right way through tasks of an environment, or `slips:NAME/LEVEL:SLIP`, one of its wrong
-    ways, for a model that is to have something left to learn. Low-effort traces are a source of
-    their own whose rows carry `chat_template_kwargs`.
+    A source is `messages:FILE`, jsonl or a .json list in messages format, or `oracle:NAME` or
+    `oracle:NAME/LEVEL`, the right way through tasks of an environment, or `slips:NAME/LEVEL:SLIP`,
+    one of its wrong ways, for a model that is to have something left to learn. Low-effort traces
+    are a source of their own whose rows carry `chat_template_kwargs`.
 
     `loss`: `tokens` is stage one, the mean over all learned tokens of a batch; `conversations` is
     stage two, the mean over conversations of each one's own mean. `bad_rows`: an `error`, or `drop`

@@ -80,13 +80,13 @@ def check_row(row: Any, *, origin: str = "") -> Conversation:
 
 def oracle_source(name: str) -> tuple[Environment, int | None]:
     """The environment and level that `oracle:NAME/LEVEL` names."""
-    return _task_source(name, name.removeprefix(ORACLE))
+    return task_source(name.removeprefix(ORACLE), f"data.sources={name!r}")
 
 
 def slip_source(name: str) -> tuple[Environment, int | None, str]:
     """The environment, level and slip that `slips:NAME/LEVEL:SLIP` names."""
     tasks, _, slip = name.removeprefix(SLIPS).partition(":")
-    environment, level = _task_source(name, tasks)
+    environment, level = task_source(tasks, f"data.sources={name!r}")
     known = sorted(environment.slips(environment.split(0, "train", 0, level=level)))
     if slip not in known:
         raise ValueError(
@@ -96,16 +96,16 @@ def slip_source(name: str) -> tuple[Environment, int | None, str]:
     return environment, level, slip
 
 
-def _task_source(name: str, tasks: str) -> tuple[Environment, int | None]:
-    environment, _, level = tasks.partition("/")
-    if environment not in registry:
+def task_source(tasks: str, given: str) -> tuple[Environment, int | None]:
+    """The environment and level that NAME or NAME/LEVEL names; `given` is the field in errors."""
+    name, _, level = tasks.partition("/")
+    if name not in registry:
         raise ValueError(
-            f"data.sources={name!r}: no environment is called {environment!r}; "
-            f"there are {', '.join(sorted(registry))}"
+            f"{given}: no environment is called {name!r}; there are {', '.join(sorted(registry))}"
         )
-    found = registry[environment]
+    found = registry[name]
     if level and not (level.isdecimal() and int(level) < found.levels):
-        raise ValueError(f"data.sources={name!r}: the level must be 0 to {found.levels - 1}")
+        raise ValueError(f"{given}: the level must be 0 to {found.levels - 1}")
     return found, int(level) if level else None
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.data.chat.render import ChatOptions, render
 from nemotron_jax.data.messages import (
     check_row,
@@ -15,6 +16,7 @@ from nemotron_jax.data.messages import (
     split_at_users,
     without_reasoning,
 )
+from nemotron_jax.posttraining.curriculum import played_environments
 
 USER = {"role": "user", "content": "3*4?"}
 CALL = {"function": {"name": "calc", "arguments": {"e": "3*4"}}}
@@ -107,6 +109,8 @@ def test_a_missing_file_and_an_unknown_oracle_are_named(tmp_path) -> None:
         oracle_source("oracle:arithmetics")
     with pytest.raises(ValueError, match="the level must be 0 to 3"):
         oracle_source("oracle:arithmetic/4")
+    with pytest.raises(ValueError, match="^RolloutConfig.environments='a': no environment"):
+        played_environments(RolloutConfig(environments=("a",)))
 
 
 def test_an_oracle_becomes_calls_replies_and_an_answer() -> None:
