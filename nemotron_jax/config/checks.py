@@ -87,6 +87,10 @@ def is_integer(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """Whether the value is a number that is neither infinite nor NaN; true and false are none."""
+    """Whether the value is a number that is neither infinite nor NaN as a float; true and false are
+    none."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    try:
+        return is_number and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

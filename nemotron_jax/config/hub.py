@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.checks import check_value, is_finite
 from nemotron_jax.config.untrusted import read_object, shown
 
 MODEL_TYPE = "nemotron_h"
@@ -337,4 +337,4 @@ def _plain(value: object) -> object:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return value in (math.inf, -math.inf) or is_finite(value)

@@ -120,9 +120,10 @@ def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> 
     """
     text = text_config(keys)
     names = [part.get(key) for part in (text, keys) for key in ("dtype", "torch_dtype")]
-    named = next((name for name in names if name), "auto")
-    if named != "auto":
-        return dtype_name(str(directory / "config.json"), named)
+    owner = str(directory / "config.json")
+    named = [dtype_name(owner, name) for name in names if name and name != "auto"]
+    if named:
+        return named[0]
     found = [file.entries[_EMBEDDING].dtype.name for file in files if _EMBEDDING in file.entries]
     return found[0] if found and found[0] in DTYPES else "bfloat16"
 

@@ -2,6 +2,7 @@
 models."""
 
 import dataclasses
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -40,7 +41,7 @@ def open_hub(directory: Path, keys: dict[str, Any]) -> HubFiles:
     index = directory / INDEX_FILE
     owner = _shards(index) if index.is_file() else {}
     names = sorted(set(owner.values())) or [SINGLE_FILE]
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(directory / name)]
     if missing:
         raise ValueError(
             f"{directory}: files are missing: {shown(missing)[1:-1]}; download them again"

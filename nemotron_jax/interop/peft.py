@@ -5,9 +5,9 @@ which PEFT puts on the parameters that `target_parameters` names, or one pair an
 reads. Both are written and read.
 """
 
+import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import warnings
@@ -19,17 +19,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.lora import LoRAConfig
+from nemotron_jax.config.untrusted import shown
+from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
-from nemotron_jax.interop.safetensors_file import SafetensorsFile
+from nemotron_jax.interop.peft_checks import check_complete, warn_of_other_base
+from nemotron_jax.interop.peft_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from nemotron_jax.interop.safetensors_file import SafetensorsFile, is_finite
 from nemotron_jax.model.adapters import Site, adapter_sites, add_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 
-CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+TENSOR_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+_FLOATS = ("float64", "float32", "float16", "bfloat16")  # in which factors are stored
 PREFIX = "base_model.model."
 LAYOUTS = ("peft", "vllm")
 # The hub's names begin with backbone., transformers' modules with model. PEFT wraps a module once
@@ -39,20 +45,6 @@ _KEY = re.compile(
 )
 _EXPERT = re.compile(r"(.+\.mixer\.experts)\.(\d+)\.(\w+)")
 _EXPERT_PARAMETERS = ("up_proj", "down_proj")  # in the order of transformers' module
-# Settings of PEFT that change what an adapter computes, with the values that are understood.
-_PLAIN = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "layer_replication": ([], None),
-    "lora_bias": (False, None),
-    "alora_invocation_tokens": ([], None),
-    "trainable_token_indices": ([], None),
-}
 
 
 def save_adapter(
@@ -92,11 +84,11 @@ def save_adapter(
             "them, or train without the target mamba_out, to load the model there",
             stacklevel=2,
         )
-    target = Path(path)
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / TENSOR_FILE, metadata={"format": "pt"})
     config = _config(next(iter(sites.values())), base, modules, parameters)
-    (target / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    with atomic_writer(Path(path) / TENSOR_FILE) as out:
+        out.write(save(tensors, metadata={"format": "pt"}))
+    with atomic_writer(Path(path) / CONFIG_FILE) as out:
+        out.write((json.dumps(config, indent=2) + "\n").encode())
 
 
 def _config(site: Site, base: str, modules: set[str], parameters: set[str]) -> dict[str, Any]:
@@ -122,64 +114,96 @@ def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
     """The model with the adapters, without dropout, of a directory that PEFT or we wrote.
 
     Raises ValueError for settings beside plain LoRA, for tensors of modules that the model has not,
-    and for shapes that do not fit.
+    for modules that the settings name and the file lacks, and for factors that do not fit or are
+    no numbers. Warns where the adapter was trained on another model by name.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"load_adapter: path={shown(path)} must be a directory's name")
     directory = Path(path)
-    config = _read_config(directory / CONFIG_FILE)
-    file = SafetensorsFile(directory / TENSOR_FILE)
+    config = read_adapter_config(directory / CONFIG_FILE)
+    file = _open(directory)
     num_experts = model.config.moe.num_experts if model.config.moe else 0
     found = _found(file, config, num_experts)
     all_sites = {site.name: site for site in adapter_sites(model)}
-    tensors = {t.name: t for t in _adapted(model, all_sites) if t.name in found}
-    if unknown := sorted(found.keys() - tensors.keys()):
-        raise ValueError(f"{file.path}: the model has no module for {unknown[0]!r}")
+    known = {tensor.name: tensor for tensor in _adapted(model, all_sites)}
+    if unknown := sorted(found.keys() - known.keys()):
+        raise ValueError(f"{file.path}: the model has no module for {shown(unknown[0])}")
+    check_complete(config, file.path, found, known)
+    tensors = {name: tensor for name, tensor in known.items() if name in found}
     targets = {all_sites[t.parameters[0]].target for t in tensors.values()}
-    lora = LoRAConfig(config["r"], config["alpha"], tuple(sorted(targets)))
+    lora = LoRAConfig(config.rank, config.alpha, tuple(sorted(targets)))
+    # Of shapes alone at first: a rank that no file has would take all memory.
+    shapes = jax.eval_shape(lambda model: add_adapters(model, lora, jax.random.key(0)), model)
+    sites = {s.name: s for s in adapter_sites(shapes) if getattr(s.module, s.adapter)}
+    for name, tensor in tensors.items():
+        _check_shapes(found[name], tensor, sites, file.path)
     model = add_adapters(model, lora, jax.random.key(0))
     sites = {s.name: s for s in adapter_sites(model) if getattr(s.module, s.adapter)}
     new = {name: [np.array(f[...]) for f in _factors(sites, name)] for name in sites}
     for name, tensor in tensors.items():
-        if found[name].keys() != {"A", "B"}:
-            raise ValueError(f"{file.path}: {name!r} has one factor and not both")
-        a, b = (found[name][part]().astype(np.float32).T for part in "AB")
-        _fill(new, tensor, a, b, file.path)
+        a, b = (_finite(found[name][part], file.path, name).T for part in "AB")
+        _fill(new, tensor, a, b)
     for name, (a, b) in new.items():
         adapter = getattr(sites[name].module, sites[name].adapter)
         if adapter.a is not None:
             adapter.a = nnx.Param(jnp.asarray(a), axes=adapter.a.axes)
         adapter.b = nnx.Param(jnp.asarray(b), axes=adapter.b.axes)
+    warn_of_other_base(config.base, model.origin, directory)
     return model
 
 
-_Readers = dict[str, dict[str, Callable[[], np.ndarray]]]
+def _open(directory: Path) -> SafetensorsFile:
+    if not (directory / TENSOR_FILE).exists() and (directory / PICKLE_FILE).exists():
+        raise ValueError(
+            f"{directory / TENSOR_FILE} is missing, and {PICKLE_FILE} is a pickle, which may run "
+            "code and is not read; save the adapter with safe_serialization=True"
+        )
+    return SafetensorsFile(directory / TENSOR_FILE)
 
 
-def _found(file: SafetensorsFile, config: dict[str, Any], num_experts: int) -> _Readers:
-    """By the hub's tensor, what reads its factors; those of fused experts one by one."""
-    found: _Readers = {}
+@dataclasses.dataclass(frozen=True)
+class _Factor:
+    """One factor, output-first, as the file's header has it, and what reads it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+_Found = dict[str, dict[str, _Factor]]  # by the hub's tensor and by part, A or B
+
+
+def _found(file: SafetensorsFile, config: AdapterConfig, num_experts: int) -> _Found:
+    """Each hub tensor's factors; those of fused experts one by one."""
+    found: _Found = {}
     read = functools.lru_cache(maxsize=4)(file.read)  # of a fused factor every expert reads a part
-    for key in file.entries:
+    for key, entry in file.entries.items():
         match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"{file.path}: {key!r} is no LoRA factor of a layer's module")
+        if match is None or len(entry.shape) != 2 or entry.dtype.name not in _FLOATS:
+            raise ValueError(
+                f"{file.path}: {shown(key)} of shape {shown(entry.shape)} and dtype "
+                f"{entry.dtype.name} is no LoRA factor of a layer's module"
+            )
         module, part, depth = match[1], match[3], match[2].count(".base_layer")
         if not module.endswith(".mixer.experts"):
             if depth:
-                raise ValueError(f"{file.path}: {key!r} adapts a module twice; merge it with PEFT")
-            found.setdefault(f"backbone.{module}.weight", {})[part] = functools.partial(read, key)
+                raise ValueError(
+                    f"{file.path}: {shown(key)} adapts a module twice; merge it with PEFT"
+                )
+            factor = _Factor(entry.shape, functools.partial(read, key))
+            found.setdefault(f"backbone.{module}.weight", {})[part] = factor
             continue
-        name = _fused_parameter(config["target_parameters"], f"model.{module}", depth)
-        shape, rank = file.entries[key].shape, config["r"]
+        name = _fused_parameter(config.parameters, f"model.{module}", depth)
+        shape, rank = entry.shape, config.rank
         if name is None or shape["AB".index(part)] != rank * num_experts:
             raise ValueError(
-                f"{file.path}: {key!r} of shape {shape} does not fit target_parameters="
-                f"{config['target_parameters']}, {num_experts} experts and rank {rank}"
+                f"{file.path}: {shown(key)} of shape {shape} does not fit target_parameters="
+                f"{shown(list(config.parameters))}, {num_experts} experts and rank {rank}"
             )
+        one = (rank, shape[1]) if part == "A" else (shape[0], rank)
         for expert in range(num_experts):
             owner = f"backbone.{module}.{expert}.{name}.weight"
-            found.setdefault(owner, {})[part] = functools.partial(
-                _of_expert, read, key, part, expert, num_experts
-            )
+            take = functools.partial(_of_expert, read, key, part, expert, num_experts)
+            found.setdefault(owner, {})[part] = _Factor(one, take)
     return found
 
 
@@ -224,19 +248,38 @@ def _target(owner: str) -> str:
     return ".".join(parts[-2:] if parts[-1] in _EXPERT_PARAMETERS else parts[-1:])
 
 
-def _fill(new: dict, tensor: HubTensor, a: np.ndarray, b: np.ndarray, path: Path) -> None:
-    """One hub module's factors, input-first, into ours."""
-    first = new[tensor.parameters[0]][0][tensor.index]
-    seconds = [new[name][1][tensor.index] for name in tensor.parameters]
-    width = sum(second.shape[1] for second in seconds)
-    if a.shape != first.shape or b.shape != (first.shape[1], width):
+def _check_shapes(
+    factors: dict[str, _Factor], tensor: HubTensor, sites: dict[str, Site], path: Path
+) -> None:
+    if factors.keys() != {"A", "B"}:
+        raise ValueError(f"{path}: {tensor.name!r} has one factor and not both")
+    lead = len(tensor.index)
+    inputs, rank = _factors(sites, tensor.parameters[0])[0].shape[lead:]
+    outputs = sum(_factors(sites, name)[1].shape[-1] for name in tensor.parameters)
+    a, b = factors["A"].shape, factors["B"].shape
+    if a != (rank, inputs) or b != (outputs, rank):
         raise ValueError(
-            f"{path}: the factors of {tensor.name!r} are {a.T.shape} and {b.T.shape}; the model "
-            f"and rank need {first.T.shape} and {(width, first.shape[1])}"
+            f"{path}: the factors of {tensor.name!r} are {a} and {b}; the model and rank need "
+            f"{(rank, inputs)} and {(outputs, rank)}"
         )
-    first[...] = a
+
+
+def _finite(factor: _Factor, path: Path, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        values = factor.read().astype(np.float32)
+    if not is_finite(values.reshape(-1)):
+        raise ValueError(
+            f"{path}: a factor of {name!r} holds NaN or infinity; the training that wrote it failed"
+        )
+    return values
+
+
+def _fill(new: dict, tensor: HubTensor, a: np.ndarray, b: np.ndarray) -> None:
+    """One hub module's factors, input-first, into ours."""
+    new[tensor.parameters[0]][0][tensor.index] = a
     start = 0
-    for second in seconds:
+    for name in tensor.parameters:
+        second = new[name][1][tensor.index]
         second[...] = b[:, start : start + second.shape[1]]
         start += second.shape[1]
 
@@ -257,23 +300,3 @@ def _factors(sites: dict[str, Site], name: str) -> tuple[nnx.Param, nnx.Param]:
 
 def _array(values: Any) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); name an adapter's folder") from None
-    for name, allowed in _PLAIN.items():
-        if name in config and config[name] not in allowed:
-            raise ValueError(
-                f"{path}: {name}={config[name]!r} is not understood; merge the adapter with PEFT "
-                "and load the merged model"
-            )
-    fused = config.get("target_parameters") or []
-    if not (isinstance(fused, list) and all(isinstance(name, str) for name in fused)):
-        raise ValueError(f"{path}: target_parameters={fused!r} must be a list of names")
-    # rank-stabilised LoRA divides by the root; as an alpha of ours that is alpha · √r / r
-    alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-    return {"r": rank, "alpha": alpha, "target_parameters": fused}
