@@ -184,9 +184,10 @@ def _move_thinking(message: dict[str, Any], text: str) -> None:
         message["content"] = rest.lstrip("\n")
         if thought.strip() and not stated.strip():
             message["reasoning_content"] = thought
-    for place in ("content", "reasoning_content"):
+    # The template looks for these tags in a turn's text, and would cut it or open no thought.
+    for place, tags in (("content", (THINK, ANSWER)), ("reasoning_content", (ANSWER,))):
         left = text_of({"content": message.get(place), "role": "assistant"})
-        tag = next((tag for tag in (THINK, ANSWER) if tag in left), None)
+        tag = next((tag for tag in tags if tag in left), None)
         if tag:
             raise ValueError(
                 f"`{place}` holds {tag} where no thinking opens or ends; put the thinking in "

@@ -170,7 +170,7 @@ def repetitions(corpus: ChatCorpus, data: DataConfig, steps: int) -> list[str]:
     ):
         advice = ": add conversations, or lower training.steps" if times >= MANY_TIMES else ""
         lines.append(
-            f"the run reads the {size:,} tokens of {source} {times:,.3g} times over{advice}"
+            f"the run reads the {size:,} tokens of {source} about {times:,.3g} times over{advice}"
         )
     return lines
 

@@ -63,8 +63,9 @@ def read_messages(path: str | Path, held_out_fraction: float, bad_rows: str) -> 
             conversation = check_row(row, origin=place)
         except ValueError as error:
             if bad_rows == "error":
-                drop = "" if isinstance(error, OtherForm) else ", or set sft.bad_rows='drop'"
-                raise ValueError(f"{place}: {error}; mend the row{drop}") from None
+                way = "mend the row, or set sft.bad_rows='drop'"
+                way = "convert the file" if isinstance(error, OtherForm) else way
+                raise ValueError(f"{place}: {error}; {way}") from None
             dropped.append(f"{place}: {error}")
             continue
         share = int(conversation.digest()[:8], 16) / 2**32

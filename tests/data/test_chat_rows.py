@@ -88,6 +88,8 @@ def test_a_thought_that_could_be_two_is_refused() -> None:
     refused([USER, ANSWER | {"reasoning": {"effort": 1}}], "`reasoning` is not text")
     refused([USER, ANSWER | {"reasoning_content": ["a"]}], "`reasoning_content` is not text")
     refused([USER, ANSWER | {"reasoning_details": [{"text": "a"}]}], "is not read")
+    refused([USER, ANSWER | {"reasoning_content": "a </think> b"}], "`reasoning_content` holds")
+    assert learned([USER, ANSWER | {"reasoning_content": "say <think>"}])
     for content in ("<think>never closed", "a</think>12", "say <think> here"):
         refused([USER, ANSWER | {"content": content}], "message 1: `content` holds <")
 
