@@ -25,6 +25,13 @@ VALUES = (
     *(f"[{HALVES}]", '{"a": "\\ud800"}', "\\ud800", "NaN", "[Infinity]", "-1e999", "9" * 5000),
     *('{"a": 1, "a": 2}', "null", "", "\0", "\u2028", "x\x85y", "</parameter>", "True", "1.0"),
     *("[" * 400 + "]" * 400, '{"a":' * 100 + "1" + "}" * 100, "[" * 40, '"'),
+    # What a tool may take, and what makes one answer with anything.
+    *("1", "1+1", '["a"]', '{"a": 1}', "a", "print(chr(0xd800))", "print('[' * 100_000)", "1/0"),
+    *(
+        "import os; os.write(1, b'\\xff\\xed\\xa0\\x80\\0')",
+        "printf '\\377\\0'; exit 3",
+        "SELECT x'ff'",
+    ),
 )
 TEXTS = (
     *("", " ", "\n", "\0", "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e", "\ufeff", "\u202e", "\r\n"),
@@ -62,12 +69,13 @@ class Model:
 
     def turn(self, draws: random.Random, prompt: str) -> list[int]:
         """The ids of a turn. It knows the names of the tools, as a model does."""
-        names = re.findall(r"<name>(.*?)</name>", prompt) or ["calc"]
+        tools = re.findall(r"<function>\n<name>(.*?)</name>", prompt) or ["calc"]
+        names = re.findall(r"<parameter>\n<name>(.*?)</name>", prompt) or ["e"]
         parts: list[str] = []
         for _ in range(draws.choice((0, 1, 1, 2, 3, 6))):
             kind = draws.random()
             if kind < 0.35:
-                parts += self._call(draws, names)
+                parts += self._call(draws, tools, names)
             elif kind < 0.6:
                 parts.append(draws.choice(RESERVED))
             else:
@@ -77,10 +85,10 @@ class Model:
             ids += [self._bytes[bytes([byte])] for byte in draws.sample(range(128, 256), 3)]
         return ids + ([] if draws.random() < 0.05 else [self.tokenizer.token_id("<|im_end|>")])
 
-    def _call(self, draws: random.Random, names: Sequence[str]) -> list[str]:
+    def _call(self, draws: random.Random, tools: Sequence[str], names: Sequence[str]) -> list[str]:
         """A call that is whole, or one that lacks a part."""
         values = LARGE_VALUES if draws.random() < self.large else VALUES
-        lines = ["<tool_call>", f"\n<function={draws.choice(names)}>\n"]
+        lines = ["<tool_call>", f"\n<function={draws.choice(tools)}>\n"]
         for name in draws.sample(names, min(len(names), draws.choice((0, 1, 2, 3)))):
             lines.append(f"<parameter={name}>\n{draws.choice(values)}\n</parameter>\n")
         lines += ["</function>\n", "</tool_call>"]

@@ -18,14 +18,7 @@ from tests.posttraining import hostile
 
 SANDBOXED = ("python_tool", "sql", "code_tests", "bug_repair", "terminal", "command_equivalence")
 # Without a sandbox, few of whose tasks are slow to draw, and one of somebody's own.
-FEW = (
-    "hostile",
-    "tool_schema/1",
-    "arithmetic/1",
-    "structured_json/1",
-    "preference/0",
-    "workplace/0",
-)
+FEW = ("hostile", "tool_schema/1", "arithmetic/1", "lookup/0", "structured_json/1", "retention/0")
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +41,7 @@ def run_of(config: RunConfig, names, steps: int, *, tokens: int, prompts: int, *
     rollout = dataclasses.replace(
         config.rl.rollout,
         environments=tuple(names),
+        shares=tuple(3.0 if name == "hostile" else 1.0 for name in names),
         prompts=prompts,
         generations=2,
         max_tokens=tokens,
