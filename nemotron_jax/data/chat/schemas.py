@@ -126,6 +126,8 @@ class _Reader:
         schemas = list(self._declared(self._roots[0], name, frozenset(), 0))
         if not schemas:
             return _UNKNOWN
+        # A parameter's schema that was put in whole brings its definitions with it.
+        self._roots = (*self._roots, *(one for one in schemas if isinstance(one, Mapping)))
         kinds = _meet(self._kinds(schema, frozenset(), 0) for schema in schemas)
         return _Types(kinds, frozenset(self._listed), declared=True)
 

@@ -44,6 +44,7 @@ def read(schema, text: str, **more):
         (REFERENCE("a~1b"), "7", 7),
         (REFERENCE("absent"), "1", 1),
         ({"$ref": "other.json#/a"}, "true", "true"),
+        ({"$ref": "#/$defs/Own", "$defs": {"Own": {"type": "string"}}}, "1", "1"),
         ({"enum": ["1", 2]}, "1", "1"),
         ({"enum": ["1", 2]}, "2", 2),
         ({"enum": ["yes", True, None]}, "True", True),
