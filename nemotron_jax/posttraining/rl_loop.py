@@ -200,6 +200,9 @@ def check_rollouts(config: RunConfig) -> None:
     sources = played_environments(config.rl.rollout)
     rule = "must name at least one environment"
     check_value("RolloutConfig", "environments", (), bool(sources), rule)
+    names = config.rl.rollout.environments
+    rule = "must name each environment and level once; give it a share in rl.rollout.shares"
+    check_value("RolloutConfig", "environments", names, len(set(names)) == len(names), rule)
     names, compared = {one.name for one, _ in sources}, config.rl.preference.environments
     rule = f"must be among those that are played: {', '.join(sorted(names))}"
     check_value("PreferenceConfig", "environments", compared, names.issuperset(compared), rule)

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: tasks of an environment played by the model, to see what it learned."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from nemotron_jax.config.execution import Execution
@@ -10,7 +11,8 @@ from nemotron_jax.data.chat.tokens import encode_prompt
 from nemotron_jax.data.messages import ORACLE, oracle_source
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.generate import generate
-from nemotron_jax.environments.base import Environment, Task, Verdict
+from nemotron_jax.environments.base import Environment, Session, Task, Verdict
+from nemotron_jax.environments.sound import sound_value
 from nemotron_jax.model.nemotron import Nemotron
 
 # Oracles do not think aloud, so the model is asked not to.
@@ -58,8 +60,9 @@ def play_tasks(
     """Each task's messages and verdict, all tasks played side by side, a turn at a time.
 
     A turn is parsed as it was written: a malformed call, or a turn that does not end within
-    `max_new_tokens`, is what the environment gets.
+    `max_new_tokens`, is what the environment gets. What fails in one task costs no other.
     """
+    failed: dict[int, Verdict] = {}
     sessions = [environment.start(task) for environment, task in tasks]
     try:
         messages = [list(task.messages) for _, task in tasks]
@@ -67,23 +70,42 @@ def play_tasks(
             encode_prompt(tokenizer, m, t.tools, options) for m, (_, t) in _zip(messages, tasks)
         ]
         turn = 0
-        while not all(session.over for session in sessions):
+        while not all(s.over or place in failed for place, s in enumerate(sessions)):
             texts = _turns(model, tokenizer, rows, max_new_tokens, temperature, seed + turn)
             for place, (session, (_, task)) in enumerate(_zip(sessions, tasks)):
-                if session.over:  # its row stays, so that every call has one shape
+                if session.over or place in failed:  # its row stays: every call has one shape
                     continue
-                parsed = parse_turn(
-                    texts[place], thinking=options.enable_thinking, tools=task.tools
-                )
-                messages[place].append(parsed.message())
-                messages[place] += session.reply(parsed.message())
-                if not session.over:
-                    rows[place] = encode_prompt(tokenizer, messages[place], task.tools, options)
+                try:
+                    messages[place] += _exchanged(session, texts[place], options)
+                    if not session.over:
+                        rows[place] = encode_prompt(tokenizer, messages[place], task.tools, options)
+                except Exception as error:
+                    failed[place] = _failure(task, error)
             turn += 1
-        return [(m, session.verify()) for m, session in _zip(messages, sessions)]
+        verdicts = (failed.get(place) or _judged(one) for place, one in enumerate(sessions))
+        return [(m, verdict) for m, verdict in _zip(messages, verdicts)]
     finally:
         for session in sessions:
-            session.close()
+            with contextlib.suppress(Exception):
+                session.close()
+
+
+def _exchanged(session: Session, text: str, options: ChatOptions) -> list[Message]:
+    """A turn that the model wrote, and what the environment says to it."""
+    turn = parse_turn(text, thinking=options.enable_thinking, tools=session.task.tools)
+    message = sound_value(turn.message())
+    return [message, *sound_value(session.reply(message))]
+
+
+def _judged(session: Session) -> Verdict:
+    try:
+        return session.verify()
+    except Exception as error:
+        return _failure(session.task, error)
+
+
+def _failure(task: Task, error: Exception) -> Verdict:
+    return Verdict(0.0, infra_error=f"{task.environment}: {error!r}")
 
 
 def _turns(

@@ -186,6 +186,7 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
     ("rl", "rollout", "message"),
     [
         ({"easy_slip": "nothing"}, {}, r"easy_slip='nothing': must be a slip .*left_to_right"),
+        ({}, {"environments": NAMES + NAMES[:1]}, r"environments=.*must name each .* once"),
         ({}, {"workers": 129}, r"workers=129: must be at most 128, the episodes of a step"),
         ({}, {"workers": 2, "worker_kind": "ray"}, r"worker_kind='ray': the package ray is not"),
     ],

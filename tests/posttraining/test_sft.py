@@ -73,6 +73,67 @@ def test_turns_of_the_oracle_succeed_and_others_fail(tokenizer, monkeypatch) -> 
     assert played[0][0][-1]["content"] == conversation.messages[-1]["content"]
 
 
+class Broken:
+    """An environment of somebody's own whose sessions answer as they like, or raise."""
+
+    def __init__(self, environment, method: str, answer: object) -> None:
+        self._environment, self._method, self._answer = environment, method, answer
+
+    def start(self, task):
+        session = self._environment.start(task)
+        setattr(session, self._method, self._give)
+        return session
+
+    def _give(self, *unused: object) -> object:
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+@pytest.mark.parametrize(
+    ("method", "answer"),
+    [
+        ("reply", RecursionError("\ud800")),
+        ("reply", ({"role": "tool", "content": 7},)),
+        ("reply", ("no message",)),
+        ("reply", None),
+        ("verify", RuntimeError("gone")),
+    ],
+)
+def test_what_fails_in_one_task_costs_no_other(tokenizer, monkeypatch, method, answer) -> None:
+    wanted = tasks(3)
+    monkeypatch.setattr(sft, "generate", player(tokenizer, wanted, {}))
+    broken = (Broken(wanted[1][0], method, answer), wanted[1][1])
+    played = sft.play_tasks(None, tokenizer, [wanted[0], broken, wanted[2]], max_new_tokens=64)
+    assert [verdict.reward for _, verdict in played] == [1, 0, 1]
+    assert [verdict.infra_error is None for _, verdict in played] == [True, False, True]
+
+
+def test_a_tools_reply_of_half_a_pair_is_read(tokenizer, monkeypatch) -> None:
+    (environment, task), rows_seen = tasks(1)[0], []
+
+    def silent(model, rows, count, **options) -> Generated:
+        rows_seen.append(rows[0])
+        return Generated(
+            np.zeros((1, count), np.int32), np.zeros(1, np.int32), np.zeros((1, count))
+        )
+
+    class Says(Broken):
+        def _give(self, turn: object) -> tuple:
+            self.session.over = len(rows_seen) == 2
+            return ({"role": "tool", "content": "\ud800"},)
+
+        def start(self, task):
+            self.session = super().start(task)
+            return self.session
+
+    monkeypatch.setattr(sft, "generate", silent)
+    says = Says(environment, "reply", None)
+    ((messages, verdict),) = sft.play_tasks(None, tokenizer, [(says, task)], max_new_tokens=4)
+    assert [m["content"] for m in messages if m["role"] == "tool"] == ["\ufffd"] * 2
+    assert verdict.infra_error is None and "\ufffd" in tokenizer.decode(rows_seen[1])
+
+
 def test_success_is_the_mean_over_the_oracle_sources_held_out_tasks(tokenizer, monkeypatch) -> None:
     config = from_config_dict(RunConfig, sft_tiny.get_config())
     sources = dataclasses.replace(config.data, sources=(SOURCE,))
