@@ -11,15 +11,21 @@ from nemotron_jax.environments.words import CITIES, COLOURS, FIRST, THINGS, ask,
 # Sentences of the text around the needles by level; one has about nine words.
 SENTENCES = (3, 40, 250, 1000)
 # Nodes and the walk's length by level.
-NODES, STEPS = (6, 20, 60, 200), (1, 1, 2, 3)
+NODES, STEPS = (10, 20, 60, 200), (1, 1, 2, 3)
+_MARKS = "[](){}\"'`*_.:$\\\u2018\u2019\u201c\u201d"
+# An F1 up to this earns nothing: the few nodes that most edges lead to reach it now and then.
+GUESSED_F1 = 2 / 3
 # A walk's answer that lists more than this many times what is right names nothing.
 LISTED_FACTOR = 1.5
 
 
 def listed(text: str) -> list[str] | None:
-    """The items of an answer that is a list with commas or spaces between."""
+    """The items of an answer that is a list with commas or spaces between, brackets or none."""
     answer = final_answer(text)
-    return None if answer is None else [item for item in re.split(r"[,;\s]+", answer) if item]
+    if answer is None:
+        return None
+    items = (item.strip(_MARKS) for item in re.split(r"[,;\s]+", answer))
+    return [item for item in items if item not in ("", "and", "&")]
 
 
 class NeedleSession(Session):
@@ -99,13 +105,14 @@ class WalkSession(Session):
         hits = len(set(found) & wanted)
         precision, recall = hits / len(found), hits / len(wanted)
         f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
-        return Verdict(f1, {"precision": precision, "recall": recall}, found)
+        reward = max(0.0, (f1 - GUESSED_F1) / (1 - GUESSED_F1))
+        return Verdict(reward, {"f1": f1, "precision": precision, "recall": recall}, found)
 
 
 class GraphWalk(Environment):
     name = "graph_walk"
     summary = "Name the nodes that a walk of given length can first reach"
-    reward = "F1 of the set"
+    reward = "F1 of the set, above two thirds"
     counterpart = "lc_judge (graph walks)"
     levels = 4
     rate = "long"
@@ -115,11 +122,13 @@ class GraphWalk(Environment):
         count, steps = NODES[level], STEPS[level]
         while True:
             names = coined_names(draws, count, 1 if level == 0 else 2)
-            edges = [(draws.choice(names), draws.choice(names)) for _ in range(2 * count)]
+            # As many edges lead to each node: none is the better guess.
+            heads = draws.shuffled(names) + draws.shuffled(names)
+            edges = [(draws.choice(names), head) for head in heads]
             edges = [edge for edge in dict.fromkeys(edges) if edge[0] != edge[1]]
             start = draws.choice(names)
             reached = _first_reached(edges, start, steps)
-            if 0 < len(reached) <= count / 3:
+            if 2 <= len(reached) <= count / 3:  # one node alone is a guess
                 break
         told = " ".join(f"{a}>{b}" for a, b in edges)
         text = f"{told} {start}>?"
@@ -135,7 +144,11 @@ class GraphWalk(Environment):
         return ["Answer: " + ", ".join(task.data["nodes"])]
 
     def alternatives(self, task: Task) -> list[list[Turn | str]]:
-        return [["\\boxed{" + ", ".join(reversed(task.data["nodes"])) + "}"]]
+        nodes = task.data["nodes"]
+        return [
+            ["\\boxed{" + ", ".join(reversed(nodes)) + "}"],
+            [f"Two steps.\nAnswer: [{', '.join(nodes[:-1])} and {nodes[-1]}]."],
+        ]
 
     def cheats(self, task: Task) -> dict[str, list[Turn | str]]:
         nodes, everything = task.data["nodes"], task.data["all"]
@@ -143,6 +156,7 @@ class GraphWalk(Environment):
         return {
             "every node": ["Answer: " + ", ".join(everything)],
             "every other node": ["Answer: " + ", ".join(others[: len(nodes)])],
+            "one of them": [f"Answer: {nodes[0]}"],
             "the start": [f"Answer: {task.data['start']}"],
             "in passing": [f"One of them is {nodes[0]}, I think."],
         }

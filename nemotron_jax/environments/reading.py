@@ -65,6 +65,12 @@ def echoes(text: str, said: Iterable[str], least: int = 4) -> bool:
     return any(f" {' '.join(s)} " in own for s in _long_sentences(said, least))
 
 
+def repeats(text: str, said: Iterable[str]) -> bool:
+    """Whether a sentence of a text is one of those that were said before, and no more."""
+    own = sentences_of(text)
+    return any(sentence in own for one in said for sentence in sentences_of(one))
+
+
 def without_echoes(text: str, said: Iterable[str], least: int = 4) -> str:
     """A text's words, less the sentences of what was said before."""
     own = f" {' '.join(words_of(text))} "

@@ -1,17 +1,42 @@
 """Conversations in which what was said early holds to the end, changes included."""
 
-from nemotron_jax.environments.answers import plain
+import re
+from collections.abc import Set
+
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.reading import parts_of, repeats, words_of
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import CITIES, COLOURS, FIRST, THINGS, ask, coined
 
 _FACTS = {"city": CITIES, "colour": COLOURS, "present": THINGS, "guest": FIRST}
+_CLAUSE = re.compile(r"[.,;:!?\n\u2013\u2014](?!\d)")
+# What follows these in a clause is denied or past, until one of the others. "isn't" is "isn", "t".
+_DENYING = frozenset(
+    "not no never neither nor isn wasn aren longer instead than was were from before forget".split()
+)
+_AFFIRMING = frozenset("but now is are to s".split())
 _SMALL_TALK = (
     "What a day. Say something kind.",
     "By the way, are you well?",
     "I am thinking. Say something.",
 )
+
+
+def asserted(text: str, values: Set[str] | None) -> set[str]:
+    """Which values a text names and does not deny; without values, which numbers.
+
+    "It is Porto, no longer Lima" names Porto, and "it is not Porto" nothing.
+    """
+    found = set()
+    for clause in _CLAUSE.split(text):
+        denied = False
+        for word in parts_of(words_of(clause)):
+            denied = word not in _AFFIRMING and (denied or word in _DENYING)
+            word = word.replace(",", "")
+            if not denied and (word in values if values is not None else word.isdecimal()):
+                found.add(word)
+    return found
 
 
 class RetentionSession(Session):
@@ -25,12 +50,12 @@ class RetentionSession(Session):
         texts = [turn.text.strip() for turn in self.turns]
         complete = len(texts) == len(data["after"]) + 1 and all(texts)
         sign = data["sign"]
-        kept = [text.rstrip(".!").endswith(sign) for text in texts] if sign else []
-        words = plain(texts[-1]).replace(".", " ").replace(",", " ").split()
-        named = data["answer"].casefold() in words
-        stale = any(value.casefold() in words for value in data["stale"])
-        right = complete and all(kept) and named and not stale
-        parts = {"rule": sum(kept) / max(1, len(kept)), "value": float(named and not stale)}
+        kept = [words_of(text)[-1:] == [sign] for text in texts] if sign else []
+        values = {value.casefold() for value in (data["answer"], *data["stale"])}
+        named = asserted(texts[-1], values if sign else None) == {data["answer"].casefold()}
+        said = [message["content"] for message in self.task.messages]
+        right = complete and all(kept) and named and not repeats(texts[-1], said)
+        parts = {"rule": sum(kept) / max(1, len(kept)), "value": float(named)}
         return Verdict(float(right), parts, texts[-1][:200])
 
 
@@ -74,9 +99,14 @@ class Retention(Environment):
     def alternatives(self, task: Task) -> list[list[Turn | str]]:
         data = task.data
         if not data["sign"]:
-            return [["I will.", f"It is {data['answer']}."]]
+            answer = data["answer"]
+            return [["I will.", f"It is {answer}."], ["OK!", f"You told me {int(answer):,}"]]
         kind = [f"You are kind. {data['sign']}."] * len(data["after"])
-        return [[*kind, f"{data['answer']} {data['sign']}"]]
+        answer, sign, stale = data["answer"], data["sign"], data["stale"][0]
+        return [
+            [*kind, f"{answer} {sign}"],
+            [*kind, f"It's **{answer}**, no longer {stale}!\n\n{sign.capitalize()}…"],
+        ]
 
     def cheats(self, task: Task) -> dict[str, list[Turn | str]]:
         data, right = task.data, [Turn.of(turn).text for turn in self.oracle(task)]
@@ -84,6 +114,9 @@ class Retention(Environment):
             "answered at once and no more": [right[-1]],
             "answered in the wrong turn": [right[-1], *right[:-1]],
             "cut short": list(right[:-1]),
+            "every number": [" ".join(map(str, range(100, 33_000)))] * len(right),
+            "the opening again": [task.messages[0]["content"]] * len(right),
+            "denied": [*right[:-1], f"It is not {data['answer']}. {data['sign']}"],
             "silent before": [*[""] * len(data["after"]), right[-1]],
         }
         if data["sign"]:

@@ -88,7 +88,9 @@ def test_a_graph_walks_answer_is_the_matrix_powers_own() -> None:
         assert set(task.data["nodes"]) == walks[2] - walks[1] - {start}
         verdict = play(environment, task, [f"Answer: {task.data['nodes'][0]}"])
         found, wanted = 1, len(task.data["nodes"])
-        assert verdict.reward == pytest.approx(2 * found / (found + wanted))
+        f1 = 2 * found / (found + wanted)
+        assert verdict.parts["f1"] == pytest.approx(f1)
+        assert verdict.reward == pytest.approx(max(0, 3 * f1 - 2))
 
 
 def test_search_finds_the_page_that_is_named() -> None:
