@@ -17,6 +17,7 @@ from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.conversations import PATTERNS
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining import rl_loop
 from nemotron_jax.posttraining.curriculum import PLAYS, POOLS, make_pools
 from nemotron_jax.posttraining.engine_sampler import make_sampler
@@ -73,10 +74,14 @@ def run(
     with jax.set_mesh(mesh):
         before, after = (load_pretrained(path, mesh=mesh) for path in (start, workdir / GRPO))
         found = result(before, after, tokenizer, config)
-    ended = _extent(config) | {
-        "seconds": time.monotonic() - began,
-        "cpu_seconds": time.process_time() - cpu_began,
-    }
+    ended = (
+        _began_with(before)
+        | _extent(config)
+        | {
+            "seconds": time.monotonic() - began,
+            "cpu_seconds": time.process_time() - cpu_began,
+        }
+    )
     with atomic_writer(workdir / RESULT) as out:
         out.write((json.dumps(found | ended, indent=1) + "\n").encode())
     draw_result(found, read_records(workdir / GRPO / METRICS)[0], workdir)
@@ -134,6 +139,11 @@ def _check_prompts(config: RunConfig, first: Path) -> None:
 def _start(config: RunConfig, workdir: Path) -> str:
     """The directory whose model reinforcement learning begins with."""
     return config.init_from if config.warm_start is None else str(workdir / SFT)
+
+
+def _began_with(model: Nemotron) -> dict[str, str]:
+    """The name of the model's checkpoint: of a run whose newest is damaged it is an older one."""
+    return {"start": Path(model.origin.directory).name} if model and model.origin else {}
 
 
 def _demonstrates(config: RunConfig) -> bool:
