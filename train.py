@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
 from absl import flags
@@ -10,6 +11,7 @@ from ml_collections import config_flags
 from nemotron_jax import command_line, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.environments.catalogue import search_folder
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a file of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run in it goes on.")
@@ -18,6 +20,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; a run in i
 def main() -> int:
     """Train as the flags say; the exit status."""
     config = from_config_dict(RunConfig, _CONFIG.value)
+    # Environments of one's own may lie beside the file that names them.
+    search_folder(os.path.dirname(flags.FLAGS["config"].config_filename or ""))
     workdir = command_line.writable("workdir", _WORKDIR.value)
     follows = not any("training.schedule" in name for name in command_line.overrides())
     return train(config, workdir, schedule_follows=follows)

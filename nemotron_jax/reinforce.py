@@ -26,6 +26,7 @@ from nemotron_jax.posttraining.plots import draw_result
 from nemotron_jax.posttraining.result import result, summary
 from nemotron_jax.posttraining.result_file import NAME as RESULT
 from nemotron_jax.posttraining.result_file import read_result
+from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
 from nemotron_jax.posttraining.transcripts import JSONL, PAGE, Transcripts, write_page
 from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_tokenizer
@@ -116,6 +117,7 @@ def _check(config: RunConfig, workdir: Path) -> None:
             "and warm_start is None; set it, or rl.rollout.rewards=earned"
         )
     rl_loop.check_rollouts(config)
+    check_sandboxes(config.rl.rollout)
     for file in (RESULT, *(f"{GRPO}/{name}" for name in (JSONL, PAGE, POOLS, PLAYS))):
         if (workdir / file).is_dir():
             raise ValueError(f"run {workdir}: {file} is a folder and must be a file; move it away")
@@ -211,6 +213,8 @@ def _reinforce(
     tokenizer.save(workdir)
     first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
     rollout = config.rl.rollout
+    for line in sandbox_lines(rollout):
+        print(line)
     players = make_players(rollout)
     play = rl_loop.pool_plays(first, tokenizer, config, players)
     rollouts = rl_loop.Rollouts(

@@ -78,8 +78,10 @@ class ObjectiveConfig:
 class RolloutConfig:
     """Episodes of one optimizer step: `prompts` tasks, each played `generations` times.
 
-    `environments` are `NAME` or `NAME/LEVEL`; prompts are shared out by `shares`, equally without.
-    Tokens of an episode are its whole conversation's, the description of its tools included.
+    `environments` are `NAME` or `NAME/LEVEL`, with `MODULE:CLASS` for a name where it is a class of
+    one's own (in a module of the current folder, of the config's, or that is installed), or
+    `rows:FILE`. Prompts are shared out by `shares`, equally without. Tokens of an episode are its
+    whole conversation's, the description of its tools included.
     `sampler`: `side_by_side` keeps every conversation in one batch on all devices; `engine` serves
     them on slots and pages, and reads beginnings that it knows no second time.
     Two values of `rewards` make controls: `permuted` deals the rewards of a batch out at random,
@@ -103,7 +105,7 @@ class RolloutConfig:
     low_effort_tokens: int = 3000  # of the last turn at which that reward turns negative
     workers: int = 0  # that play environments; 0 plays them in this process
     worker_kind: str = "processes"  # or "ray": actors of a cluster (extra `rl`)
-    timeout_s: float = 60.0  # after which a worker counts as hung
+    timeout_s: float = 60.0  # for a session's turn: half for its calls, then a worker is hung
     rewards: str = "earned"  # or a control: see RolloutConfig
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from nemotron_jax.data.chat.render import DEFAULT, ChatOptions, text_of
 from nemotron_jax.data.chat_rows import OtherForm, read_row
-from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Environment, Task
+from nemotron_jax.environments.catalogue import task_source
 from nemotron_jax.environments.turns import Turn
 
 MESSAGES, ORACLE, SLIPS = "messages:", "oracle:", "slips:"
@@ -86,7 +86,9 @@ def oracle_source(name: str) -> tuple[Environment, int | None]:
 
 def slip_source(name: str) -> tuple[Environment, int | None, str]:
     """The environment, level and slip that `slips:NAME/LEVEL:SLIP` names."""
-    tasks, _, slip = name.removeprefix(SLIPS).partition(":")
+    rest = name.removeprefix(SLIPS)
+    # From the right: MODULE:CLASS and rows:FILE have a colon of their own.
+    tasks, _, slip = rest.rpartition(":") if ":" in rest else (rest, "", "")
     environment, level = task_source(tasks, f"data.sources={name!r}")
     known = sorted(environment.slips(environment.split(0, "train", 0, level=level)))
     if slip not in known:
@@ -95,19 +97,6 @@ def slip_source(name: str) -> tuple[Environment, int | None, str]:
             f"{SLIPS}NAME/LEVEL:SLIP"
         )
     return environment, level, slip
-
-
-def task_source(tasks: str, given: str) -> tuple[Environment, int | None]:
-    """The environment and level that NAME or NAME/LEVEL names; `given` is the field in errors."""
-    name, _, level = tasks.partition("/")
-    if name not in registry:
-        raise ValueError(
-            f"{given}: no environment is called {name!r}; there are {', '.join(sorted(registry))}"
-        )
-    found = registry[name]
-    if level and not (level.isdecimal() and int(level) < found.levels):
-        raise ValueError(f"{given}: the level must be 0 to {found.levels - 1}")
-    return found, int(level) if level else None
 
 
 def oracle_conversations(

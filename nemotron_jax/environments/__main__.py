@@ -1,13 +1,12 @@
 """python -m nemotron_jax.environments: list, show, play and check environments."""
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
 
 from nemotron_jax.environments.base import Environment, Session, Task, Verdict
-from nemotron_jax.environments.catalogue import registry, table
+from nemotron_jax.environments.catalogue import find, registry, table
 from nemotron_jax.environments.check import check
 from nemotron_jax.environments.turns import ToolCall, Turn
 
@@ -27,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.tasks < 1:
                 raise ValueError(f"--tasks={given.tasks}: must be at least 1, the tasks to try")
             return _check(given.check, given.tasks, given.seed)
-        environment = find(given.sample or given.play)
+        flag = "--sample" if given.sample else "--play"
+        name = given.sample or given.play
+        environment = find(name, f"{flag}={name!r}")
         task = environment.split(given.seed, given.split, given.index, level=given.level)
         verdict = _sample(environment, task) if given.sample else _play(environment, task)
-    except (ValueError, KeyError, ImportError) as error:
+    except ValueError as error:
         print(f"environments: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
     print(_shown(verdict))
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(name: str, tasks: int, seed: int) -> int:
     """1 if something is wrong with an environment, or with any that can run here for "all"."""
     status = 0
-    for environment in registry.values() if name == "all" else [find(name)]:
+    for environment in registry.values() if name == "all" else [find(name, f"--check={name!r}")]:
         if name == "all" and (reason := environment.unavailable()):
             print(f"{environment.name}: left out; {reason}")
             continue
@@ -50,18 +51,6 @@ def _check(name: str, tasks: int, seed: int) -> int:
     return status
 
 
-def find(name: str) -> Environment:
-    """A registered environment, or MODULE:ATTRIBUTE, an environment or its class, of one's own."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        return registry[name]
-    found = getattr(importlib.import_module(module), attribute, None)
-    found = found() if isinstance(found, type) else found
-    if not isinstance(found, Environment):
-        raise ValueError(f"{name} is not an environment; give MODULE:ATTRIBUTE of one")
-    return found
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m nemotron_jax.environments", description=__doc__)
     action = parser.add_mutually_exclusive_group(required=True)
@@ -69,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--sample", metavar="NAME", help="one task with its oracle's transcript")
     action.add_argument("--play", metavar="NAME", help="play one task in the terminal")
     action.add_argument(
-        "--check", metavar="NAME", help="try the properties; all, or MODULE:ATTRIBUTE"
+        "--check", metavar="NAME", help="try the properties; all, MODULE:ATTRIBUTE or rows:FILE"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="train")

@@ -1,11 +1,13 @@
 """The registry: every environment by name, each module imported when first asked for."""
 
+import difflib
 import importlib
 import importlib.util
 import os
 import pickle
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 from nemotron_jax.environments.base import Environment
 
@@ -124,6 +126,79 @@ def _installed(name: str) -> bool:
 
 
 registry = Registry(_HOMES)
+
+
+ROWS = "rows:"
+_found: dict[str, Environment] = {}  # of the user's own, by what names it
+
+
+def find(name: str, where: str = "") -> Environment:
+    """The environment that NAME, MODULE:ATTRIBUTE (one, or its class) or rows:FILE names.
+
+    Modules are looked for in the current folder too. Raises ValueError that begins with `where`,
+    the field and its value.
+    """
+    where = where or f"environments={name!r}"
+    if name.startswith(ROWS):
+        key = ROWS + str(Path(name.removeprefix(ROWS)).resolve())
+    elif ":" in name:
+        key = name
+    elif name in registry:
+        return registry[name]
+    else:
+        near = difflib.get_close_matches(name, registry, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{where}: no environment is called {name!r}; the nearest name is {near[0]!r}, and "
+            f"there are {', '.join(sorted(registry))}, MODULE:CLASS and rows:FILE"
+        )
+    if key not in _found:
+        _found[key] = _own(name, where)
+    return _found[key]
+
+
+def task_source(name: str, where: str) -> tuple[Environment, int | None]:
+    """The environment and level that NAME/LEVEL names, or anything of `find`; it is registered.
+
+    Raises ValueError that begins with `where`, the field and its value.
+    """
+    head, slash, level = ("", "", "") if name.startswith(ROWS) else name.rpartition("/")
+    environment = find(head if slash else name, where)
+    if slash and not (level.isdecimal() and int(level) < environment.levels):
+        raise ValueError(f"{where}: the level must be 0 to {environment.levels - 1}")
+    if environment.name not in registry:
+        registry.register(environment)
+    elif registry[environment.name] is not environment:
+        raise ValueError(
+            f"{where}: another environment is called {environment.name!r}; rename the file of "
+            "rows, or the class's `name`"
+        )
+    return environment, int(level) if slash else None
+
+
+def search_folder(folder: str) -> None:
+    """Look for modules of the user's own in a folder too, after all others."""
+    if (path := os.path.abspath(folder)) not in sys.path:
+        sys.path.append(path)
+
+
+def _own(name: str, where: str) -> Environment:
+    try:
+        if name.startswith(ROWS):
+            from nemotron_jax.environments.rows import Rows  # it needs this package's other parts
+
+            return Rows(name.removeprefix(ROWS))
+        search_folder(".")
+        module, _, attribute = name.partition(":")
+        found = getattr(importlib.import_module(module), attribute, None)
+        found = found() if isinstance(found, type) else found
+    except Exception as error:  # whatever a file of the user's own raises
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(found, Environment):
+        raise ValueError(
+            f"{where}: {attribute!r} of {module} is not an environment; give "
+            "MODULE:ATTRIBUTE of one, or of its class"
+        )
+    return found
 
 
 def table(environments: Mapping[str, Environment]) -> str:

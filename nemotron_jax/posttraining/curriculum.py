@@ -18,8 +18,8 @@ from nemotron_jax.config.rl import RLConfig, RolloutConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
-from nemotron_jax.data.messages import task_source
 from nemotron_jax.environments.base import Environment, Task
+from nemotron_jax.environments.catalogue import task_source
 
 # Task numbers of each environment, by its name in the config, in the order of being played.
 Pools = Mapping[str, Sequence[int]]
@@ -37,16 +37,16 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 def played_environments(config: RolloutConfig) -> list[tuple[Environment, int | None]]:
     """The environments and levels that the config names; ValueError for one that is not there."""
-    return [_found(name) for name in config.environments]
+    return [_source(name) for name in config.environments]
 
 
-def _found(name: str) -> tuple[Environment, int | None]:
-    return task_source(name, f"RolloutConfig.environments={name!r}")
+def _source(name: str) -> tuple[Environment, int | None]:
+    return task_source(name, f"rl.rollout.environments={name!r}")
 
 
 def training_task(name: str, seed: int, index: int) -> Task:
     """Training task `index` of an environment that a config names."""
-    environment, level = _found(name)
+    environment, level = _source(name)
     return environment.split(seed + _TASK_SEED, "train", index, level=level)
 
 

@@ -1,14 +1,38 @@
 """What a step's episodes say about the state of a run, overall and by environment."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from nemotron_jax.posttraining.rollout import Episode
+from nemotron_jax.posttraining.rollout import UNPLAYED, Episode
 
 # Mean exp|log-probability gap| above this is suspicious, by the guide of NeMo RL.
 SUSPICIOUS_MISMATCH = 1.05
+
+
+class EpisodesFailed(OSError):
+    """Every episode failed by its environment: nothing can be learned, nor said of a model."""
+
+
+def check_counted(episodes: Sequence[Episode], what: str) -> None:
+    """Raise EpisodesFailed where the environment of every episode failed; a note where some did.
+
+    Episodes that could not be written or read are not their environment's matter.
+    """
+    played = [e.verdict.infra_error for e in episodes if UNPLAYED not in e.verdict.parts]
+    reasons = Counter(reason for reason in played if reason is not None)
+    if not reasons:
+        return
+    (reason, times), failed = reasons.most_common(1)[0], reasons.total()
+    said = f"the environment failed, most often ({times} times) with: {' '.join(reason.split())}"
+    if failed == len(played):
+        raise EpisodesFailed(
+            f"in all {failed} episodes of {what} {said}; mend that, or leave the environment out "
+            "of rl.rollout.environments"
+        )
+    print(f"note: in {failed} of {len(played)} episodes of {what} {said}; they do not count")
 
 
 def health(

@@ -17,6 +17,7 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.chat.render import ChatOptions
 from nemotron_jax.data.chat.tokens import prompt_length
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Environment, Task, Verdict
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.curriculum import (
@@ -27,7 +28,7 @@ from nemotron_jax.posttraining.curriculum import (
     step_tasks,
 )
 from nemotron_jax.posttraining.grpo import PolicyBatch, group_advantages, low_effort_reward
-from nemotron_jax.posttraining.health import health
+from nemotron_jax.posttraining.health import check_counted, health
 from nemotron_jax.posttraining.players import Here, Players
 from nemotron_jax.posttraining.policy_batch import policy_batch, rows_needed
 from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
@@ -145,6 +146,7 @@ class Rollouts:
         config, began = self._config, time.perf_counter()
         if config.rl.preference.judge:
             episodes = judged(episodes, config.rl.preference, self._judge)
+        check_counted(episodes, f"batch {number}")
         rewards = shaped_rewards(episodes, config.rl.rollout, config.seed, number)
         objective = config.rl.objective
         groups = np.array([episode.group for episode in episodes])
@@ -198,6 +200,8 @@ def judged(episodes: Sequence[Episode], config: PreferenceConfig, judge: Judge) 
 def check_rollouts(config: RunConfig) -> None:
     """Raise ValueError for a run whose episodes cannot be played or do not fit its batch."""
     sources = played_environments(config.rl.rollout)
+    if config.rl.rollout.workers:
+        registry.packed({one.name for one, _ in sources})  # refuses what cannot be sent
     rule = "must name at least one environment"
     check_value("RolloutConfig", "environments", (), bool(sources), rule)
     names = config.rl.rollout.environments
@@ -322,6 +326,9 @@ def play_tasks_once(
             options = {"copies": 1, "seed": seed, "sampler": sampler}
             played = play_episodes(model, tokenizer, players, filled, rollout, **options)
             episodes += played[: len(part)]
+    if tasks:
+        kind = "held-out tasks" if tasks[0].split == "held_out" else "the pools' tasks"
+        check_counted(episodes, kind)
     return episodes
 
 

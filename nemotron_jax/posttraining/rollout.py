@@ -24,6 +24,8 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.players import Players, Replies
 from nemotron_jax.posttraining.sampler import Conversations, Sampler, SideBySide, Written
 
+# The part of a verdict on an episode whose prompt, turn or reply has no tokens or no text.
+UNPLAYED = "unplayed"
 _MAX_REASON = (
     300  # characters of what an error says: a transcript holds it, and it may quote a turn
 )
@@ -311,7 +313,7 @@ class _Unfinished:
             logprobs=np.array(self.logprobs, np.float32),
             turns=tuple(self.turns),
             truncated=self.truncated or not self.over,
-            verdict=verdict if self.failure is None else Verdict(0.0, infra_error=self.failure),
+            verdict=verdict if self.failure is None else _unplayed(self.failure),
             messages=tuple(self.messages),
             low_effort=low_effort,
         )
@@ -340,6 +342,10 @@ def _prompt(
     if len(prompt) < limit:
         return prompt, None
     return prompt[: limit - 1], f"the prompt of {task.id} alone has {len(prompt)} tokens"
+
+
+def _unplayed(reason: str) -> Verdict:
+    return Verdict(0.0, {UNPLAYED: 1.0}, infra_error=reason)
 
 
 def _reason(what: str, error: Exception) -> str:

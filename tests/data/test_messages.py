@@ -109,7 +109,7 @@ def test_a_missing_file_and_an_unknown_oracle_are_named(tmp_path) -> None:
         oracle_source("oracle:arithmetics")
     with pytest.raises(ValueError, match="the level must be 0 to 3"):
         oracle_source("oracle:arithmetic/4")
-    with pytest.raises(ValueError, match="^RolloutConfig.environments='a': no environment"):
+    with pytest.raises(ValueError, match="^rl.rollout.environments='a': no environment"):
         played_environments(RolloutConfig(environments=("a",)))
 
 

@@ -15,10 +15,10 @@ from nemotron_jax.data.tokenizer import PHRASE_PATTERN
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.posttraining import rl_loop
+from nemotron_jax.posttraining import rl_loop, sandboxes
 from nemotron_jax.posttraining.curriculum import low_effort_chances, step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
-from nemotron_jax.posttraining.health import health
+from nemotron_jax.posttraining.health import check_counted, health
 from nemotron_jax.posttraining.players import Here
 from nemotron_jax.posttraining.preference import rule_judge
 from nemotron_jax.posttraining.rl_loop import (
@@ -28,7 +28,8 @@ from nemotron_jax.posttraining.rl_loop import (
     judged,
     shaped_rewards,
 )
-from nemotron_jax.posttraining.rollout import Episode, TurnSpan
+from nemotron_jax.posttraining.rollout import UNPLAYED, Episode, TurnSpan
+from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
 from nemotron_jax.training import loop
 from nemotron_jax.training.losses import Objective
 from nemotron_jax.training.state import first_state
@@ -129,6 +130,41 @@ def test_health_is_by_environment_and_leaves_failures_out() -> None:
     assert found["infra_errors"] == found["infra_errors/lookup"] == 1
     assert found["surprise"] == 1.5 and found["calls"] == 1
     assert found["well_formed"] == found["unclosed"] == 0.5
+
+
+def test_a_batch_whose_environments_all_failed_ends_the_run(capsys) -> None:
+    lost = lambda reason: Verdict(0.0, infra_error=reason)
+    gone = [episode(0, 0, verdict=lost("gone")) for _ in range(3)]
+    gone.append(episode(0, 1, verdict=lost("two\nlines")))
+    with pytest.raises(OSError, match=r"in all 4 episodes of batch 7 .* \(3 times\) with: gone; "):
+        check_counted(gone, "batch 7")
+    check_counted([*gone, episode(0, 2)], "batch 7")
+    assert "in 4 of 5 episodes of batch 7" in capsys.readouterr().out
+    unplayed = Verdict(0.0, {UNPLAYED: 1.0}, infra_error="too long")
+    check_counted([episode(0, 0, verdict=unplayed)] * 2, "batch 7")  # a prompt's matter
+    check_counted([episode(0, 0)], "batch 7")
+    assert not capsys.readouterr().out
+
+
+def test_sandboxes_that_no_process_has_room_for_are_refused(grpo_config, monkeypatch) -> None:
+    rollout = dataclasses.replace(grpo_config.rl.rollout, environments=("terminal", "arithmetic"))
+    with_workers = lambda count: dataclasses.replace(rollout, workers=count)
+    monkeypatch.setattr(sandboxes, "budget_of_a_part", lambda parts: (5 * 504 << 20) // parts)
+    check_sandboxes(with_workers(4))
+    assert "terminal: 2 episodes of 504 MiB" in sandbox_lines(with_workers(1))[0]
+    with pytest.raises(ValueError, match=r"workers=5: .* terminal takes 504 MiB; .* at most 4"):
+        check_sandboxes(with_workers(5))
+    check_sandboxes(dataclasses.replace(with_workers(5), environments=("arithmetic",)))
+    check_sandboxes(dataclasses.replace(with_workers(5), worker_kind="ray"))
+
+
+def test_a_misspelt_environment_is_named_under_its_own_field(grpo_config) -> None:
+    rollout = dataclasses.replace(grpo_config.rl.rollout, environments=("arithmetik/1",))
+    config = dataclasses.replace(
+        grpo_config, rl=dataclasses.replace(grpo_config.rl, rollout=rollout)
+    )
+    with pytest.raises(ValueError, match=r"^rl.rollout.environments='arithmetik/1': .*arithmetic"):
+        check_rollouts(config)
 
 
 def test_an_unjudged_episode_counts_for_nothing(grpo_config) -> None:

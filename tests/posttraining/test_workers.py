@@ -10,6 +10,8 @@ import pytest
 
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.data.messages import oracle_source
+from nemotron_jax.environments.catalogue import task_source
+from nemotron_jax.environments.sandbox import runner
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.posttraining.players import Here
 from nemotron_jax.posttraining.ray_workers import RayWorker
@@ -96,6 +98,37 @@ def test_sessions_of_one_that_dies_between_turns_go_on_in_another(workers) -> No
     lost = [verdict for verdict in workers.verify() if verdict.infra_error]
     assert len(lost) == isinstance(first, RayWorker)  # an actor does not say what it was at
     assert workers.replaced == before + 1
+
+
+def test_an_environment_of_ones_own_is_known_to_workers(workers, tmp_path, monkeypatch) -> None:
+    """By a class beside the config, and by an object that the config registered."""
+    (tmp_path / "own_of_workers.py").write_text(
+        "from nemotron_jax.environments.arithmetic import Arithmetic\n"
+        "class Own(Arithmetic):\n    name = 'own_of_workers'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own, level = task_source("own_of_workers:Own/1", "")
+    tasks = [own.split(0, "train", index, level=level) for index in range(3)]
+    workers.start(tasks)
+    for number in range(3):
+        workers.reply({place: turn_of(task, number) for place, task in enumerate(tasks)})
+    assert [(v.reward, v.infra_error) for v in workers.verify()] == [(1, None)] * 3
+
+
+def test_each_process_has_its_part_of_the_memory() -> None:
+    made = []
+    for count in (1, 7):
+        workers = Workers(count, PATIENCE_S, begin=lambda make: made.append(make) or Unused())
+        parts = [make.parts for make in made[-count:]] + [runner._parts]
+        assert sum(1 / part for part in parts) <= 1
+        workers.close()
+    assert runner._parts == 1
+
+
+class Unused:
+    def end(self) -> None:
+        pass
 
 
 def test_signals_that_stop_a_run_stop_no_worker() -> None:

@@ -10,15 +10,17 @@ from nemotron_jax.environments.sandbox.runner import (
     Limits,
     Result,
     Sandbox,
+    budget_of_a_part,
     divide_budget,
     shared,
-    shared_budget,
 )
 from nemotron_jax.environments.sandbox.sessions import Entry, PythonKernel, Reply, Shell
+from nemotron_jax.environments.sandbox.tiers import UIDS_A_BLOCK as MOST_SLOTS
 from nemotron_jax.environments.sandbox.tiers import SandboxUnavailable
 
 __all__ = [
     "KERNEL_LIMITS",
+    "MOST_SLOTS",
     "SHELL_LIMITS",
     "Entry",
     "Limits",
@@ -28,7 +30,7 @@ __all__ = [
     "Sandbox",
     "SandboxUnavailable",
     "Shell",
+    "budget_of_a_part",
     "divide_budget",
     "shared",
-    "shared_budget",
 ]

@@ -273,10 +273,9 @@ def divide_budget(parts: int) -> None:
     _parts = parts
 
 
-def shared_budget() -> int:
-    """Bytes that this process's Sandbox has, or would have if it were started now."""
-    box = _shared.get(os.getpid())
-    return box.memory_bytes if box else available_memory() // 2 // _parts
+def budget_of_a_part(parts: int) -> int:
+    """Bytes for the sandboxes of each of so many processes: half of what is available, together."""
+    return available_memory() // 2 // parts
 
 
 def shared() -> Sandbox:
@@ -284,6 +283,6 @@ def shared() -> Sandbox:
     with _starting:
         if os.getpid() not in _shared:
             _shared.clear()  # after a fork the parent's belongs to the parent
-            _shared[os.getpid()] = Sandbox(memory_bytes=shared_budget())
+            _shared[os.getpid()] = Sandbox(memory_bytes=budget_of_a_part(_parts))
             print(_shared[os.getpid()].describe(), file=sys.stderr)
         return _shared[os.getpid()]
