@@ -1,82 +1,230 @@
-"""Reading an answer out of a text, so strictly that listing every candidate names none.
+"""Reading an answer out of a text, so strictly that naming several candidates names none.
 
-A final text gives its answer in one of three ways: `\\boxed{…}`, a last line `Answer: …`, or a
-single line that is the answer and nothing else. Several different boxes or answer lines are no
-answer.
+A final text gives its answer in the last `\\boxed{…}`, in a line `Answer: …`, in a sentence "The
+answer is …", behind `####`, as the one bold part of its last line, or by being a single line.
+Different answer lines, boxes joined by "or", and doubt behind an answer are no answer.
 """
 
 import re
 from fractions import Fraction
 
-# Longer answers than this are read as none, and a text of more boxes gives none: both bound the
-# time that reading takes.
-MAX_ANSWER, MAX_BOXES = 2000, 50
-_ANSWER_LINE = re.compile(r"^[ \t*_#>]*(?:final )?answer[ \t*_]*[:=][ \t*_]*(.*)$", re.IGNORECASE)
+from nemotron_jax.environments.latex import normal
+
+# Longer answers than this are read as none: it bounds the time that reading takes.
+MAX_ANSWER = 2000
+# So many lines may follow an answer, or name the same one.
+MAX_BEHIND = 60
+_BOX = re.compile(r"\\(?:boxed|fbox)[ \t\n]?")
+# Between two boxes, the words that make them one list of candidates.
+_JOINED = re.compile(r"[\s$,.;()\\]{0,20}(?:or|and|,|;|/)[\s$,.;()\\]{0,20}", re.IGNORECASE)
+_ANSWER_LINE = re.compile(
+    r"[ \t*_#>\-\u2022]{0,20}(?:(?:the|my|final|correct|short) ){0,3}answers?"
+    r"[ \t*_]{0,8}[:=\uff1a][ \t*_]{0,8}(.*)",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"[ \t*_#>]{0,20}(?:the |final |correct ){0,3}answer[ \t*_]{0,8}", re.I)
+_SENTENCE = re.compile(
+    r"\b(?:answers?(?: (?:to|for|of|in) [^.:!?\n]{1,80}?)?"
+    r"|(?:correct|right|best) (?:option|choice))"
+    r"[ \t*_]{0,8}(?:(?:is|are|equals)\b|[:=])[ \t:]{0,4}",
+    re.IGNORECASE,
+)
+# Where the answer of a sentence ends, and what else follows only explains it.
+_SENTENCE_END = re.compile(r"[.!?](?=\s+\S)|,? (?:because|since|as it|which|so that|so)\b", re.I)
+# Words that take an answer back wherever they stand behind it, or where they begin a line or
+# sentence; and those that make one bold part of a line no statement.
+_DOUBT = re.compile(
+    r"\b(?:perhaps|maybe|possibly|probably|might|could|wait|actually|alternatively|unsure"
+    r"|not (?:sure|certain)|correction|sorry|meant|mistake|unless|guess|second thoughts?"
+    r"|on reflection|(?:is|was|be) (?:also|wrong|incorrect))\b|\?\s*$"
+    r"|^\W*(?:or|and|no|not|nor|but|however|instead|also|either|otherwise|rather|wrong)\b",
+    re.IGNORECASE,
+)
+_NEGATION = re.compile(r"\b(?:no|not|nor|or|but|neither|either|if)\b|n['\u2019]t\b", re.IGNORECASE)
+# A line that takes leave says nothing about the answer.
+_LEAVE = re.compile(
+    r"\b(?:let me know|feel free|hope (?:this|that|it)|happy to|glad to|you(?:['\u2019]d| would)"
+    r" like|if you (?:have|need|want)|thank|you['\u2019]re welcome|good luck|anything else"
+    r"|just ask|is there anything|any (?:other |more |further )?questions)\b",
+    re.IGNORECASE,
+)
+_MARKS = "\"'`*_ "
+_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
+_DECORATION = re.compile(r"^[\s$`*_\\()\[\]]*$")
 _NUMBER = re.compile(
-    r"([+-]?)(?:(\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.(\d{0,40}))?|\.(\d{1,40}))"
-    r"(?:[eE]([+-]?\d{1,3}))?",
+    r"(?:(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,40})(?:\.(\d{0,40}))?|\.(\d{1,40}))"
+    r"(?:[eE]([+-]?\d{1,3})| ?[x*] ?10\^\(?([+-]?\d{1,3})\)?)?",
     re.ASCII,
 )
+_MIXED = re.compile(r"(\d{1,40})[ +]{1,3}(\d{1,40})/(\d{1,40})", re.ASCII)
+_POWER_OF_TEN = re.compile(r"10\^\(?([+-]?\d{1,3})\)?", re.ASCII)
+# What may stand before the sign of equality: a variable, or the sum that was asked for.
+_LEFT_SIDE = re.compile(
+    r"(?:[A-Za-z](?:_\w)?(?:\([a-z]\))?|[-+*/() .\d^]{1,200}) ?=(?![=<>]) ?", re.A
+)
+_ABOUT = re.compile(r"(?:≈|~|=|approximately|approx\.?|about|exactly|roughly)\s*", re.IGNORECASE)
+_REMARK = re.compile(r"\s+\(([A-Za-z]{2}[A-Za-z ,'\-]{0,60})\)$")
+_CURRENCY = re.compile(r"(?<![\w.])(?:US|A|C)?[$€£¥](?=\s?[\d.])")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def final_answer(text: str) -> str | None:
     """The one answer that a final text gives; None where it gives none, or several."""
     text = text.strip()
-    if boxes := _boxes(text):
-        return boxes[0] if len(set(boxes)) == 1 else None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if _BOX.search(text):
+        answer = _last_box(text)
+        return answer if answer is None or len(answer) <= MAX_ANSWER else None
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not (len(line) < 5 and _DECORATION.match(line))]
     if not lines:
         return None
-    found = [match[1].strip(" \t*_") for line in lines if (match := _ANSWER_LINE.match(line))]
-    if found:
-        last = _ANSWER_LINE.match(lines[-1])
-        answer = found[-1] if last and len(set(found)) == 1 else None
-    else:
-        answer = lines[0] if len(lines) == 1 else None
+    answer = _stated(lines)
     return answer if answer and len(answer) <= MAX_ANSWER else None
 
 
-def _boxes(text: str) -> list[str]:
-    """What stands in each \\boxed{…}, braces balanced; one left open counts as the empty text."""
-    boxes = []
-    starts = list(re.finditer(r"\\boxed\s?\{", text))
-    if len(starts) > MAX_BOXES:
-        return ["", "several"]
-    for start in starts:
-        depth, end = 1, start.end()
-        while depth and end < len(text) and end - start.end() <= MAX_ANSWER:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        boxes.append("" if depth else text[start.end() : end - 1].strip())
-    return boxes
+def _last_box(text: str) -> str | None:
+    """What stands in the last box; "" where it is left open, None where it is one of a list."""
+    *before, last = _BOX.finditer(text)
+    if before:
+        start = before[-1].end()
+        inner, end = _group(text, start)
+        between = text[end : last.start()]
+        if end <= last.start() and len(between) < 60 and _JOINED.fullmatch(between):
+            return None if inner != _group(text, last.end())[0] else inner
+    return _group(text, last.end())[0]
+
+
+def _group(text: str, start: int) -> tuple[str, int]:
+    """The text of the braces that open at `start`, or the one character there, and its end."""
+    if text[start : start + 1] != "{":
+        return text[start : start + 1].strip(), start + 1
+    depth, place, most = 1, start + 1, min(len(text), start + MAX_ANSWER + 2)
+    while depth and place < most:
+        if text[place] == "\\":
+            place += 1  # an escaped brace is none
+        else:
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+        place += 1
+    return ("" if depth else text[start + 1 : place - 1].strip()), place
+
+
+def _stated(lines: list[str]) -> str | None:
+    """The answer of lines without a box."""
+    found: list[tuple[int, str]] = []
+    for place, line in enumerate(lines):
+        if match := _ANSWER_LINE.match(line):
+            inner = _sentences(match[1])  # Answer: the answer is …
+            found.append((place, inner[0] if len(inner) == 1 else match[1].strip(" \t*_")))
+        elif _HEADING.fullmatch(line) and place + 1 < len(lines):
+            found.append((place, ""))
+    # A line Answer: with nothing behind it has its answer on the next one.
+    found = [
+        (place + 1, lines[place + 1]) if not answer and place + 1 < len(lines) else (place, answer)
+        for place, answer in found
+    ]
+    for place, line in enumerate(lines[-3:], max(0, len(lines) - 3)):
+        if not _ANSWER_LINE.match(line):
+            found += [(place, answer) for answer in _sentences(line)]
+    if not found and "####" in lines[-1]:
+        found = [(len(lines) - 1, lines[-1].rpartition("####")[2].strip())]
+    if found:
+        place, answer = max(found, key=lambda one: one[0])
+        given = {one for _, one in found if len(one) <= MAX_ANSWER}
+        same = len(given) < MAX_BEHIND and len({plain(normal(one)) for one in given}) == 1
+        return answer if same and not _doubted(lines[place + 1 :]) else None
+    line = lines[-1][-2 * MAX_ANSWER :]
+    bold = {plain(one or other): one or other for one, other in _BOLD.findall(line)}
+    unsure = _DOUBT.search(line) or _NEGATION.search(line)
+    if len(bold) == 1 and not unsure:
+        return next(iter(bold.values()))
+    return lines[0] if len(lines) == 1 else None
+
+
+def _sentences(line: str) -> list[str]:
+    """What "the answer is …" names on a line, once for each time that it stands there."""
+    answers = []
+    for match in _SENTENCE.finditer(line[-2 * MAX_ANSWER :]):
+        rest = line[-2 * MAX_ANSWER :][match.end() :]
+        end = _SENTENCE_END.search(rest)
+        rest, after = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
+        if answer := rest.strip(" \t*_:"):
+            answers.append("?" if _DOUBT.search(after.lstrip(" ,.!?")) else answer)
+    return answers
+
+
+def _doubted(lines: list[str]) -> bool:
+    """Whether lines behind an answer say anything that may take it back."""
+    return len(lines) > MAX_BEHIND or any(
+        not _LEAVE.search(line) and (len(line.split()) < 3 or bool(_DOUBT.search(line)))
+        for line in (line[: 2 * MAX_ANSWER] for line in lines)
+    )
 
 
 def number(text: str | None) -> Fraction | None:
-    """The exact value of a plain number: 12, -3.50, 1,200, 2/3, 6.02e23; None for all else."""
-    if text is None:
-        return None
-    text = text.strip().rstrip(".").strip("$ ") or "?"
-    text = text.replace("\N{MINUS SIGN}", "-")
-    over, slash, under = text.partition("/")
-    value = _decimal(over.strip())
-    if slash and value is not None:
-        below = _decimal(under.strip())
-        return value / below if below else None
-    return value
+    """The exact value of a literal number; None for all else, a sum to be worked out included.
+
+    12, -3.50, 1,200, 2/3, 2 1/2, 6.02e23, 6 x 10^-3, 50%, \\frac{2}{3}, $18, 3 million, x = 5.
+    """
+    return None if text is None or len(text) > MAX_ANSWER else literal(value_of(bare(text)))
+
+
+def value_of(text: str) -> str:
+    """What stands behind "x =", or behind the sum that was asked for, in a plain form."""
+    match = _LEFT_SIDE.match(text)
+    return text[match.end() :] if match and "=" not in text[match.end() :] else text
+
+
+def bare(text: str) -> str:
+    """An answer's plain form without what stands around it: "about", "(exactly)", "$"."""
+    text = normal(text).strip(_MARKS).rstrip(".").strip(_MARKS)
+    if (remark := _REMARK.search(text)) and not _DOUBT.search(remark[1]):
+        text = text[: remark.start()]
+    while match := _ABOUT.match(text):
+        text = text[match.end() :]
+    return _CURRENCY.sub("", text).replace("$", "").strip()
+
+
+def literal(text: str) -> Fraction | None:
+    """The value of a number in plain form."""
+    negative = text[:1] == "-"
+    text = text[1:].strip() if text[:1] in ("-", "+") else text
+    words = text.rpartition(" ")
+    if text.endswith("%") or words[2].casefold() in ("percent", "pct"):
+        value = literal(text[:-1].strip() if text.endswith("%") else words[0])
+        value = None if value is None else value / 100
+    elif words[2].casefold() in _SCALES and words[0][:1].isdigit():
+        value = literal(words[0])
+        value = None if value is None else value * 10 ** _SCALES[words[2].casefold()]
+    elif match := _MIXED.fullmatch(text):
+        whole, over, under = (int(part) for part in match.groups())
+        value = whole + Fraction(over, under) if 0 < over < under else None
+    else:
+        over, slash, under = text.partition("/")
+        value = _decimal(over.strip())
+        if slash and value is not None:
+            below = _decimal(under.strip())
+            value = value / below if below else None
+    return -value if negative and value is not None else value
 
 
 def _decimal(text: str) -> Fraction | None:
+    if text.startswith("(") and text.endswith(")"):  # as in (-1)/2
+        text = text[1:-1].strip()
+        negative = text[:1] == "-"
+        value = _decimal(text[1:].strip() if negative else text) if "(" not in text else None
+        return -value if negative and value is not None else value
+    if power := _POWER_OF_TEN.fullmatch(text):
+        return Fraction(10) ** int(power[1])
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
-    sign, whole, part, only, exponent = match.groups()
-    digits = (whole or "0").replace(",", "") + (part or only or "")
+    whole, part, only, exponent, power = match.groups()
+    digits = re.sub("[ ,]", "", whole or "0") + (part or only or "")
     value = Fraction(int(digits), 10 ** len(part or only or ""))
-    value *= Fraction(10) ** int(exponent or 0)
-    return -value if sign == "-" else value
+    return value * Fraction(10) ** int(exponent or power or 0)
 
 
 def plain(text: str | None) -> str:
     """A text with case, spacing and the marks around it taken away, for comparing names."""
     text = " ".join((text or "").casefold().split())
-    return text.strip("\"'`*_ ").rstrip(".").strip("\"'`*_ ")
+    return text.strip(_MARKS).rstrip(".").strip(_MARKS)

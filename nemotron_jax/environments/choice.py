@@ -1,16 +1,25 @@
-"""Multiple choice: the answer is one letter, in a box, on an answer line or alone."""
+"""Multiple choice: the answer is one letter, or one option's text, however it is given."""
 
 import re
 from collections.abc import Callable
 
-from nemotron_jax.environments.answers import final_answer
+from nemotron_jax.environments.answers import MAX_ANSWER, bare, final_answer, plain
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import THINGS, ask
 
-LETTERS = "ABCDEFGHIJ"
-_LETTER = re.compile(r"\(?([A-Ja-j])\)?(?:[.):]?\s+(.{1,80}))?[.)]?")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# B, (B), [b], B., Option B: words, B) words, B - words.
+_LETTER = re.compile(
+    r"(?:(?:the )?(?:option|choice|answer|letter)\b[ :]{0,3})?"
+    r"(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])(?![A-Za-z0-9]))[*_ ]{0,4}[.):,\-]?[*_ ]{0,4}"
+    r"(?:(?<=[\s.):,\-*_])(.{1,1000}))?",
+    re.IGNORECASE | re.DOTALL,
+)
+# Where a remark begins behind an option's text, and what in a remark names another option.
+_REMARK = re.compile(r"[.,;:] | \(| [-\u2013\u2014] |(?:^| )(?:because|since|as) ")
+_OTHER = re.compile(r"\b(?:or|not|perhaps|maybe|[A-Z]\)|(?:option|choice) [A-Z])\b", re.IGNORECASE)
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 Question = tuple[str, str, list[str]]  # words, right option, wrong options
 
@@ -22,13 +31,34 @@ class ChoiceSession(Session):
 
 
 def letter_of(answer: str | None, options: list[str]) -> str | None:
-    """The letter that an answer names; with the option's text behind it, the two must agree."""
-    match = _LETTER.fullmatch(answer.strip()) if answer else None
-    if match is None:
+    """The letter of the option that an answer names, by its letter, its text, or both.
+
+    With both, they must agree. A text that two options have names none.
+    """
+    if not answer or len(answer) > MAX_ANSWER:
         return None
-    place = LETTERS.index(match[1].upper())
-    agrees = place < len(options) and match[2] in (None, options[place])
-    return LETTERS[place] if agrees else None
+    text = bare(answer)
+    match = _LETTER.fullmatch(text)
+    if match and (place := LETTERS.index((match[1] or match[2]).upper())) < len(options):
+        said = (match[3] or "").strip(" .,:;-")
+        if not said or _says(said, options[place]):
+            return LETTERS[place]
+    named = [place for place, option in enumerate(options) if _equal_texts(text, option)]
+    return LETTERS[named[0]] if len(named) == 1 else None
+
+
+def _says(said: str, option: str) -> bool:
+    """Whether words behind a letter are its option's text, a remark behind that aside."""
+    if _equal_texts(said, option):
+        return True
+    head = _REMARK.split(said, maxsplit=1)[0]
+    if head == said or _OTHER.search(said[len(head) :]):
+        return False
+    return not head or _equal_texts(head, option)
+
+
+def _equal_texts(one: str, other: str) -> bool:
+    return plain(bare(one)) == plain(bare(other)) != ""
 
 
 class MultipleChoice(Environment):
@@ -70,7 +100,7 @@ class MultipleChoice(Environment):
         right = options[names.index(letter)]
         return {
             "every letter": [" ".join(names)],
-            "every box": [" ".join(f"\\boxed{{{name}}}" for name in names)],
+            "every box": [" or ".join(f"\\boxed{{{name}}}" for name in names)],
             "every line": ["\n".join(f"Answer: {name}" for name in names)],
             "another letter": [f"\\boxed{{{other}}}"],
             "another letter, right text": [f"Answer: {other}) {right}"],

@@ -2,7 +2,7 @@
 
 import re
 
-from nemotron_jax.environments.answers import final_answer
+from nemotron_jax.environments.answers import bare, final_answer
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.turns import Turn
@@ -24,7 +24,7 @@ def listed(text: str) -> list[str] | None:
     answer = final_answer(text)
     if answer is None:
         return None
-    items = (item.strip(_MARKS) for item in re.split(r"[,;\s]+", answer))
+    items = (item.strip(_MARKS) for item in re.split(r"[,;\s]+", bare(answer)))
     return [item for item in items if item not in ("", "and", "&")]
 
 

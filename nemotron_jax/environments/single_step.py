@@ -1,6 +1,6 @@
 """The next action alone: one call with the right arguments, or words where no call is due."""
 
-from nemotron_jax.environments.answers import final_answer, plain
+from nemotron_jax.environments.answers import bare, final_answer, plain
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.schema import canonical, equal, tool
@@ -21,7 +21,8 @@ class StepSession(Session):
     def score(self) -> Verdict:
         expected, turn = self.task.data["expected"], self.turns[0]
         if expected["kind"] == "text":
-            right = not turn.calls and plain(final_answer(turn.text)) == plain(expected["text"])
+            given = bare(final_answer(turn.text) or "")
+            right = not turn.calls and plain(given) == plain(expected["text"])
             return Verdict(float(right), {"called": float(bool(turn.calls))}, turn.text[:200])
         if len(turn.calls) != 1 or self.calls[0][2] != "noted":
             return Verdict(0.0, {"called": float(bool(turn.calls))})

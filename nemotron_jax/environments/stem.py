@@ -117,10 +117,9 @@ class LinearEquation(Environment):
 
     class session(Session):  # noqa: N801
         def score(self) -> Verdict:
-            text = (final_answer(self.text) or "").replace(" ", "")
-            answer = number(text.removeprefix("x="))
+            answer = number(final_answer(self.text))
             right = answer is not None and answer == Fraction(self.task.data["answer"])
-            return Verdict(float(right), answer=text)
+            return Verdict(float(right), answer=final_answer(self.text))
 
     def draw(self, draws: Draws, level: int) -> Draft:
         a, x, c = draws.between(2, 19), draws.between(-60, 60), draws.between(1, 99)

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 
-from nemotron_jax.environments.answers import final_answer, plain
+from nemotron_jax.environments.answers import bare, final_answer, plain
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, ToolError, Verdict
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.schema import tool
@@ -91,7 +91,7 @@ class WikiSession(Session):
 
     def score(self) -> Verdict:
         answer = final_answer(self.text)
-        right = plain(answer) == plain(self.task.data["answer"])
+        right = answer is not None and plain(bare(answer)) == plain(self.task.data["answer"])
         return Verdict(float(right), {"calls": float(len(self.calls))}, answer)
 
 

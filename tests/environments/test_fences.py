@@ -8,12 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from nemotron_jax.environments import coding, play, registry
+from nemotron_jax.environments.answers import MAX_ANSWER, final_answer, number
 from nemotron_jax.environments.base import MAX_TEXT
 from nemotron_jax.environments.bug_repair import MAX_EDITS, edit, patched
+from nemotron_jax.environments.choice import letter_of
 from nemotron_jax.environments.coding import code_of
+from nemotron_jax.environments.equivalence import same_answer
 from nemotron_jax.environments.fences import fenced
 from nemotron_jax.environments.sandbox import Result
 from nemotron_jax.environments.structured import read_answer
+from nemotron_jax.environments.units import quantity
 
 CODE = "def solve(xs):\n    return xs\n"
 
@@ -88,33 +92,46 @@ def repeated(unit: str) -> str:
     return (unit * (MAX_TEXT // len(unit) + 1))[:MAX_TEXT]
 
 
-UNITS = ["<<<<<<< SEARCH\nx\n=======\n", "<<<<<<< SEARCH\n", "<<<<<<< SEARCH\nx\n", "=======\n",
-         "<<<<<<< SEARCH\nx\n=======\ny\n>>>>>>> REPLACE\n", ">>>>>>> REPLACE\n", "```a\n", "```\n",
-         "```py\nx = 1\n", "~~~~\n", " ```\n", "`", "~", "\n", " ", " \n", "\t", "\\", "{", "[",
-         "$", '"', '\\"', '{"a":', "\\boxed{", "\\boxed", "\\frac", "\\frac{", "\\sqrt", "\\left(",
-         "^", "_", "(", "9", "1,", "1.", "0.1e", "/", "10**", "e9", "*", "**a** ", "answer",
-         "Answer: ", "Answer: 1\n", "The answer is ", "#### ", "#### 1\n", "a b ", "A) ", "x=", "-",
-         "m/s ", "\u2028", "\r", "\u00b2", "\u00bd", "\\text{", "}", "\ud800", "\0", "$$", "=",
-         "or "]  # fmt: skip
+# What a model that repeats itself writes; LONG of a whole turn, SHORT within an answer.
+LONG = ["<<<<<<< SEARCH\nx\n=======\n", "<<<<<<< SEARCH\n", "=======\n", "```a\n", "~~~~\n", "`",
+        "\n",
+        "<<<<<<< SEARCH\nx\n=======\ny\n>>>>>>> REPLACE\n", "[", '\\"', " ", "\\boxed{",
+        "\\boxed", "9",
+        "**a** ", "Answer: 1\n", "The answer is ", "#### 1\n"]  # fmt: skip
+SHORT = ["{", "\\frac", "\\frac{", "\\sqrt[", "\\text{", "^", "(", "|", "1,", "9", "/", "10**",
+         "-", "x=",
+         "m/s ", "kg*", "x+", "x^", "9^", "9!", "(1,", "1 or ", "B) ", "\u00b2",
+         "\ud800"]  # fmt: skip
 
 
 def test_readers_of_text_take_linear_time() -> None:
     """A whole verdict has one CPU-second; a reader alone stays far below."""
-    names = ("arithmetic", "equations", "science_units", "multiple_choice", "graph_walk")
-    tasks = [(registry[name], registry[name].split(0, "train", 0)) for name in names]
-    for unit in UNITS:
+    tasks = [(registry[name], registry[name].split(0, "train", 0)) for name in NAMES]
+    for place, unit in enumerate(LONG):
         text = repeated(unit)
         began = time.process_time()
         fenced(text)
         patched("a\nb\n", text)
         with pytest.raises(ValueError):
             read_answer(text)
-        for environment, task in tasks:
-            verdict = play(environment, task, [text])
-            assert verdict.reward == 0 and verdict.infra_error is None
+        environment, task = tasks[place % len(tasks)]
+        verdict = play(environment, task, [text])
+        assert verdict.reward == 0 and verdict.infra_error is None
         assert time.process_time() - began < 1, unit
 
 
+def test_readers_of_answers_take_linear_time() -> None:
+    """Answers are short; what nests or multiplies in them is read in no time all the same."""
+    for unit in SHORT:
+        text = "5" + (unit * MAX_ANSWER)[: MAX_ANSWER - 1]
+        began = time.process_time()
+        final_answer(f"Answer: {text}")
+        number(text), quantity(text), letter_of(text, ["x", text[:50]])
+        same_answer("x^2+1", text), same_answer("(1, 2)", text)
+        assert time.process_time() - began < 0.5, unit
+
+
+NAMES = ("arithmetic", "equations", "science_units", "multiple_choice", "graph_walk")
 HOSTILE = ("[" * 980 + "]" * 980, '{"a":' * 985 + "1" + "}" * 985, "9" * 5000, "NaN", "1e999",
            '"\\ud800"', '{"a": 1, "a": 1}', "[" * 10**5, "", "null, 1")  # fmt: skip
 

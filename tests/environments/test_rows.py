@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from nemotron_jax.environments import calling, play
+from nemotron_jax.environments import Task, calling, play
 from nemotron_jax.environments.check import check
 from nemotron_jax.environments.rows import Rows
 
@@ -109,3 +109,70 @@ def test_lines_end_at_line_feeds_alone(tmp_path: pathlib.Path) -> None:
     assert len(environment) == 3 and environment.skipped == 2
     with pytest.raises(ValueError, match="line 3"):
         Rows(path)
+
+
+TWO = [{"A": "Rome"}, {"B": "Paris"}]
+SHAPES = (TWO, {"A": "Rome", "B": "Paris"}, [{"A": "Rome", "B": "Paris"}], ["Rome", "Paris"],
+          [{"label": "A", "text": "Rome"}, {"label": "B", "text": "Paris"}],
+          [{"key": "(b)", "value": "Paris"}, {"key": "(a)", "value": "Rome"}],
+          {"label": ["A", "B"], "text": ["Rome", "Paris"]})  # fmt: skip
+
+
+def only(environment: Rows) -> Task:
+    split = "train" if environment._drafts["train"] else "held_out"
+    return environment.split(0, split, 0)
+
+
+def test_options_are_read_in_every_shape(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for options in SHAPES:
+        environment = Rows(write(path, [row("?", options=options, expected_answer="B")]))
+        task = only(environment)
+        assert task.data["expected"]["options"] == ["Rome", "Paris"], options
+        for text, right in (("B) Paris", 1), ("Paris", 1), ("A", 0), ("B) Rome", 0)):
+            assert play(environment, task, [f"Answer: {text}"]).reward == right
+    many = [{chr(65 + n): f"option {n}"} for n in range(26)]
+    environment = Rows(write(path, [row("?", options=many, expected_answer="Z")]))
+    assert play(environment, only(environment), ["\\boxed{\\text{Z}}"]).reward == 1
+    mode = {"options": TWO, "expected_answer": "B", "grading_mode": "strict_single_letter_boxed"}
+    environment = Rows(write(path, [row("?", **mode)]))
+    task = only(environment)
+    assert play(environment, task, ["\\boxed{B}"]).reward == 1
+    assert play(environment, task, ["Answer: B"]).reward == 0
+
+
+UNJUDGEABLE = (
+    {"expected_answer": ""}, {"expected_answer": " "}, {"expected_answer": "$$"},
+    {"expected_answer": "x" * 3000}, {"expected_answer": None}, {"expected_answer": ["4"]},
+    {"expected_answer": "4", "grading_mode": "by_heart"},
+    {"expected_answer": "4", "template_metadata": {"output_regex": "(.*)*"}},
+    {"expected_answer": "4", "verifier_metadata": {"unit_tests": ["assert 1"]}},
+    {"options": TWO, "expected_answer": "C"}, {"options": TWO, "expected_answer": ""},
+    {"options": [{"1": "Rome"}, {"2": "Paris"}], "expected_answer": "1"},
+    {"options": [{"B": "Rome"}, {"C": "Paris"}], "expected_answer": "B"},
+    {"options": [{"A": "Rome"}, {"A": "Paris"}], "expected_answer": "A"},
+    {"options": [{"A": "Rome"}], "expected_answer": "A"},
+    {"options": [str(n) for n in range(27)], "expected_answer": "A"},
+    {"options": TWO, "expected_answer": "B", "grading_mode": "by_heart"},
+    {"schema_str": {"type": "array", "minItems": 2, "items": {"const": 1}, "uniqueItems": True}},
+    {"schema_str": {"type": "integer", "minimum": 3, "maximum": 2}},
+    {"expected_answer": "<tool_call>{}</tool_call>"},
+)  # fmt: skip
+
+
+def test_a_row_that_nobody_can_win_is_refused_with_its_reason(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for rest in UNJUDGEABLE:
+        write(path, [row("1?", expected_answer="1"), row("?", **rest)])
+        with pytest.raises(ValueError, match="rows.jsonl, line 2: .*unsupported='skip'"):
+            Rows(path)
+        environment = Rows(path, unsupported="skip")
+        assert len(environment) == 1 and environment.skipped == 1 == len(environment.reasons), rest
+
+
+def test_a_call_may_have_arguments_of_any_name(tmp_path: pathlib.Path) -> None:
+    call = {"type": "function_call", "name": "f", "arguments": '{"name": "x", "text": "y"}'}
+    history = [{"role": "user", "content": "?"}, call]
+    environment = Rows(write(tmp_path / "rows.jsonl", [row(history, expected_action=call)]))
+    task = only(environment)
+    assert play(environment, task, environment.oracle(task)).reward == 1
