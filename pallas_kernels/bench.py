@@ -23,6 +23,7 @@ from pallas_kernels import attention, causal_conv1d, grouped_mlp, nvfp4, ssd_sca
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.causal_conv1d import specs as conv_specs
 from pallas_kernels.grouped_matmul import specs as routing_specs
+from pallas_kernels.report import report_file
 from pallas_kernels.ssd import specs as ssd_specs
 
 REPETITIONS = 5  # the fastest counts: others on the machine only ever add
@@ -186,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ops", default="", help="names of ops, with commas; all by default")
     add("--implementation", default="", help="such as xla; the device's own by default")
     add("--most_seconds", type=float, default=0.3, help="floors above it are not timed")
-    add("--json", default="", help="a file for the rows")
+    add("--json", default="", type=report_file, help="a file for the rows")
     return parser
 
 

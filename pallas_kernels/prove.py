@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.report import report_file
+
 FOLDERS = ("grouped_matmul", "ssd", "nvfp4", "causal_conv1d", "attention")
 
 
@@ -244,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.prove", description=__doc__)
     add = parser.add_argument
     add("--target", required=True, help=f"of {', '.join(CHIPS)}, one or several with commas")
-    add("--json", default="", help="a file for the rows")
+    add("--json", default="", type=report_file, help="a file for the rows")
     add("--kernels", default="", help="names of kernels, with commas; all by default")
     add("--plain", action="store_true", help="compile XLA's version of each too")
     return parser

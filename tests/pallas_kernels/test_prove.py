@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import bundles, prove
+from pallas_kernels import bench, bundles, prove
 from pallas_kernels.grouped_matmul import proofs, visits
+from pallas_kernels.report import report_file
 
 # A loop over a grid with a condition of 120 bundles and a loop of 6 in it. Bundle 0x10 begins the
 # outer loop, 0x20 jumps over what follows to 0x9d, 0xa0 begins the inner loop.
@@ -86,3 +87,15 @@ def test_a_kernel_compiles_for_v5p(proof: Any) -> None:
     assert row["compiled"], row["why"]
     # The compiler does not tell it of a kernel that sets no limit: JAX's own attention.
     assert row["vmem_bytes"] is None or 0 < row["vmem_bytes"] < 128 * 2**20
+
+
+@pytest.mark.parametrize("name", ["absent/x.json", "folder", "file/x.json", "\0"])
+def test_a_report_that_cannot_be_written_is_found_before_the_work(tmp_path, capsys, name) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for main, flags in ((prove.main, ["--target=v5p"]), (bench.main, [])):
+        with pytest.raises(SystemExit) as end:
+            main([*flags, f"--json={tmp_path / name}"])
+        assert end.value.code == 2
+        assert capsys.readouterr().err.endswith("is no file in a folder that there is\n")
+    assert report_file(str(tmp_path / "x.json")) and not report_file("")
