@@ -44,7 +44,9 @@ def find_fault(folder: Path, parts: Iterable[str] = ("",)) -> str | None:
         }
     except FileNotFoundError:
         return f"{manifest} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{manifest} cannot be read ({error!r})"
+    except (RecursionError, OverflowError) as error:  # too deep, a size of 1e999
         return f"{manifest} cannot be read ({error!r})"
     if not wanted:
         return f"{manifest} names no files"
@@ -82,6 +84,6 @@ def _file_fault(file: Path, size: int, sum_: str) -> str | None:
                 return f"{file} was changed: its SHA-256 is not the one in {FILE_NAME}"
     except FileNotFoundError:
         return f"{file} is missing"
-    except OSError as error:
-        return f"{file} cannot be read ({error})"
+    except (OSError, ValueError) as error:  # ValueError: no file can have that name
+        return f"{ascii(str(file))} cannot be read ({error})"
     return None

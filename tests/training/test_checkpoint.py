@@ -124,6 +124,22 @@ def cut_short(file):
     os.truncate(file, file.stat().st_size - 1)
 
 
+TEXTS = {
+    "deep": "[" * 100_000,
+    "null": "null",
+    "no files": '{"files": []}',
+    "a huge size": '{"files": {"state.json": {"bytes": 1e999, "sha256": ""}}}',
+    "a name of zero": '{"files": {"\\u0000": {"bytes": 1, "sha256": ""}}}',
+    "a name of half a pair": '{"files": {"\\ud800": {"bytes": 1, "sha256": ""}}}',
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_manifest_that_says_something_else_is_a_fault(tmp_path, kind):
+    (tmp_path / "manifest.json").write_text(TEXTS[kind])
+    assert find_fault(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short, os.remove], ids=lambda d: d.__name__)
 def test_any_damaged_file_is_named_and_an_older_checkpoint_taken(
     saved, abstract, make_state, caplog, damage
