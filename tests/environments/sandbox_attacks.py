@@ -79,6 +79,26 @@ ATTACKS = {
         "    except OSError: pass\n"
         "else: raise OSError('never')"
     ),
+    "mark a host file": _reaches("os.setxattr('{secret}', 'user.note', b'x')"),
+    "mark a host folder": _reaches("os.setxattr('{folder}', 'user.note', b'x')"),
+    "mark by link": _reaches("os.symlink('{secret}', 'm'); os.setxattr('m', 'user.note', b'x')"),
+    "times of a host file": _reaches("os.utime('{secret}')"),
+    "times of a host folder": _reaches("os.utime('{folder}')"),
+    "times by an empty path": _CALL
+    + "f = os.open('{secret}', os.O_PATH)\n"
+    + "must_be_refused(280 if os.uname().machine == 'x86_64' else 88, f, b'', 0, 0x1000)",
+    "times in the old way": _CALL
+    + "if os.uname().machine == 'x86_64': must_be_refused(132, b'{secret}', 0, allowed=(1, 2))\n"
+    + "print('tried')",
+    "watch files": _refused(294, 26, 0),
+    "watch a folder by signals": _CALL
+    + "import fcntl\ntry: fcntl.fcntl(os.open('/usr', os.O_RDONLY), 1026, 1)\n"
+    + "except OSError as e: print('refused' if e.errno == 1 else 'THROUGH', e)\n"
+    + "else: print('THROUGH')",
+    "datagram to a named socket": _CALL
+    + "import socket\ntry: socket.socketpair(1, socket.SOCK_DGRAM)[0].sendto(b'x', '/none')\n"
+    + "except OSError as e: print('refused' if e.errno == 1 else 'THROUGH', e)\n"
+    + "else: print('THROUGH')",
     "device node": _reaches("os.mknod('d', 0o20666, os.makedev(1, 1)); open('d', 'rb').read(1)"),
     "disk": _reaches("open('/dev/vda', 'rb').read(1)"),
     "kernel memory": _reaches("open('/dev/mem', 'rb').read(1)"),

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -178,6 +179,27 @@ def test_a_shell_keeps_its_files_and_kills_what_is_left(box: Sandbox) -> None:
             assert tree["empty"].mode == 0o700
 
 
+def test_what_programs_do_with_their_own_files_goes_through(box: Sandbox) -> None:
+    code = (
+        "import os, shutil, socket\nopen('f', 'w').write('x')\nos.chmod('f', 0o600)\n"
+        "shutil.copyfile('f', 'g'); shutil.copymode('f', 'g'); shutil.move('g', 'h')\n"
+        "fd = os.open('h', os.O_RDWR); os.ftruncate(fd, 0); os.utime(fd, (5, 5))\n"
+        "a, b = socket.socketpair(); a.send(b'1'); a.sendall(b'2'); print(b.recv(2), "
+        "os.stat('h').st_mtime)"
+    )
+    assert box.run(code, limits=QUICK).stdout == "b'12' 5.0\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="at the fallback tier only root may start processes")
+def test_a_shell_cannot_be_made_to_stand_still(box: Sandbox) -> None:
+    with Shell(box) as shell:
+        began = time.monotonic()
+        for signal_name in ("STOP", "TSTP", "TTIN", "TTOU"):
+            shell.execute(f"kill -{signal_name} $PPID; kill -{signal_name} -1; true", wall_s=1)
+        assert time.monotonic() - began < 6 and shell.alive
+        assert shell.execute("touch a; cp -p a b; tar cf t a; ls -l | wc -l").output == "4\n"
+
+
 def test_wrong_arguments_are_refused(box: Sandbox) -> None:
     with pytest.raises(ValueError, match="must be relative"):
         box.run("pass", files={"../x": ""})
@@ -201,7 +223,26 @@ def test_the_filter_has_the_kernel_headers_numbers() -> None:
             for w in words
             if len(w) == 3 and w[0] == "#define" and w[2].isdigit()
         }
-        for table in (seccomp.DENIED, seccomp.DENIED_TO_OWN_UID, seccomp.FORKS, seccomp.ABSENT):
+        by_argument = {
+            **{name: numbers for name, (numbers, _) in seccomp.SIGNALS.items()},
+            **{
+                name: getattr(seccomp, name.upper())
+                for name in (
+                    "clone",
+                    "prctl",
+                    "ioctl",
+                    "socketpair",
+                    "fcntl",
+                    "sendto",
+                    "utimensat",
+                )
+            },
+        }
+        for table in (
+            *(seccomp.DENIED, seccomp.DENIED_TO_OWN_UID, seccomp.FORKS, seccomp.ABSENT),
+            *(seccomp.DENIED_AMONG_HOST_FILES, seccomp.UNSUPPORTED_AMONG_HOST_FILES),
+            *(seccomp.UNSUPPORTED, by_argument),
+        ):
             for name, numbers in table.items():
                 if name in known:
                     assert numbers[column] == known[name], name

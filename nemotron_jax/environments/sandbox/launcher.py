@@ -195,6 +195,7 @@ class Launcher:
             filter_program = seccomp.program(
                 may_fork=order["processes"] > 1,
                 own_uid=own_uid and self.settings.tier == "fallback",
+                host_files=self.settings.tier == "fallback",
             )
             self._limit(order)
             if not own_uid:

@@ -47,6 +47,15 @@ DENIED = {
     "setns": (308, 268),
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
+    # What happens to files: in folders that can be read, the system's own are seen in use.
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "inotify_add_watch": (254, 27),
+    # Marks on files that outlive the code and are found by the next one.
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
     # The machine.
     "swapon": (167, 224),
     "swapoff": (168, 225),
@@ -109,6 +118,26 @@ DENIED = {
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
 }
+# Denied too where the code's paths are the host's: Landlock does not govern these (nor, before its
+# version 3, `truncate`), and a file that anybody may write is open to them.
+DENIED_AMONG_HOST_FILES = {
+    "truncate": (76, 45),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+}
+# "Not supported", which programs that copy files take for an answer.
+UNSUPPORTED = {
+    "fsetxattr": (190, 7),
+    "fremovexattr": (199, 16),
+}
+# The same where paths are the host's, for programs that list files.
+UNSUPPORTED_AMONG_HOST_FILES = {
+    "getxattr": (191, 8),
+    "lgetxattr": (192, 9),
+    "listxattr": (194, 11),
+    "llistxattr": (195, 12),
+}
 # Denied too where the code runs under the user's own uid: Landlock does not govern these, and other
 # uids' processes and files are what stops them elsewhere.
 DENIED_TO_OWN_UID = {
@@ -117,21 +146,15 @@ DENIED_TO_OWN_UID = {
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
     "pidfd_send_signal": (424, 424),
-    "truncate": (76, 45),
     "chmod": (90, None),
+    "fchmod": (91, 52),
     "fchmodat": (268, 53),
     "fchmodat2": (452, 452),
     "chown": (92, None),
+    "fchown": (93, 55),
     "lchown": (94, None),
     "fchownat": (260, 54),
-    "utime": (132, None),
-    "utimes": (235, None),
-    "futimesat": (261, None),
     "utimensat": (280, 88),
-    "setxattr": (188, 5),
-    "lsetxattr": (189, 6),
-    "removexattr": (197, 14),
-    "lremovexattr": (198, 15),
 }
 FORKS = {"fork": (57, None), "vfork": (58, None)}
 ABSENT = {
@@ -139,18 +162,37 @@ ABSENT = {
 }  # its flags lie in memory, out of a filter's sight; libc then uses clone
 NEWEST = 462  # the last call that was looked at when the table was made (Linux 6.9: mseal)
 # Calls let through or denied by an argument.
-CLONE, PRCTL, IOCTL, SOCKETPAIR, TGKILL = (56, 220), (157, 167), (16, 29), (53, 199), (234, 131)
+CLONE, PRCTL, IOCTL, SOCKETPAIR = (56, 220), (157, 167), (16, 29), (53, 199)
+FCNTL, SENDTO, UTIMENSAT = (72, 25), (44, 206), (280, 88)
+# Ways to send a signal, and which argument is its number.
+SIGNALS = {
+    "kill": ((62, 129), 1),
+    "tkill": ((200, 130), 1),
+    "tgkill": ((234, 131), 2),
+    "rt_sigqueueinfo": ((129, 138), 1),
+    "rt_tgsigqueueinfo": ((297, 240), 2),
+    "pidfd_send_signal": ((424, 424), 1),
+}
+SIGSTOP = 19  # nobody can catch it: the shim would stand still, and its user would wait for it
 NAMESPACE_FLAGS = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 CLONE_THREAD = 0x00010000
 # PDEATHSIG, MM, CHILD_SUBREAPER: ways to outlive the launcher or to pose as another program.
 DENIED_PRCTL = (1, 35, 36)
 DENIED_IOCTL = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX type into a terminal
+# F_SETSIG, by which a descriptor sends any signal, and F_NOTIFY, which tells of a folder's files.
+DENIED_FCNTL = (10, 1026)
 AF_UNIX = 1
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
 _LOAD, _JUMP_EQ, _JUMP_GT, _JUMP_SET, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
-_NUMBER_AT, _MACHINE_AT, _ARGUMENT_AT = 0, 4, (16, 24)  # struct seccomp_data
-_ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+_NUMBER_AT, _MACHINE_AT, _ARGUMENTS_AT = 0, 4, 16  # struct seccomp_data; 8 bytes an argument
+_ALLOW, _KILL, _EPERM, _ENOSYS, _ENOTSUP = (
+    0x7FFF0000,
+    0x80000000,
+    0x00050001,
+    0x00050026,
+    0x0005005F,
+)
 
 
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -163,15 +205,35 @@ def _verdict(number: int, verdict: int) -> list[bytes]:
 
 def _by_argument(number: int, argument: int, tests: list[bytes], otherwise: int) -> list[bytes]:
     """For one call: load an argument, run tests, else return. Each test holds its own verdict."""
-    block = [_instruction(_LOAD, _ARGUMENT_AT[argument]), *tests, _instruction(_RETURN, otherwise)]
+    load = _instruction(_LOAD, _ARGUMENTS_AT + 8 * argument)
+    return _for_call(number, [load, *tests, _instruction(_RETURN, otherwise)])
+
+
+def _for_call(number: int, block: list[bytes]) -> list[bytes]:
     return [_instruction(_JUMP_EQ, number, 0, len(block)), *block]
 
 
-def program(*, may_fork: bool, own_uid: bool = False, machine: str | None = None) -> bytes:
+def _without_pointer(number: int, argument: int) -> list[bytes]:
+    """For one call: deny it unless an argument is NULL, in both halves."""
+    block = []
+    for half in (0, 4):
+        block += [_instruction(_LOAD, _ARGUMENTS_AT + 8 * argument + half)]
+        block += [_instruction(_JUMP_EQ, 0, 1, 0), _instruction(_RETURN, _EPERM)]
+    return _for_call(number, [*block, _instruction(_RETURN, _ALLOW)])
+
+
+def program(
+    *,
+    may_fork: bool,
+    own_uid: bool = False,
+    host_files: bool = True,
+    machine: str | None = None,
+) -> bytes:
     """The filter as an array of struct sock_filter.
 
     Without `may_fork` no process can be made, only threads. `own_uid` says that the code runs under
-    the uid of its user. Raises ValueError for a machine without a table.
+    the uid of its user, `host_files` that its paths are the host's. Raises ValueError for a machine
+    without a table.
     """
     machine = machine or os.uname().machine
     if machine not in _MACHINES:
@@ -190,7 +252,9 @@ def program(*, may_fork: bool, own_uid: bool = False, machine: str | None = None
         _instruction(_RETURN, _ENOSYS),
     ]
     denied = DENIED | (DENIED_TO_OWN_UID if own_uid else {}) | ({} if may_fork else FORKS)
-    for table, verdict in ((denied, _EPERM), (ABSENT, _ENOSYS)):
+    denied |= DENIED_AMONG_HOST_FILES if host_files else {}
+    unsupported = UNSUPPORTED | (UNSUPPORTED_AMONG_HOST_FILES if host_files else {})
+    for table, verdict in ((denied, _EPERM), (unsupported, _ENOTSUP), (ABSENT, _ENOSYS)):
         for numbers in table.values():
             if numbers[column] is not None:
                 code += _verdict(numbers[column], verdict)
@@ -205,7 +269,14 @@ def program(*, may_fork: bool, own_uid: bool = False, machine: str | None = None
     code += _by_argument(PRCTL[column], 0, prctl, _ALLOW)
     ioctl = [part for request in DENIED_IOCTL for part in _verdict(request, _EPERM)]
     code += _by_argument(IOCTL[column], 1, ioctl, _ALLOW)
-    # A pair of sockets reaches nobody else, and asyncio needs one.
+    # A pair of sockets reaches nobody else, and asyncio needs one; with an address it would.
     code += _by_argument(SOCKETPAIR[column], 0, _verdict(AF_UNIX, _ALLOW), _EPERM)
+    code += _without_pointer(SENDTO[column], 4)
+    fcntl = [part for command in DENIED_FCNTL for part in _verdict(command, _EPERM)]
+    code += _by_argument(FCNTL[column], 1, fcntl, _ALLOW)
+    for numbers, argument in SIGNALS.values():
+        code += _by_argument(numbers[column], argument, _verdict(SIGSTOP, _EPERM), _ALLOW)
+    if host_files:  # times by descriptor, of a file that could be opened, and not by path
+        code += _without_pointer(UTIMENSAT[column], 1)
     code.append(_instruction(_RETURN, _ALLOW))
     return b"".join(code)
