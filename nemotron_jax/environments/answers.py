@@ -18,8 +18,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)[ \t\n]?")
 # Between two boxes, the words that make them one list of candidates.
 _JOINED = re.compile(r"[\s$,.;()\\]{0,20}(?:or|and|,|;|/)[\s$,.;()\\]{0,20}", re.IGNORECASE)
 _ANSWER_LINE = re.compile(
-    r"[ \t*_#>\-\u2022]{0,20}(?:(?:the|my|final|correct|short) ){0,3}answers?"
-    r"[ \t*_]{0,8}[:=\uff1a][ \t*_]{0,8}(.*)",
+    r"[ \t*_#>\-\u2022]{0,20}(?:\d[.)] )?(?:(?:the|my|final|correct|short) ){0,3}ans(?:wers?)?\b"
+    r"(?: \([^()\n]{1,60}\))?[ \t*_]{0,8}[:=\uff1a][ \t*_]{0,8}(.*)",
     re.IGNORECASE,
 )
 _HEADING = re.compile(r"[ \t*_#>]{0,20}(?:the |final |correct ){0,3}answer[ \t*_]{0,8}", re.I)
@@ -31,6 +31,7 @@ _SENTENCE = re.compile(
 )
 # Where the answer of a sentence ends, and what else follows only explains it.
 _SENTENCE_END = re.compile(r"[.!?](?=\s+\S)|,? (?:because|since|as it|which|so that|so)\b", re.I)
+_ABBREVIATIONS = frozenset("st dr mr mrs ms mt ft jr sr no vs ca approx prof gen lt fig eq".split())
 # Words that take an answer back wherever they stand behind it, or where they begin a line or
 # sentence; and those that make one bold part of a line no statement.
 _DOUBT = re.compile(
@@ -113,8 +114,7 @@ def _stated(lines: list[str]) -> str | None:
     found: list[tuple[int, str]] = []
     for place, line in enumerate(lines):
         if match := _ANSWER_LINE.match(line):
-            inner = _sentences(match[1])  # Answer: the answer is …
-            found.append((place, inner[0] if len(inner) == 1 else match[1].strip(" \t*_")))
+            found.append((place, _line_answer(match[1]).strip(" \t*_")))
         elif _HEADING.fullmatch(line) and place + 1 < len(lines):
             found.append((place, ""))
     # A line Answer: with nothing behind it has its answer on the next one.
@@ -143,13 +143,33 @@ def _stated(lines: list[str]) -> str | None:
 def _sentences(line: str) -> list[str]:
     """What "the answer is …" names on a line, once for each time that it stands there."""
     answers = []
-    for match in _SENTENCE.finditer(line[-2 * MAX_ANSWER :]):
-        rest = line[-2 * MAX_ANSWER :][match.end() :]
-        end = _SENTENCE_END.search(rest)
-        rest, after = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
-        if answer := rest.strip(" \t*_:"):
-            answers.append("?" if _DOUBT.search(after.lstrip(" ,.!?")) else answer)
+    line = line[-2 * MAX_ANSWER :]
+    for match in _SENTENCE.finditer(line):
+        answer, after = _cut(line[match.end() :])
+        if answer := answer.strip(" \t*_:"):
+            doubted = _DOUBT.search(after.lstrip(" ,.!?"))
+            answers.append("?" if doubted else answer.removesuffix("!"))
     return answers
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """The first sentence of a text, up to what only explains it, and the rest."""
+    for end in _SENTENCE_END.finditer(text):
+        word = re.search(r"\w*$", text[max(0, end.start() - 12) : end.start()])[0]
+        initial = len(word) == 1 and re.match(r".\s+[A-Z]\.", text[end.start() :])
+        if word.casefold() not in _ABBREVIATIONS and not initial:
+            return text[: end.start()], text[end.start() :]
+    return text, ""
+
+
+def _line_answer(rest: str) -> str:
+    """What stands behind Answer: on its line, without a sentence that takes leave or explains."""
+    inner = _sentences(rest)  # Answer: the answer is …
+    if len(inner) == 1:
+        return inner[0]
+    answer, after = _cut(rest[: 2 * MAX_ANSWER])
+    explains = re.match(r",? (?:because|since)\b", after) and not _DOUBT.search(after[1:])
+    return answer if explains or _LEAVE.search(after) else rest
 
 
 def _doubted(lines: list[str]) -> bool:

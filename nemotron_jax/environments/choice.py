@@ -18,7 +18,7 @@ _LETTER = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 # Where a remark begins behind an option's text, and what in a remark names another option.
-_REMARK = re.compile(r"[.,;:] | \(| [-\u2013\u2014] |(?:^| )(?:because|since|as) ")
+_REMARK = re.compile(r"[.,;:] | \(| [-\u2013\u2014] |(?:^| )(?:because|since|as) ", re.I)
 _OTHER = re.compile(r"\b(?:or|not|perhaps|maybe|[A-Z]\)|(?:option|choice) [A-Z])\b", re.IGNORECASE)
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 Question = tuple[str, str, list[str]]  # words, right option, wrong options

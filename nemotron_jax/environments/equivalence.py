@@ -13,7 +13,7 @@ _LOOSE = re.compile(r"\s*([^\w\s.])\s*")
 _GAP = re.compile(r"(?<!\d) | (?!\d)")
 _OPEN, _CLOSE = "([{<", ")]}>"
 _JOINT = re.compile(r"\s*(?:,|;|\bor\b|\band\b)\s*(?:(?:or|and)\b\s*)?")
-_MEMBER = re.compile(r"[A-Za-z] in ")
+_MEMBER = re.compile(r"^[A-Za-z] in (?=[^A-Za-z])")
 _EQUALITY = re.compile(r"(?<![<>!=])=(?!=)")
 _WORDED = re.compile(
     r"([-+$€£¥]{0,2}\s?[\d.][\d.,/ ]{0,60}?(?:[eE][-+]?\d{1,3})?)(\s*)([A-Za-z°%].{0,60})"
@@ -59,6 +59,7 @@ def _is_mathematics(text: str) -> bool:
 
 
 def _same(expected: str, given: str, depth: int) -> bool:
+    expected, given = (_MEMBER.sub("", text, count=1) for text in (expected, given))
     if _loose(expected) == _loose(given):
         return bool(_loose(given))
     if ("=" in expected) != ("=" in given):
@@ -70,7 +71,7 @@ def _same(expected: str, given: str, depth: int) -> bool:
         return _equal_quantities(expected, given)
     if _equal_quantities(expected, given):
         return True
-    one, other = _items(_MEMBER.sub("", expected)), _items(_MEMBER.sub("", given))
+    one, other = _items(expected), _items(given)
     if (one or other) and depth < MAX_NESTING:
         return _equal_items(one or ("", [expected]), other or ("", [given]), depth + 1)
     return _equal_expressions(expected, given)
@@ -130,6 +131,10 @@ def _items(text: str) -> tuple[str, list[str]] | None:
     """The brackets of a list, "" for none, and its elements; None for what is no list."""
     text = text.strip()
     brackets = ""
+    if text.count("\u00b1") == 1 and "," not in text:  # both signs
+        head, _, tail = text.partition("\u00b1")
+        plus = f"{head}+{tail}" if head.strip(" =x") else head + tail.strip()
+        text = f"{plus}, {head}-{tail.strip()}"
     if text[:1] in tuple(_OPEN) and text[-1:] in tuple(_CLOSE) and _spans(text):
         brackets, inner = text[0] + text[-1], text[1:-1]
         text = inner

@@ -9,6 +9,7 @@ import atexit
 import functools
 import importlib.util
 import json
+import os
 import select
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import threading
 
 # Wall seconds for one question, and for the first one, which loads sympy.
 LIMIT_S, FIRST_LIMIT_S = 5.0, 60.0
-# A process that failed this often is not started again.
+# After so many failures in a row the process is not started again.
 MOST_FAILURES = 5
 _WORKER = """
-import json, sys
+import json, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 from math_verify import parse, verify
 print("ready", flush=True)
 for line in sys.stdin:
+    signal.alarm(30)  # where nobody is left to end it
     try:
         boxed = ["\\\\boxed{" + text + "}" for text in json.loads(line)]
         boxed = [parse(text, parsing_timeout=None) for text in boxed]
@@ -47,6 +50,7 @@ class _Judge:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
+        self._owner = 0  # the process that started it
         self.failures = 0
 
     def ask(self, expected: str, given: str) -> bool:
@@ -57,15 +61,20 @@ class _Judge:
                     return False
                 question = json.dumps([expected, given]) + "\n"
                 self._process.stdin.write(question.encode())
-                return self._line(LIMIT_S) == b"yes\n"
+                right = self._line(LIMIT_S) == b"yes\n"
+                self.failures = 0
+                return right
             except (OSError, ValueError):
                 self.failures += 1
                 self.close()
                 return False
 
     def _start(self) -> None:
+        if self._process is not None and self._owner != os.getpid():
+            self._process = None  # a forked process has none of its own yet
         if self._process is not None or self.failures >= MOST_FAILURES:
             return
+        self._owner = os.getpid()
         self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER],
             stdin=subprocess.PIPE,
@@ -87,7 +96,7 @@ class _Judge:
         return line
 
     def close(self) -> None:
-        if self._process is not None:
+        if self._process is not None and self._owner == os.getpid():
             self._process.kill()
             self._process.wait()
             self._process.stdin.close()
