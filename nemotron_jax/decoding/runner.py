@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.cache import CacheConfig
@@ -17,7 +19,7 @@ from nemotron_jax.decoding.request import MOST_STOP_TOKENS
 from nemotron_jax.decoding.scheduler import Slot
 from nemotron_jax.decoding.store import Decoded, DecodeRows, FlatModel, PrefillRows, Store
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import current_mesh
+from nemotron_jax.sharding import MESH_AXES, current_mesh, replicated
 
 # A table of pages is as wide as the longest row needs, in powers of this: attention reads all of
 # it, and every width compiles a program of each kind.
@@ -55,7 +57,7 @@ class Runner:
         prefill_shapes: Sequence[tuple[int, int]],
         version: int | str,
     ) -> None:
-        self._loaded: _Loaded | None = None
+        self._mesh, self._loaded = _mesh_of(model), None
         self.put_model(model, version)
         self.slots, self.rounds = slots, rounds
         self.speculative, self._page_tokens = speculative, page_tokens
@@ -90,13 +92,15 @@ class Runner:
     def put_model(self, model: Nemotron, version: int | str) -> None:
         """Run this model from now on, where the first one lies; one of another shape would compile
         the programs anew."""
-        model = _placed(model, None if self._loaded is None else self._loaded.model)
+        like = None if self._loaded is None else self._loaded.model
+        model = _placed(model, like, self._mesh)
         self._loaded = _Loaded(model, FlatModel.of(model), version)
 
     def renew(self) -> None:
         """Make the store anew: all that it held is lost."""
         self._store = None  # frees the old one first
-        self._store = self._empty_store(self.model)
+        with self._on_mesh():
+            self._store = self._empty_store(self.model)
 
     def prefill(
         self, slots: Sequence[Slot], shape: tuple[int, int]
@@ -131,23 +135,23 @@ class Runner:
         self, hidden: Float[Array, "B T D"], targets: Int[np.ndarray, "B T"]
     ) -> Float[np.ndarray, "B T"]:
         """Log-probability of the token that follows each hidden state."""
-        return np.asarray(programs.score(self._loaded.weights, hidden, targets))
+        with self._on_mesh():
+            return np.asarray(programs.score(self._loaded.weights, hidden, targets))
 
     def save(self, slot: Slot, entry: Entry) -> None:
         """Keep the slot's states in the entry's snapshot."""
-        self._store = programs.save_snapshot(self._store, _int(slot.number), _int(entry.snapshot))
+        self._save(slot.number, entry.snapshot)
 
     def load(self, entry: Entry, slot: Slot, shared: int) -> None:
         """Let the slot stand where the entry ends; a page after those that the two share is the
         slot's own copy."""
         copied = len(entry.pages) > shared
         pages = (entry.pages[shared], slot.pages[shared]) if copied else (0, 0)
-        self._store = programs.load_snapshot(
-            self._store, _int(entry.snapshot), _int(slot.number), *map(_int, pages)
-        )
+        self._load(entry.snapshot, slot.number, *pages)
 
     def _prefill(self, rows: PrefillRows) -> Float[Array, "B T D"]:
-        store, hidden = programs.prefill(self._loaded.weights, self._without_snapshots(), rows)
+        with self._on_mesh():
+            store, hidden = programs.prefill(self._loaded.weights, self._without_snapshots(), rows)
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return hidden
 
@@ -157,17 +161,31 @@ class Runner:
         return dataclasses.replace(self._store, snapshots=None)
 
     def _decode(self, rows: DecodeRows, rounds: int) -> Decoded:
-        store, given = programs.decode(
-            self._loaded.weights,
-            self._without_snapshots(),
-            rows,
-            np.int32(rounds),
-            speculative=self.speculative,
-            # The most that one call gives a row: a first token, and all drafts accepted.
-            capacity=1 + self.rounds * (self.speculative + 1),
-        )
+        with self._on_mesh():
+            store, given = programs.decode(
+                self._loaded.weights,
+                self._without_snapshots(),
+                rows,
+                np.int32(rounds),
+                speculative=self.speculative,
+                # The most that one call gives a row: a first token, and all drafts accepted.
+                capacity=1 + self.rounds * (self.speculative + 1),
+            )
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return given
+
+    def _save(self, *places: int) -> None:
+        with self._on_mesh():
+            self._store = programs.save_snapshot(self._store, *map(_int, places))
+
+    def _load(self, *places: int) -> None:
+        with self._on_mesh():
+            self._store = programs.load_snapshot(self._store, *map(_int, places))
+
+    def _on_mesh(self) -> AbstractContextManager:
+        """Every call on the mesh that the engine was made on: on another a program is compiled
+        anew."""
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _told(
         self, slots: Sequence[Slot], rows: Sequence[int], shape: tuple[int, int]
@@ -214,8 +232,8 @@ class Runner:
             self.score(hidden, tokens)
         for width, rows in itertools.product(self._decode_widths, self._decode_rows):
             self._decode(self._told([], [], (rows, width)), 0)
-        self._store = programs.save_snapshot(self._store, _int(0), _int(0))
-        self._store = programs.load_snapshot(self._store, *map(_int, (0, 0, 0, 0)))
+        self._save(0, 0)
+        self._load(0, 0, 0, 0)
 
     def _widths(self, tokens: int) -> list[int]:
         """Table widths in pages, of which the widest holds so many tokens."""
@@ -235,15 +253,23 @@ def programs_compiled() -> int:
     return sum(program._cache_size() for program in each)
 
 
-def _placed(model: Nemotron, like: Nemotron | None) -> Nemotron:
+def _mesh_of(model: Nemotron) -> Mesh | None:
+    """The mesh that is set, or else the one that the model is spread over, if it is of our axes."""
+    place = getattr(model.embedding[...], "sharding", None)
+    if current_mesh() is None and isinstance(place, NamedSharding):
+        return place.mesh if place.mesh.axis_names == MESH_AXES else None
+    return current_mesh()
+
+
+def _placed(model: Nemotron, like: Nemotron | None, mesh: Mesh | None) -> Nemotron:
     """The model where `like` lies, or where it is, committed to its devices: what a program gives
     back is so too, and arrays that are not would compile it once more."""
-    mesh = current_mesh()
 
-    def put(leaf: Array, mine: Array | None) -> Array:
+    def put(leaf: Array | np.ndarray, mine: Array | None) -> Array:
+        leaf = jnp.asarray(leaf)
         place = leaf.sharding if mine is None else mine.sharding
-        if mine is None and mesh is not None and not leaf.committed:
-            place = NamedSharding(mesh, PartitionSpec())
+        if mine is None and mesh is not None and not isinstance(place, NamedSharding):
+            place = replicated(mesh)
         return jax.device_put(leaf, place)
 
     leaves, structure = jax.tree.flatten(model)

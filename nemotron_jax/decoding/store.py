@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.cache import CacheConfig
@@ -23,7 +23,7 @@ from nemotron_jax.layers.attention import PagedKV
 from nemotron_jax.layers.mamba2 import MambaState
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import current_mesh, shard
+from nemotron_jax.sharding import current_mesh, replicated, shard
 
 
 class _Structure:
@@ -127,7 +127,7 @@ class Store:
             return jax.jit(_placed)(empty)
         home = model.embedding[...].sharding
         if isinstance(home, NamedSharding):
-            home = NamedSharding(home.mesh, PartitionSpec())
+            home = replicated(home.mesh)
         return jax.device_put(empty, home)  # committed, as what programs give back is
 
 

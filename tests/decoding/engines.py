@@ -84,6 +84,27 @@ def make(model: nj.Nemotron, speculative: int = 0, **options: object) -> Engine:
     return Engine(model, speculative=speculative, **options)
 
 
+@functools.cache
+def samples(prompt: int, way: int, speculative: int) -> list[tuple[list[int], np.ndarray]]:
+    """The same for four samples of one prompt."""
+    rows = [PROMPTS[prompt]] * 4
+    found = nj.generate(old_model(), rows, NEW, speculative=speculative, **WAYS[way])
+    return [(row.tolist(), logprobs) for row, logprobs in zip(found.tokens, found.logprobs)]
+
+
+def sample(prompt: int, way: int, speculative: int, branch: int) -> tuple[list[int], np.ndarray]:
+    """One of them; the first, and all that are greedy, are as one alone."""
+    if not branch or WAYS[way] is GREEDY:
+        return alone(prompt, way, speculative)
+    return samples(prompt, way, speculative)[branch]
+
+
+def programs() -> dict[str, int]:
+    """How many programs of each name there are."""
+    names = ("prefill", "decode", "score", "save_snapshot", "load_snapshot")
+    return {name: getattr(store, name)._cache_size() for name in names}
+
+
 def assert_alone(request: Request, reference: tuple[list[int], np.ndarray]) -> None:
     """The request's tokens are the first of the reference's."""
     tokens, logprobs = reference
