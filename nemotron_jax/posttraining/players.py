@@ -10,13 +10,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from nemotron_jax.environments import registry
-from nemotron_jax.environments.base import OutOfTime, Session, Task, Verdict
+from nemotron_jax.environments.base import Environment, OutOfTime, Session, Task, Verdict
+from nemotron_jax.environments.sandbox import runner
 from nemotron_jax.environments.sound import sound_text
 from nemotron_jax.environments.turns import Turn
 
 # Shares of the time for a session's turn. Its calls are begun in the first half; at 0.9 whatever
 # the environment does is broken off, and the last tenth is left for saying so.
 _FOR_CALLS, _FOR_ALL = 0.5, 0.9
+_LOOK_EVERY_S = 0.05  # for a sandbox that somebody else holds; rare, so it may be late
 _MAX_REASON = 300  # characters of an error: it may quote a whole turn
 
 
@@ -73,8 +75,12 @@ class Here:
 
     def start(self, tasks: Sequence[Task]) -> None:
         """Begin with these tasks; earlier sessions are closed."""
+        self.start_with([(None, task) for task in tasks])
+
+    def start_with(self, tasks: Sequence[tuple[Environment | None, Task]]) -> None:
+        """Begin with tasks of these environments; None is the one that is registered."""
         self.close()
-        self._sessions = [_Seat(task, self._timeout_s) for task in tasks]
+        self._sessions = [_Seat(environment, task, self._timeout_s) for environment, task in tasks]
 
     def begin_reply(self, turns: Turns) -> Replies:
         """What gives the answers; there is nobody else to work on them before it is asked."""
@@ -170,8 +176,8 @@ def answer_each(answer: Callable[[int], Reply], places: Collection[int]) -> Iter
 class _Seat:
     """One task, its session, and the turns that it has not played yet."""
 
-    def __init__(self, task: Task, timeout_s: float) -> None:
-        self._task, self._timeout_s = task, timeout_s
+    def __init__(self, environment: Environment | None, task: Task, timeout_s: float) -> None:
+        self._environment, self._task, self._timeout_s = environment, task, timeout_s
         self.verdict: Verdict | None = None
         self._session: Session | None = None
         self._given: list[dict] = []  # every turn, the first `_played` of them played
@@ -199,12 +205,12 @@ class _Seat:
         return Reply(() if waiting else self._last, self.over, waiting, self.verdict)
 
     def play(self, wait: bool = False) -> bool:
-        """Play what was given as far as there is room; whether that was all. With `wait` the
-        session itself waits for room."""
+        """Play what was given as far as there is room; whether that was all. With `wait` there is
+        room in the end, or the session is lost."""
         while self._session is not None and self._played < len(self._given):
             session, turn = self._session, Turn.of(self._given[self._played])
-            if not wait and not session.ready(turn):
-                return False
+            if not session.ready(turn) and not (wait and self._wait(turn)):
+                return self.over
             self._played += 1
             self._last = tuple(self._in_time(session.reply, turn) or ())
             if self._session is not None and session.over:
@@ -214,9 +220,21 @@ class _Seat:
     def judge(self, wait: bool = False) -> bool:
         """Find the verdict on what was given, if there is room for it; whether it is known."""
         if self.play(wait) and self._session is not None:
-            if wait or self._session.ready(None):
+            if self._session.ready(None) or (wait and self._wait(None)):
                 self._judge()
         return self.over
+
+    def _wait(self, turn: Turn | None) -> bool:
+        """Whether somebody else gave back what this session needs: a thread of this process."""
+        ends = time.monotonic() + runner.WAIT_FOR_SLOT_S
+        while time.monotonic() < ends:
+            if self._session.ready(turn):
+                return True
+            time.sleep(_LOOK_EVERY_S)
+        reason = f"no sandbox was free for {runner.WAIT_FOR_SLOT_S:.0f} s"
+        self.verdict = Verdict(0.0, infra_error=reason)
+        self.close()
+        return False
 
     def begin_anew(self) -> None:
         """Give back what it holds; the same turns are played again when it is asked next."""
@@ -234,7 +252,8 @@ class _Seat:
 
     def _start(self) -> None:
         try:
-            self._session = registry[self._task.environment].start(self._task)
+            environment = self._environment or registry[self._task.environment]
+            self._session = environment.start(self._task)
             self._session.turn_s = _FOR_CALLS * self._timeout_s
         except Exception as error:  # whatever keeps it from starting is not the model's fault
             self.verdict = failure(self._task, error)

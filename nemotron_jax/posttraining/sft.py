@@ -1,7 +1,8 @@
 """Supervised fine-tuning: tasks of an environment played by the model, to see what it learned."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig
@@ -11,9 +12,10 @@ from nemotron_jax.data.chat.tokens import encode_prompt
 from nemotron_jax.data.messages import ORACLE, oracle_source
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.generate import generate
-from nemotron_jax.environments.base import Environment, Session, Task, Verdict
+from nemotron_jax.environments.base import Environment, Task, Verdict
 from nemotron_jax.environments.sound import sound_value
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.posttraining.players import Here, Reply, failure
 
 # Oracles do not think aloud, so the model is asked not to.
 NO_THINKING = ChatOptions(enable_thinking=False)
@@ -62,50 +64,63 @@ def play_tasks(
     A turn is parsed as it was written: a malformed call, or a turn that does not end within
     `max_new_tokens`, is what the environment gets. What fails in one task costs no other.
     """
-    failed: dict[int, Verdict] = {}
-    sessions = [environment.start(task) for environment, task in tasks]
-    try:
-        messages = [list(task.messages) for _, task in tasks]
-        rows = [
-            encode_prompt(tokenizer, m, t.tools, options) for m, (_, t) in _zip(messages, tasks)
-        ]
+    rows = [encode_prompt(tokenizer, t.messages, t.tools, options) for _, t in tasks]
+    places = [_Place(task, list(task.messages)) for _, task in tasks]
+    with contextlib.closing(Here()) as players:
+        players.start_with(tasks)
         turn = 0
-        while not all(s.over or place in failed for place, s in enumerate(sessions)):
-            texts = _turns(model, tokenizer, rows, max_new_tokens, temperature, seed + turn)
-            for place, (session, (_, task)) in enumerate(_zip(sessions, tasks)):
-                if session.over or place in failed:  # its row stays: every call has one shape
-                    continue
-                try:
-                    messages[place] += _exchanged(session, texts[place], options)
-                    if not session.over:
-                        rows[place] = encode_prompt(tokenizer, messages[place], task.tools, options)
-                except Exception as error:
-                    failed[place] = _failure(task, error)
+        while going := {n: one for n, one in enumerate(places) if not one.over}:
+            asked: dict[int, Message | None] = {n: None for n, o in going.items() if o.waiting}
+            if len(asked) < len(going):  # rows that are over stay: every call has one shape
+                texts = _turns(model, tokenizer, rows, max_new_tokens, temperature, seed + turn)
+                written = {n: one for n, one in going.items() if n not in asked}
+                asked |= {n: one.write(texts[n], options) for n, one in written.items()}
+            asked = {n: message for n, message in asked.items() if not places[n].over}
+            for n, reply in players.reply(asked).items():
+                rows[n] = places[n].hear(reply, tokenizer, options) or rows[n]
+            players.end([n for n, one in going.items() if one.failed])
             turn += 1
-        verdicts = (failed.get(place) or _judged(one) for place, one in enumerate(sessions))
-        return [(m, verdict) for m, verdict in _zip(messages, verdicts)]
-    finally:
-        for session in sessions:
-            with contextlib.suppress(Exception):
-                session.close()
+        verdicts = players.verify()
+    return [(one.messages, one.failed or v) for one, v in zip(places, verdicts, strict=True)]
 
 
-def _exchanged(session: Session, text: str, options: ChatOptions) -> list[Message]:
-    """A turn that the model wrote, and what the environment says to it."""
-    turn = parse_turn(text, thinking=options.enable_thinking, tools=session.task.tools)
-    message = sound_value(turn.message())
-    return [message, *sound_value(session.reply(message))]
+@dataclasses.dataclass
+class _Place:
+    """A task while it is played. What fails in it costs no other."""
 
+    task: Task
+    messages: list[Message]
+    over: bool = False
+    waiting: bool = False  # for a sandbox, and so for the answer to its last turn
+    failed: Verdict | None = None
 
-def _judged(session: Session) -> Verdict:
-    try:
-        return session.verify()
-    except Exception as error:
-        return _failure(session.task, error)
+    def write(self, text: str, options: ChatOptions) -> Message:
+        """The message of a turn that the model wrote."""
+        with self._failing():
+            turn = parse_turn(text, thinking=options.enable_thinking, tools=self.task.tools)
+            self.messages.append(sound_value(turn.message()))
+        return self.messages[-1]
 
+    def hear(self, reply: Reply, tokenizer: Tokenizer, options: ChatOptions) -> list[int]:
+        """The prompt of the next turn; empty where there is none."""
+        self.over, self.waiting = reply.over, reply.waiting
+        if self.waiting:
+            return []
+        with self._failing():
+            self.messages += sound_value(reply.messages)
+            if self.over:
+                return []
+            if not reply.messages:
+                raise ValueError("it goes on and says nothing")
+            return encode_prompt(tokenizer, self.messages, self.task.tools, options)
+        return []
 
-def _failure(task: Task, error: Exception) -> Verdict:
-    return Verdict(0.0, infra_error=f"{task.environment}: {error!r}")
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failed, self.over = failure(self.task, error), True
 
 
 def _turns(
@@ -126,7 +141,3 @@ def _turns(
     )
     found = zip(result.tokens, result.lengths, strict=True)
     return [tokenizer.decode(new[:length], show_special=True) for new, length in found]
-
-
-def _zip(first: Sequence, second: Sequence) -> zip:
-    return zip(first, second, strict=True)

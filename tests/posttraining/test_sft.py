@@ -15,6 +15,7 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.generate import Generated
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.posttraining import sft
+from tests.posttraining.alone import Alone
 
 SOURCE = "oracle:arithmetic/1"
 
@@ -71,6 +72,16 @@ def test_turns_of_the_oracle_succeed_and_others_fail(tokenizer, monkeypatch) -> 
     conversation = oracle_conversation(*wanted[0])
     assert [m["role"] for m in played[0][0]] == [m["role"] for m in conversation.messages]
     assert played[0][0][-1]["content"] == conversation.messages[-1]["content"]
+
+
+def test_tasks_that_share_what_one_at_a_time_can_have_are_all_played(
+    tokenizer, monkeypatch
+) -> None:
+    wanted = tasks(3)
+    monkeypatch.setattr(sft, "generate", player(tokenizer, wanted, {}))
+    alone = Alone(wanted[0][0])
+    played = sft.play_tasks(None, tokenizer, [(alone, t) for _, t in wanted], max_new_tokens=64)
+    assert [verdict.reward for _, verdict in played] == [1, 1, 1]
 
 
 class Broken:
