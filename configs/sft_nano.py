@@ -1,4 +1,4 @@
-"""Nemotron 3 Nano fine-tuned by adapters: rank 32 on every linear of the trunk.
+"""Nemotron 3 Nano fine-tuned by adapters: rank 32 on every linear of the trunk that PEFT loads.
 
 Command:  python train.py --config=configs/sft_nano.py --workdir=runs/sft_nano \
               --config.init_from=/models/nano --config.data.tokenizer=/models/nano \

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from nemotron_jax.config.checks import check_value, local_path
 from nemotron_jax.config.dtypes import dtype_name
+from nemotron_jax.config.lora import REFUSED_BY_PEFT
 from nemotron_jax.config.run import DataConfig, RunConfig
 from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
@@ -62,8 +63,10 @@ def load_pretrained(
 def begin_run(config: RunConfig) -> TrainState:
     """A run's first state: random parameters, or those of `config.init_from`.
 
-    Raises ValueError when that directory holds another model than the run's.
+    Raises ValueError when that directory holds another model than the run's. Warns of adapters that
+    other libraries will not load.
     """
+    _warn_of_targets(config)
     if not config.init_from:
         return place_state(config)
     model = load_pretrained(config.init_from, mesh=current_mesh())
@@ -78,6 +81,16 @@ def begin_run(config: RunConfig) -> TrainState:
     placed = abstract_state(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
     return jax.jit(lambda model: first_state(config, model), out_shardings=shardings)(model)
+
+
+def _warn_of_targets(config: RunConfig) -> None:
+    chosen = config.lora.chosen(config.model) if config.lora else ()
+    if refused := [target for target in chosen if target in REFUSED_BY_PEFT]:
+        warnings.warn(
+            f"RunConfig.lora.targets: PEFT loads no adapter with {', '.join(refused)} onto this "
+            "family; train without it, or merge the adapters afterwards",
+            stacklevel=2,
+        )
 
 
 def data_of(config: RunConfig, workdir: Path) -> DataConfig:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from configs import models, pretrain_super_phase1, rlhf_super, rlvr_super, sft_nano, sft_super
 from nemotron_jax.config.convert import from_config_dict, from_json, to_json
+from nemotron_jax.config.lora import REFUSED_BY_PEFT
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.environments import registry
@@ -125,7 +126,8 @@ def test_nano_is_adapted_as_its_recipes_do() -> None:
     config = from_config_dict(RunConfig, sft_nano.get_config())
     assert (config.lora.rank, config.lora.alpha, config.lora.scale) == (32, 32.0, 1.0)
     assert config.training.schedule.peak_learning_rate == 1e-4
-    assert {"attention", "mamba_in", "mamba_out", "shared"} <= set(config.lora.targets)
+    assert {"attention", "mamba_in", "shared"} <= set(config.lora.targets)
+    assert not set(REFUSED_BY_PEFT) & set(config.lora.targets)
     # Moments and gradients are those of the adapters: less than a hundredth of the model.
     table = flatten(abstract_adapted(config.model, config.lora))
     adapters = sum(math.prod(leaf.shape) for name, leaf in table.items() if is_adapter(name))

@@ -3,7 +3,17 @@
 import dataclasses
 
 from nemotron_jax.config.checks import at_least_one, check, is_finite, positive
+from nemotron_jax.config.model import ModelConfig
 
+# Fused kernels of Mamba layers pass adapters of the output projection by, so PEFT takes none there.
+REFUSED_BY_PEFT = ("mamba_out",)
+# By block letter; latent projections are there where the model has a latent width.
+_OF_BLOCKS = {
+    "M": ("mamba_in", "mamba_out"),
+    "*": ("attention",),
+    "-": ("mlp",),
+    "E": ("shared", "latent", "experts"),
+}
 TARGETS = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent", "experts")
 
 
@@ -13,16 +23,23 @@ class LoRAConfig:
 
     `mamba_in` are z, x, B, C and dt, one matrix with one A on the hub; `latent` the projections
     into and out of the experts' width; `experts` get an A and a B each. Attention alone reaches few
-    of the family's layers. Source of the defaults: Megatron-Bridge's recipes for this family, which
-    adapt every linear. `dropout` is the share of an adapter's inputs that are left out in training;
-    routed experts have none, as in PEFT, and stage grpo refuses it: its ratio and its KL term would
-    compare the policy with a thinned one.
+    of the family's layers. The defaults are every linear of Megatron-Bridge's recipes for this
+    family but `mamba_out`, which PEFT refuses to load. `dropout` is the share of an adapter's
+    inputs that are left out in training; routed experts have none, as in PEFT, and stage grpo
+    refuses it: its ratio and its KL term would compare the policy with a thinned one.
     """
 
     rank: int = 32
     alpha: float = 32.0
-    targets: tuple[str, ...] = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent")
+    targets: tuple[str, ...] = ("attention", "mamba_in", "mlp", "shared", "latent")
     dropout: float = 0.0
+
+    def chosen(self, model: ModelConfig) -> tuple[str, ...]:
+        """Those of the targets that a model has."""
+        has_latent = model.moe is not None and model.moe.latent_width is not None
+        there = {target for letter in model.pattern for target in _OF_BLOCKS[letter]}
+        there -= set() if has_latent else {"latent"}
+        return tuple(target for target in self.targets if target in there)
 
     @property
     def scale(self) -> float:

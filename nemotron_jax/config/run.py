@@ -220,6 +220,8 @@ class RunConfig:
             "be trained alone; set both or neither"
         )
         check(self, "lora", (self.training.trains == "lora") == (self.lora is not None), rule)
+        rule = f"must name a matrix of the model, whose blocks are {self.model.pattern!r}"
+        check(self, "lora.targets", self.lora is None or self.lora.chosen(self.model), rule)
         if self.stage == "grpo" and self.lora is not None:
             rule = (
                 "must be 0 in stage grpo: the policy that learns is the one that played, whole; "

@@ -54,7 +54,8 @@ def hidden(model):
 def test_new_adapters_change_no_output_and_leave_the_model_alone(base) -> None:
     before = set(flatten(base))
     model = add_adapters(base, ALL, jax.random.key(0))
-    assert np.array_equal(hidden(model), hidden(base))
+    # Two compiled programs, whose fusions may round their sums apart.
+    np.testing.assert_allclose(hidden(model), hidden(base), atol=2e-6)
     assert set(flatten(base)) == before and not has_adapters(base) and has_adapters(model)
     assert not any(is_adapter(name) for name in before)
 

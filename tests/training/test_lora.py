@@ -12,6 +12,7 @@ from nemotron_jax.config.lora import TARGETS, LoRAConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.adapters import has_adapters, is_adapter, merge_adapters
 from nemotron_jax.model.parameters import abstract_model, flatten
+from nemotron_jax.pretrained import begin_run
 from nemotron_jax.training.state import init_state
 from nemotron_jax.training.step import make_train_step
 from tests.training.runs import (
@@ -70,6 +71,21 @@ def test_adapters_and_their_training_belong_together() -> None:
         dataclasses.replace(small_run("somewhere"), lora=LoRAConfig())
     with pytest.raises(ValueError, match="belong together"):
         changed(small_run("somewhere"), training={"trains": "lora"})
+
+
+def test_targets_that_no_library_loads_are_told_of_before_the_training() -> None:
+    config = lora_run("somewhere")
+    assert "mamba_out" in config.lora.targets and "mamba_out" not in LoRAConfig().targets
+    with pytest.warns(UserWarning, match="PEFT loads no adapter with mamba_out"):
+        with pytest.raises(ValueError, match="holds no config.json"):
+            begin_run(dataclasses.replace(config, init_from="nowhere"))
+
+
+def test_targets_that_the_model_lacks_are_refused() -> None:
+    config = lora_run("somewhere")
+    model = dataclasses.replace(config.model, pattern="*")
+    with pytest.raises(ValueError, match="lora.targets=.*must name a matrix of the model"):
+        dataclasses.replace(config, model=model, lora=LoRAConfig(targets=("mamba_in", "latent")))
 
 
 @pytest.mark.slow
