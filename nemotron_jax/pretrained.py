@@ -14,6 +14,7 @@ from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.lora import REFUSED_BY_PEFT
 from nemotron_jax.config.run import DataConfig, RunConfig
 from nemotron_jax.config.untrusted import read_object
+from nemotron_jax.data import companions
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
@@ -169,5 +170,13 @@ def _load_run(directory: Path, dtype: str | None, mesh: Mesh | None, *, drop_mtp
     loaded = unflatten(
         model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}
     )
-    loaded.origin = Origin(str(path), "bfloat16", step=run_and_step(path)[1])
+    hub = path.parent.parent / companions.FOLDER
+    stops = companions.stop_tokens(hub, config.vocab_size)
+    loaded.origin = Origin(
+        str(path),
+        "bfloat16",
+        stop_tokens=stops,
+        step=run_and_step(path)[1],
+        hub=str(hub) if hub.is_dir() else "",
+    )
     return loaded

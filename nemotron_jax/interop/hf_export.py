@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nemotron_jax.config.hub import text_config, with_text_config
 from nemotron_jax.config.hub_writer import to_hf
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.untrusted import read_object
+from nemotron_jax.data import companions
 from nemotron_jax.interop.hf_import import default_dtype
 from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.interop.hub_files import INDEX_FILE, SINGLE_FILE, HubFiles, open_hub
@@ -25,13 +27,6 @@ from nemotron_jax.model.parameters import flatten
 from nemotron_jax.types import Origin
 
 SHARD_BYTES = 5_000_000_000
-COPIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def save_hub(
@@ -194,16 +189,17 @@ def _name_shards(directory: Path, shards: int, places: dict[str, str], total: in
 
 
 def _write_companions(model: Nemotron, directory: Path, origin: Origin) -> None:
-    source = Path(origin.directory)
-    for name in COPIED_FILES:
-        if origin.directory and (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-    generation = directory / "generation_config.json"
-    if not generation.exists():
-        config = model.config
-        ids = {
-            "bos_token_id": config.bos_token,
-            "eos_token_id": list(origin.stop_tokens) or [config.eos_token],
-            "pad_token_id": config.pad_token,
-        }
-        generation.write_text(json.dumps(ids, indent=2) + "\n")
+    if origin.hub and not Path(origin.hub).is_dir():
+        warnings.warn(
+            f"save_pretrained: {origin.hub} is gone, so no chat template or tokenizer goes along",
+            stacklevel=4,
+        )
+    # A run's checkpoint has the tokenizer, its folder `hub` the rest.
+    sources = dict.fromkeys(name for name in (origin.directory, origin.hub) if name)
+    for source in filter(Path.is_dir, map(Path, sources)):
+        companions.copy(source, directory)
+    if origin.is_part:
+        for file in Path(origin.hub).iterdir():
+            if file.suffix == ".py" or file.name.endswith("processor_config.json"):
+                shutil.copyfile(file, directory / file.name)
+    companions.write_generation(directory, model.config, origin.stop_tokens)

@@ -14,6 +14,7 @@ from nemotron_jax.config.dtypes import DTYPES, dtype_name
 from nemotron_jax.config.hub import text_config, with_text_config
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.untrusted import read_object, shown
+from nemotron_jax.data import companions
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.hub_files import open_hub
 from nemotron_jax.interop.parts import Destination
@@ -81,7 +82,7 @@ def load_hub(
         home,
         stored,
         tuple(sorted(exceptions)),
-        read_stop_tokens(directory, config.vocab_size),
+        companions.stop_tokens(directory, config.vocab_size, _eos(keys)),
         hub=home,
         is_part=text_config(keys) is not keys,
     )
@@ -96,21 +97,8 @@ def default_dtype(name: str, stored: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if stored == "bfloat16" else np.dtype(stored)
 
 
-def read_stop_tokens(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """The end-of-sequence ids of generation_config.json, or else of config.json; empty without
-    any."""
-    file = directory / "generation_config.json"
-    if not file.is_file():
-        file = directory / "config.json"
-    keys = read_object(file, _HINT)
-    eos = keys.get("eos_token_id", text_config(keys).get("eos_token_id"))
-    tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
-        raise ValueError(
-            f"{file}: eos_token_id={shown(eos)} must be a token id below vocab_size={vocab_size} "
-            "or a list of them"
-        )
-    return tuple(dict.fromkeys(tokens))
+def _eos(keys: dict[str, Any]) -> object:
+    return text_config(keys).get("eos_token_id", keys.get("eos_token_id"))
 
 
 def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> str:

@@ -12,6 +12,7 @@ import tensorboardX
 from nemotron_jax.config.convert import to_json
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data import companions
 from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.model.nemotron import Nemotron
@@ -111,6 +112,7 @@ def run(
         state, step = _begin(config, checkpoints, data, begin)
         with atomic_writer(workdir / CONFIG) as out:
             out.write(to_json(config).encode())
+        companions.keep(config, workdir)
         reporter = stack.enter_context(_Reporter(config, workdir, step, evaluators, sampler))
         stop = stack.enter_context(StopSignal())
         state, step = _train(

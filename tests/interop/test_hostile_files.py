@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import nemotron_jax as nj
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.untrusted import MOST_NESTED, parse_json, read_object
-from nemotron_jax.interop.hf_import import read_stop_tokens
+from nemotron_jax.data.companions import stop_tokens
 from nemotron_jax.interop.hub_files import INDEX_FILE, open_hub
 from nemotron_jax.interop.peft_config import CONFIG_FILE, read_adapter_config
 from nemotron_jax.interop.safetensors_file import SafetensorsFile, is_finite
@@ -177,7 +177,7 @@ def test_weights_that_are_no_numbers_name_their_tensor(hub) -> None:
 @pytest.mark.parametrize("eos", [-5, 10**30, [2, -1], [2, 10**9], True, 2.0, {"a": 1}])
 def test_end_tokens_are_ids_of_the_vocabulary(hub, eos) -> None:
     (hub / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    refuses(lambda: read_stop_tokens(hub, 64), "generation_config.json", "eos_token_id")
+    refuses(lambda: stop_tokens(hub, 64), "generation_config.json", "eos_token_id")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_no_damage_to_a_small_file_raises_anything_else(hub) -> None:
 
 
 def stops(hub):
-    return read_stop_tokens(hub, 64)
+    return stop_tokens(hub, 64)
 
 
 def test_a_read_object_says_what_to_do(tmp_path) -> None:

@@ -1,11 +1,15 @@
 """A run that begins with the parameters of another goes on from them, with that one's tokenizer."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
 import nemotron_jax as nj
+from nemotron_jax.data import companions
+from nemotron_jax.decoding.generate import default_stop_tokens
+from nemotron_jax.model.adapters import merge_adapters
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.pretrained import data_of
 from tests.training.runs import changed, small_run, train
@@ -46,3 +50,26 @@ def test_another_model_is_refused(finished_run, tmp_path) -> None:
     config = changed(begun(finished_run), model={"init_std": 0.2})
     with pytest.raises(ValueError, match="its model differs from the run's in init_std"):
         train(config, tmp_path)
+
+
+def test_a_run_s_export_has_the_companions_of_the_hub_model(finished_run, tmp_path) -> None:
+    config, directory, _ = finished_run
+    hub = tmp_path / "model"
+    hub.mkdir()
+    files = {
+        "chat_template.jinja": "{{ messages }}",
+        "tokenizer_config.json": '{"x": 1}',
+        "generation_config.json": '{"eos_token_id": [2, 11], "top_p": 0.95}',
+    }
+    for name, text in files.items():
+        (hub / name).write_text(text)
+    run = shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("hub"))
+    companions.keep(dataclasses.replace(config, init_from=str(hub)), run)
+    shutil.rmtree(hub)
+    model = merge_adapters(nj.load_pretrained(run))
+    assert default_stop_tokens(model) == (2, 11)
+    nj.save_pretrained(model, tmp_path / "out", dtype="float32")
+    for name, text in files.items():
+        assert (tmp_path / "out" / name).read_text() == text
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+    assert default_stop_tokens(nj.load_pretrained(tmp_path / "out")) == (2, 11)

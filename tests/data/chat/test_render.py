@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from nemotron_jax.data.chat.hub_template import template_differences, warn_of_other_template
+from nemotron_jax.data.chat.jinja_template import chat_template
 from nemotron_jax.data.chat.render import ChatOptions, pieces, render
 from nemotron_jax.data.chat.tools import INSTRUCTIONS
 
@@ -101,3 +102,36 @@ def test_a_template_that_differs_is_a_warning_and_is_never_executed(tmp_path) ->
     other = {"chat_template": escape(words).replace("\\n</think>\\n", "</think>")}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(other))
     assert len(template_differences(tmp_path)) == 1
+
+
+@pytest.fixture(scope="module")
+def jinja():
+    """The template as transformers applies one, in its sandbox and with its filters."""
+    jinja2 = pytest.importorskip("jinja2")
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(words):
+        raise jinja2.TemplateError(words)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(chat_template())
+
+
+def test_the_template_that_goes_along_is_the_family_s(tmp_path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(chat_template())
+    assert template_differences(tmp_path) == []
+
+
+def test_the_template_that_goes_along_renders_alike(jinja) -> None:
+    for case in GOLDEN:
+        given = {name: case[name] for name in ("messages", "tools", "add_generation_prompt")}
+        found = jinja.render(**given, **case["chat_template_kwargs"])
+        assert found == case["rendered"], case["name"]
+        drawn = [{"role": "tool", "content": "é\u2028"}, {"role": "developer", "content": None}]
+        messages = [*case["messages"], *drawn, {"role": "tool", "content": [{"text": "a"}]}]
+        options = ChatOptions.from_kwargs(case["chat_template_kwargs"])
+        expected = render(messages, case["tools"], options)
+        assert jinja.render(**given | {"messages": messages, "add_generation_prompt": False},
+                            **case["chat_template_kwargs"]) == expected  # fmt: skip
