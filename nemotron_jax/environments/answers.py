@@ -51,7 +51,7 @@ _LEAVE = re.compile(
 )
 _MARKS = "\"'`*_ "
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*|__([^_\n]{1,200})__")
-_DECORATION = re.compile(r"^[\s$`*_\\()\[\]]*$")
+_DECORATION = re.compile(r"^[\s$`*_\\()\[\]=~-]*$")
 _NUMBER = re.compile(
     r"(?:(\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d{1,40})(?:\.(\d{0,40}))?|\.(\d{1,40}))"
     r"(?:[eE]([+-]?\d{1,3})| ?[x*] ?10\^\(?([+-]?\d{1,3})\)?)?",
@@ -175,9 +175,15 @@ def _line_answer(rest: str) -> str:
 def _doubted(lines: list[str]) -> bool:
     """Whether lines behind an answer say anything that may take it back."""
     return len(lines) > MAX_BEHIND or any(
-        not _LEAVE.search(line) and (len(line.split()) < 3 or bool(_DOUBT.search(line)))
+        not _LEAVE.search(line) and (_is_bare(line) or bool(_DOUBT.search(line)))
         for line in (line[: 2 * MAX_ANSWER] for line in lines)
     )
+
+
+def _is_bare(line: str) -> bool:
+    """Whether a line is too short for a sentence, and so may be one more answer."""
+    words = len(line.split())
+    return words < 2 or (words == 2 and line[-1] not in ".!")
 
 
 def number(text: str | None) -> Fraction | None:

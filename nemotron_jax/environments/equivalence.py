@@ -22,7 +22,9 @@ _WORDS = re.compile(r"[A-Za-z]{2,20}(?:[ \-/][A-Za-z]{2,20}){0,4}(?:\^[23])?")
 # Words behind a number that change it, or that are no unit of what is counted.
 _NO_UNITS = frozenset(
     "or and not but to than times plus minus more less sqrt pi hundred thousand million billion"
-    " trillion dozen half inf sin cos tan log ln mod percent pct most least about".split()
+    " trillion dozen half inf sin cos tan log ln mod percent pct most least about is are was were"
+    " squared cubed factorial choose over divided multiplied by point modulo base root wrong too"
+    " pairs twice squares cubes".split()
 )
 
 
@@ -68,7 +70,10 @@ def _same(expected: str, given: str, depth: int) -> bool:
         other = _number(given)
         if value is not None and other is not None:
             return _equal_numbers(expected, given)
-        return _equal_quantities(expected, given)
+        # A power or a root may be expected, and its number given; not the other way round.
+        return _equal_quantities(expected, given) or (
+            value is None and _equal_expressions(expected, given)
+        )
     if _equal_quantities(expected, given):
         return True
     one, other = _items(expected), _items(given)
