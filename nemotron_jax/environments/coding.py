@@ -4,6 +4,7 @@ Expected results never enter the sandbox. The code gets inputs, its outputs come
 they are compared here: no trick with tests, exits, frames or `__eq__` touches the comparison.
 """
 
+import contextlib
 import functools
 import json
 from typing import Any
@@ -85,6 +86,10 @@ class HoldingSession(CodeSession):
             slot, self.slot = self.slot, None
             self._giver.give_back(slot, self.limits)
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # one that nobody closed; the program may be ending
+            self.close()
+
 
 def code_of(text: str) -> str:
     """The code that an answer gives: its one fenced block, else all of it; "" for several."""
@@ -95,12 +100,14 @@ def code_of(text: str) -> str:
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why no code can be run here; None when it can."""
+def unavailable(limits: Limits = LIMITS) -> str | None:
+    """Why no code can be run within these limits here; None when it can."""
     try:
-        shared()
+        box = shared()
     except SandboxUnavailable as error:
         return str(error)
+    if limits.processes > 1 and box.tasks(limits) is None:
+        return "shells need bubblewrap, or root; docs/sandbox.md says how to get it"
     return None
 
 

@@ -171,7 +171,7 @@ class CommandEquivalence(Environment):
         }
 
     def unavailable(self) -> str | None:
-        return coding.unavailable()
+        return coding.unavailable(SHELL_LIMITS)
 
 
 def _telling_trees(draws: Draws, effect: Callable, values: dict) -> list[Tree]:

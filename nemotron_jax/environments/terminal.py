@@ -209,7 +209,7 @@ class Terminal(Environment):
         }
 
     def unavailable(self) -> str | None:
-        return coding.unavailable()
+        return coding.unavailable(SHELL_LIMITS)
 
 
 ENVIRONMENTS = (Terminal(),)

@@ -145,6 +145,15 @@ def test_a_session_that_is_dropped_or_fails_gives_back_what_it_holds(box) -> Non
     assert sandbox.free == 2
 
 
+def test_a_session_that_nobody_closes_gives_back_its_slot(box) -> None:
+    sandbox = box(1)
+    session = Holder().start(tasks("holder")[0])
+    session.reply(Turn(calls=(ToolCall("work", {}),)))
+    assert sandbox.free == 0
+    del session
+    assert sandbox.free == 1
+
+
 def test_players_beside_each_other_in_one_process_share_a_budget(box) -> None:
     """What is held out is played while the next batch is under way and holds every sandbox."""
     sandbox, first, second = box(1), Here(), Here()
