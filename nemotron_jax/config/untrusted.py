@@ -10,7 +10,7 @@ MOST_BYTES = 64 << 20  # of a JSON file; the index of the family's largest check
 MOST_NESTED = 50  # levels of lists and objects; real files have four
 
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 300
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
