@@ -29,6 +29,11 @@ _SENTENCE = re.compile(
     r"[ \t*_]{0,8}(?:(?:is|are|equals)\b|[:=])[ \t:]{0,4}",
     re.IGNORECASE,
 )
+_CHOSEN = re.compile(
+    r"\b(?:option|choice|answer) ([*_(\[]{0,3}[A-Z][*_)\]]{0,3})"
+    r" is (?:the )?(?:correct|right|best)\b",
+    re.IGNORECASE,
+)
 # Where the answer of a sentence ends, and what else follows only explains it.
 _SENTENCE_END = re.compile(r"[.!?](?=\s+\S)|,? (?:because|since|as it|which|so that|so)\b", re.I)
 _ABBREVIATIONS = frozenset("st dr mr mrs ms mt ft jr sr no vs ca approx prof gen lt fig eq".split())
@@ -149,7 +154,7 @@ def _sentences(line: str) -> list[str]:
         if answer := answer.strip(" \t*_:"):
             doubted = _DOUBT.search(after.lstrip(" ,.!?"))
             answers.append("?" if doubted else answer.removesuffix("!"))
-    return answers
+    return answers + _CHOSEN.findall(line)
 
 
 def _cut(text: str) -> tuple[str, str]:

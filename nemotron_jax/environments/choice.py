@@ -17,6 +17,7 @@ _LETTER = re.compile(
     r"(?:(?<=[\s.):,\-*_])(.{1,1000}))?",
     re.IGNORECASE | re.DOTALL,
 )
+_PRAISE = re.compile(r" is (?:the )?(?:correct|right|best)(?: answer| option| choice| one)?$", re.I)
 # Where a remark begins behind an option's text, and what in a remark names another option.
 _REMARK = re.compile(r"[.,;:] | \(| [-\u2013\u2014] |(?:^| )(?:because|since|as) ", re.I)
 _OTHER = re.compile(r"\b(?:or|not|perhaps|maybe|[A-Z]\)|(?:option|choice) [A-Z])\b", re.IGNORECASE)
@@ -37,7 +38,7 @@ def letter_of(answer: str | None, options: list[str]) -> str | None:
     """
     if not answer or len(answer) > MAX_ANSWER:
         return None
-    text = bare(answer)
+    text = _PRAISE.sub("", bare(answer))
     match = _LETTER.fullmatch(text)
     if match and (place := LETTERS.index((match[1] or match[2]).upper())) < len(options):
         said = (match[3] or "").strip(" .,:;-")

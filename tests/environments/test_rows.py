@@ -155,6 +155,7 @@ UNJUDGEABLE = (
     {"options": [str(n) for n in range(27)], "expected_answer": "A"},
     {"options": TWO, "expected_answer": "B", "grading_mode": "by_heart"},
     {"schema_str": {"type": "array", "minItems": 2, "items": {"const": 1}, "uniqueItems": True}},
+    {"schema_str": SCHEMA, "schema_type": "yaml"},
     {"schema_str": {"type": "integer", "minimum": 3, "maximum": 2}},
     {"expected_answer": "<tool_call>{}</tool_call>"},
 )  # fmt: skip
