@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from nemotron_jax.environments.english import FUNCTION, is_english
 
@@ -79,13 +79,16 @@ def without_echoes(text: str, said: Iterable[str], least: int = 4) -> str:
     return own.strip()
 
 
-def is_prose(words: list[str]) -> bool:
+def is_prose(words: list[str], names: Set[str] = frozenset()) -> bool:
     """Whether words could be sentences in English: most are words of it, and in some order.
 
     Rules catch letters in a row, lists, and function words that cannot stand together. They do
     not understand: a text of this form may still say nothing.
+
+    names: words that count as English here; a number does as well.
     """
-    if not words or sum(map(is_english, words)) < KNOWN * len(words):
+    known = sum(word in names or word.isdecimal() or is_english(word) for word in words)
+    if not words or known < KNOWN * len(words):
         return False
     pairs = list(zip(words, words[1:]))
     if any(a == b and a not in ("had", "that", "very", "so", "long") for a, b in pairs):
