@@ -4,7 +4,6 @@ The checkpoint is a run's directory or a model's in the hub's layout; the latter
 for suites that read held-out text.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ from ml_collections import config_flags
 
 from nemotron_jax import command_line, host
 from nemotron_jax.config.checks import check_value
-from nemotron_jax.config.convert import from_config_dict, from_json
+from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.run_directory import RunDirectory
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Data and sizes: a file of configs/; a run's directory brings its own."
@@ -67,19 +67,19 @@ def evaluate(
     is_seed = type(seed) is int and 0 <= seed < 2**32
     check_value("evaluate", "seed", seed, is_seed, f"must be an integer from 0 to {2**32 - 1}")
     command_line.writable("output", output)
-    own = _own_config(checkpoint)
+    run = RunDirectory.of_model(checkpoint, "--checkpoint")
+    own = run and run.read()
     host.keep_compiled_programs()
     from nemotron_jax.evaluation.evaluator import Subject
     from nemotron_jax.evaluation.report import SuiteRun, metadata, write_report
     from nemotron_jax.evaluation.suites import make_evaluators
     from nemotron_jax.pretrained import load_pretrained
-    from nemotron_jax.training.checkpoint import run_and_step
     from nemotron_jax.training.limits import check_kernels
 
     if config or own:
         check_kernels(config or own)
     is_own = own is not None and (config is None or config.data == own.data)
-    directory = run_and_step(checkpoint)[0]
+    directory = run.path if run else checkpoint
     data_directory = directory if is_own else output / "data"
     model_config = own.model if own else ModelConfig.from_hf(checkpoint)
     subject = Subject(directory, config or own, data_directory, seed, model_config)
@@ -94,22 +94,6 @@ def evaluate(
         values = ", ".join(f"{name} {value:.4g}" for name, value in result.values.items())
         print(f"{evaluator.name}: {values}", flush=True)
     return write_report(output, metadata(model, subject), runs)
-
-
-def _own_config(checkpoint: Path) -> RunConfig | None:
-    """The configuration in a run's directory; None in a hub model's."""
-    file = checkpoint / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"--checkpoint={checkpoint}: holds no config.json; name a run's or a hub model's "
-            "directory"
-        )
-    try:
-        text = file.read_text("utf-8")
-        is_run = "format_version" in json.loads(text)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"--checkpoint: {file} cannot be read ({error}); restore it") from None
-    return from_json(text) if is_run else None
 
 
 def run() -> None:

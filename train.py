@@ -39,6 +39,7 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
 
     from nemotron_jax.data.loader import TrainLoader
     from nemotron_jax.pretrained import begin_run, data_of
+    from nemotron_jax.run_directory import RunDirectory
     from nemotron_jax.sharding import make_mesh
     from nemotron_jax.training import limits, loop
     from nemotron_jax.training.summary import summary
@@ -49,18 +50,19 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
 
         follow = schedule_follows
         return reinforce.run(config, workdir, mesh, fine_tune=train, schedules_follow=follow)
-    config = loop.with_saved_schedule(config, workdir) if schedule_follows else config
-    loop.check_run(config, workdir)
+    directory = RunDirectory(workdir)
+    config = directory.with_saved_schedule(config) if schedule_follows else config
+    directory.check(config)
     limits.check_kernels(config)
     limits.check_memory(config)
     prepare = _conversations if config.stage == "sft" else _text
-    prepared = dataclasses.replace(config, data=data_of(config, workdir))
+    prepared = dataclasses.replace(config, data=data_of(config, directory))
     corpus, parts = prepare(prepared, workdir)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     with contextlib.closing(loader), jax.set_mesh(mesh):
-        outcome = loop.run(config, workdir, data=loader, begin=begin_run, **parts)
+        outcome = loop.run(config, directory, data=loader, begin=begin_run, **parts)
     if outcome.finished:
-        print(summary(outcome.records, workdir))
+        print(summary(outcome.records, directory))
     return 0
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_jax import command_line
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.json_lines import read_objects
-from nemotron_jax.posttraining.result_file import NAME as RESULT
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.posttraining.result_file import read_result
+from nemotron_jax.run_directory import RunDirectory
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 REWARDS = "--config.rl.rollout.rewards"
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     output, status = flags.output, 0
-    missing = [arm for arm in flags.arms if read_result(output / arm / RESULT) is None]
+    missing = [arm for arm in flags.arms if read_result(RunDirectory(output / arm).result) is None]
     for arm in missing:
         if status := run_arm(arm, flags.config, output, overrides):
             break
@@ -66,19 +66,19 @@ def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _check_output(output: Path) -> None:
     """Raise ValueError for a directory that could not take what hours of runs would leave."""
     command_line.writable("output", output)
-    command_line.writable("output", output / "plots")
-    for file in (output / "arms.json", output / "plots" / "arms.png"):
+    command_line.writable("output", RunDirectory(output).plots)
+    for file in (output / "arms.json", RunDirectory(output).plots / "arms.png"):
         if file.is_dir():
             raise ValueError(f"--output={output}: {file} is a folder and must be a file; move it")
 
 
 def run_arm(arm: str, config: str, output: Path, overrides: Sequence[str]) -> int:
     """Run one arm to its end, or on to it; train.py's exit status."""
-    directory = output / arm
-    if arm in SHARED and (output / FIRST / RESULT).exists() and not directory.exists():
+    directory, first = output / arm, RunDirectory(output / FIRST)
+    if arm in SHARED and first.result.exists() and not directory.exists():
         partial = output / f".{arm}"  # a copy that was cut short is none
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(output / FIRST / "sft", partial / "sft")
+        shutil.copytree(first.part("sft").path, RunDirectory(partial).part("sft").path)
         partial.rename(directory)
     flags = [f"--config={config}", f"--workdir={directory}", *ARMS[arm], *overrides]
     environment = {**os.environ, "PYTHONPATH": str(TRAIN.parent)}
@@ -89,9 +89,9 @@ def read_arms(output: Path) -> dict[str, dict[str, Any]]:
     """Every finished arm's result, held-out success by step, and mean reward by step."""
     found = {}
     for arm in ARMS:
-        if (result := read_result(output / arm / RESULT)) is None:
+        if (result := read_result(RunDirectory(output / arm).result)) is None:
             continue
-        lines = read_objects(output / arm / "grpo" / "metrics.jsonl")
+        lines = read_objects(RunDirectory(output / arm).part("grpo").metrics)
         records = [r for _, r in lines if r is not None and isinstance(r.get("step"), int)]
         curve = lambda name, records=records: [
             [r["step"], r[name]] for r in records if isinstance(r.get(name), int | float)
@@ -126,7 +126,7 @@ def draw_arms(arms: dict[str, dict[str, Any]], output: Path) -> None:
         axes.legend()
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    path = output / "plots" / "arms.png"
+    path = RunDirectory(output).plots / "arms.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as out:
         out.write(image.getvalue())

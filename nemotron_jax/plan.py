@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from nemotron_jax import command_line, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.files import atomic_writer
 
 if TYPE_CHECKING:
     import jax  # for main, only once it has read how many devices to show

@@ -13,24 +13,17 @@ from nemotron_jax.config.checks import check_value, local_path
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.lora import REFUSED_BY_PEFT
 from nemotron_jax.config.run import DataConfig, RunConfig
-from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.data import companions
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
-from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.interop.hf_export import save_hub
 from nemotron_jax.interop.hf_import import MTP, load_hub
 from nemotron_jax.model.adapters import abstract_adapted, has_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.run_directory import TOKENIZER, RunDirectory
 from nemotron_jax.sharding import current_mesh
-from nemotron_jax.training.checkpoint import (
-    FOLDER,
-    read_parameters,
-    run_and_step,
-    saved_config,
-    whole_checkpoint,
-)
+from nemotron_jax.training.checkpoint import load_parameters
 from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
 from nemotron_jax.types import Origin
 
@@ -55,10 +48,10 @@ def load_pretrained(
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     dtype = None if dtype is None else dtype_name("load_pretrained", dtype)
     local_path("load_pretrained", "path", path)
-    directory = Path(path)
-    if _is_run(directory):
-        return _load_run(directory, dtype, mesh, drop_mtp=mtp == "drop")
-    return load_hub(directory, dtype, mtp=mtp, mesh=mesh)
+    run = RunDirectory.of_model(path, "load_pretrained")
+    if run is not None:
+        return _load_run(run, dtype, mesh, drop_mtp=mtp == "drop")
+    return load_hub(Path(path), dtype, mtp=mtp, mesh=mesh)
 
 
 def begin_run(config: RunConfig) -> TrainState:
@@ -94,20 +87,20 @@ def _warn_of_targets(config: RunConfig) -> None:
         )
 
 
-def data_of(config: RunConfig, workdir: Path) -> DataConfig:
+def data_of(config: RunConfig, directory: RunDirectory) -> DataConfig:
     """The run's data, with the tokenizer of `init_from` where it would train one of its own.
 
     Parameters mean nothing under another tokenizer. One that the run already has stays.
     """
     train = config.data.tokenizer.startswith(TRAIN_TOKENIZER)
-    if not config.init_from or not train or (workdir / TOKENIZER).exists():
+    if not config.init_from or not train or directory.tokenizer.exists():
         return config.data
     if not Path(config.init_from).is_dir():
         raise ValueError(
             f"RunConfig.init_from={config.init_from!r}: is not a directory; name a run's or a hub "
             "model's"
         )
-    if not (Path(config.init_from) / TOKENIZER).exists():
+    if not RunDirectory(config.init_from).tokenizer.exists():
         raise ValueError(
             f"RunConfig.init_from={config.init_from!r} holds no {TOKENIZER}; name the one that its "
             "model was trained with in data.tokenizer"
@@ -128,7 +121,7 @@ def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None 
     directory is a run's.
     """
     local_path("save_pretrained", "path", path)
-    if (Path(path) / FOLDER).is_dir():
+    if RunDirectory(path).checkpoints.is_dir():
         raise ValueError(
             f"save_pretrained: {path} is a run's directory, whose config.json would be lost; name "
             "another"
@@ -147,36 +140,25 @@ def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None 
     save_hub(model, path, dtype)
 
 
-def _is_run(directory: Path) -> bool:
-    """Whether config.json is a run's and not a hub model's; both have that name."""
-    if not (directory / "config.json").exists():
-        raise ValueError(
-            f"load_pretrained: {directory} holds no config.json; pass the directory of a model or "
-            "of a run"
-        )
-    config = read_object(directory / "config.json", "pass the directory of a model or of a run")
-    return "format_version" in config and "model_type" not in config
-
-
-def _load_run(directory: Path, dtype: str | None, mesh: Mesh | None, *, drop_mtp: bool) -> Nemotron:
-    path = whole_checkpoint(*run_and_step(directory))
-    config, parameters = read_parameters(path, mesh)
-    run = saved_config(path.parent.parent)
+def _load_run(
+    directory: RunDirectory, dtype: str | None, mesh: Mesh | None, *, drop_mtp: bool
+) -> Nemotron:
+    run, step, parameters = load_parameters(directory, mesh=mesh)
+    config = run.model
     if drop_mtp:
         config = dataclasses.replace(config, mtp=None)
         parameters = {n: p for n, p in parameters.items() if not n.startswith("mtp_block.")}
-    model = abstract_adapted(config, run and run.lora, dtype or "float32")  # runs store float32
+    model = abstract_adapted(config, run.lora, dtype or "float32")  # runs store float32
     dtypes = {name: leaf.dtype for name, leaf in flatten(model).items()}
     loaded = unflatten(
         model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}
     )
-    hub = path.parent.parent / companions.FOLDER
-    stops = companions.stop_tokens(hub, config.vocab_size)
+    stops = companions.stop_tokens(directory.companions, config.vocab_size)
     loaded.origin = Origin(
-        str(path),
+        str(directory.checkpoint(step).absolute()),
         "bfloat16",
         stop_tokens=stops,
-        step=run_and_step(path)[1],
-        hub=str(hub) if hub.is_dir() else "",
+        step=step,
+        hub=str(directory.companions) if directory.companions.is_dir() else "",
     )
     return loaded

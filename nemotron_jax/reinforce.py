@@ -13,26 +13,23 @@ import jax
 from jax.sharding import Mesh
 
 from nemotron_jax.config.run import RunConfig, ScheduleConfig
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.conversations import PATTERNS
-from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining import rl_loop
-from nemotron_jax.posttraining.curriculum import PLAYS, POOLS, make_pools
+from nemotron_jax.posttraining.curriculum import make_pools
 from nemotron_jax.posttraining.engine_sampler import make_sampler
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.plots import draw_result
 from nemotron_jax.posttraining.result import result, summary
-from nemotron_jax.posttraining.result_file import NAME as RESULT
 from nemotron_jax.posttraining.result_file import read_result
 from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
-from nemotron_jax.posttraining.transcripts import JSONL, PAGE, Transcripts, write_page
+from nemotron_jax.posttraining.transcripts import Transcripts, write_page
 from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_tokenizer
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
-from nemotron_jax.training.checkpoint import FOLDER, checkpoint_steps, whole_step
-from nemotron_jax.training.metrics import FILE_NAME as METRICS
 from nemotron_jax.training.metrics import read_records
 
 SFT, GRPO = "sft", "grpo"
@@ -54,26 +51,28 @@ def run(
     Gives the exit status.
     """
     began, cpu_began = time.monotonic(), time.process_time()
-    config = with_saved_schedules(config, workdir) if schedules_follow else config
-    _check(config, workdir)
-    if (found := _finished(config, workdir / RESULT)) is not None:
-        print(summary(found, workdir))
+    whole = RunDirectory(workdir)
+    directory = whole.part(GRPO)
+    config = with_saved_schedules(config, whole) if schedules_follow else config
+    _check(config, whole)
+    if (found := _finished(config, whole.result)) is not None:
+        print(summary(found, whole))
         return 0
-    if config.warm_start is not None and not _fine_tuned(config, workdir / SFT, fine_tune):
+    if config.warm_start is not None and not _fine_tuned(config, whole.part(SFT), fine_tune):
         return 0  # stopped by a signal
-    start = _start(config, workdir)
+    start = _start(config, whole)
     tokenizer = load_tokenizer(start)
     if _demonstrates(config):
-        fine_tune(_longer(config, workdir), workdir / GRPO)
+        fine_tune(_longer(config, whole), directory.path)
     else:
         rl_loop.check_prompts(config, tokenizer)
         with jax.set_mesh(mesh):
-            _reinforce(config, workdir / GRPO, tokenizer, start, mesh)
-    done = checkpoint_steps(workdir / GRPO / FOLDER)
+            _reinforce(config, directory, tokenizer, start, mesh)
+    done = directory.steps()
     if not done or done[-1] < config.training.steps:
         return 0  # stopped by a signal
     with jax.set_mesh(mesh):
-        before, after = (load_pretrained(path, mesh=mesh) for path in (start, workdir / GRPO))
+        before, after = (load_pretrained(path, mesh=mesh) for path in (start, directory.path))
         found = result(before, after, tokenizer, config)
     ended = (
         _began_with(before)
@@ -83,23 +82,23 @@ def run(
             "cpu_seconds": time.process_time() - cpu_began,
         }
     )
-    with atomic_writer(workdir / RESULT) as out:
+    with atomic_writer(whole.result) as out:
         out.write((json.dumps(found | ended, indent=1) + "\n").encode())
-    draw_result(found, read_records(workdir / GRPO / METRICS)[0], workdir)
-    print(summary(found, workdir))
+    draw_result(found, read_records(directory.metrics)[0], whole)
+    print(summary(found, whole))
     return 0
 
 
-def with_saved_schedules(config: RunConfig, workdir: Path) -> RunConfig:
+def with_saved_schedules(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """The run with the schedules that its parts were begun with, where only their steps changed."""
     if config.warm_start is not None:
-        first = loop.with_saved_schedule(warm_start_run(config), workdir / SFT)
+        first = directory.part(SFT).with_saved_schedule(warm_start_run(config))
         warm_start = dataclasses.replace(config.warm_start, training=first.training)
         config = dataclasses.replace(config, warm_start=warm_start)
-    return config if _demonstrates(config) else loop.with_saved_schedule(config, workdir / GRPO)
+    return config if _demonstrates(config) else directory.part(GRPO).with_saved_schedule(config)
 
 
-def _check(config: RunConfig, workdir: Path) -> None:
+def _check(config: RunConfig, directory: RunDirectory) -> None:
     """Raise ValueError for what cannot be run here, before anything is trained."""
     if (count := jax.process_count()) > 1:
         raise ValueError(
@@ -118,29 +117,27 @@ def _check(config: RunConfig, workdir: Path) -> None:
         )
     rl_loop.check_rollouts(config)
     check_sandboxes(config.rl.rollout)
-    for file in (RESULT, *(f"{GRPO}/{name}" for name in (JSONL, PAGE, POOLS, PLAYS))):
-        if (workdir / file).is_dir():
-            raise ValueError(f"run {workdir}: {file} is a folder and must be a file; move it away")
+    directory.check_names()
     if not _demonstrates(config):
-        _check_prompts(config, workdir / SFT)
-    part = _longer(config, workdir) if _demonstrates(config) else config
-    loop.check_run(part, workdir / GRPO)
+        _check_prompts(config, directory.part(SFT))
+    part = _longer(config, directory) if _demonstrates(config) else config
+    directory.part(GRPO).check(part)
 
 
-def _check_prompts(config: RunConfig, first: Path) -> None:
+def _check_prompts(config: RunConfig, first: RunDirectory) -> None:
     """Raise ValueError where no prompt leaves room to answer, as far as the tokenizer is known."""
     if config.warm_start is None:
         rl_loop.check_prompts(config, load_tokenizer(config.init_from))
         return
     name = data_of(warm_start_run(config), first).tokenizer
-    if (first / TOKENIZER).exists():
-        name = str(first)
+    if first.tokenizer.exists():
+        name = str(first.path)
     rl_loop.check_prompts(config, PATTERNS[name] if name in PATTERNS else load_tokenizer(name))
 
 
-def _start(config: RunConfig, workdir: Path) -> str:
+def _start(config: RunConfig, directory: RunDirectory) -> str:
     """The directory whose model reinforcement learning begins with."""
-    return config.init_from if config.warm_start is None else str(workdir / SFT)
+    return config.init_from if config.warm_start is None else str(directory.part(SFT).path)
 
 
 def _began_with(model: Nemotron) -> dict[str, str]:
@@ -152,14 +149,14 @@ def _demonstrates(config: RunConfig) -> bool:
     return config.rl.rollout.rewards == "demonstrations"
 
 
-def _longer(config: RunConfig, workdir: Path) -> RunConfig:
+def _longer(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """The control's run; its rate is the same at every step, however many they are."""
-    longer = longer_run(config, _start(config, workdir))
-    return loop.with_saved_schedule(longer, workdir / GRPO)
+    longer = longer_run(config, _start(config, directory))
+    return directory.part(GRPO).with_saved_schedule(longer)
 
 
 def _fine_tuned(
-    config: RunConfig, directory: Path, fine_tune: Callable[[RunConfig, Path], int]
+    config: RunConfig, directory: RunDirectory, fine_tune: Callable[[RunConfig, Path], int]
 ) -> bool:
     """Whether the warm start is there to its last step; it is trained where it is not.
 
@@ -167,12 +164,12 @@ def _fine_tuned(
     the steps up to that are taken again, which give the same model.
     """
     first = warm_start_run(config)
-    done, newest = whole_step(directory), max(checkpoint_steps(directory / FOLDER), default=0)
+    done, newest = directory.whole_step(), max(directory.steps(), default=0)
     if done < first.training.steps:
         if newest > done:
-            print(f"note: {directory}: step {newest} is damaged; going on from step {done}")
-        fine_tune(first, directory)
-        done = whole_step(directory)  # a signal may have stopped it before the damaged step
+            print(f"note: {directory.path}: step {newest} is damaged; going on from step {done}")
+        fine_tune(first, directory.path)
+        done = directory.whole_step()  # a signal may have stopped it before the damaged step
     return done >= first.training.steps
 
 
@@ -207,10 +204,10 @@ def longer_run(config: RunConfig, start: str) -> RunConfig:
 
 
 def _reinforce(
-    config: RunConfig, workdir: Path, tokenizer: Tokenizer, start: str, mesh: Mesh
+    config: RunConfig, directory: RunDirectory, tokenizer: Tokenizer, start: str, mesh: Mesh
 ) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(workdir)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory.path)
     first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
     rollout = config.rl.rollout
     for line in sandbox_lines(rollout):
@@ -223,16 +220,16 @@ def _reinforce(
         sampler=make_sampler(rollout),
         players=players,
         reference=first() if config.rl.objective.kl_weight else None,
-        pools=make_pools(config, play, workdir),
-        on_episodes=Transcripts(workdir, config.rl.transcripts, thinking=rollout.thinking).add,
+        pools=make_pools(config, play, directory),
+        on_episodes=Transcripts(directory, config.rl.transcripts, thinking=rollout.thinking).add,
     )
     with contextlib.closing(rollouts):
         loop.run(
             config,
-            workdir,
+            directory,
             data=rollouts,
             evaluators=[rl_loop.success_of_tasks(tokenizer, config)],
             begin=lambda config: begin_run(dataclasses.replace(config, init_from=start)),
             objective=grpo_objective,
         )
-    write_page(workdir)
+    write_page(directory)

@@ -18,6 +18,9 @@ FLOORS = {
     "nemotron_jax.environments": 1,
     "pallas_kernels": 1,
     "nemotron_jax.host": 1,
+    "nemotron_jax.files": 1,
+    "nemotron_jax.manifest": 1.2,
+    "nemotron_jax.run_directory": 1.3,
     "nemotron_jax.types": 1.5,  # what a layer is told holds an Execution
     "nemotron_jax.quant": 2,
     "nemotron_jax.sharding": 1.8,  # quantisers take maxima over devices

@@ -9,8 +9,9 @@ from configs import grpo_tiny
 from nemotron_jax import reinforce
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.lora import LoRAConfig
+from nemotron_jax.config.resume import check_resumable
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.training.resume import check_resumable
+from nemotron_jax.run_directory import RunDirectory, Saved
 
 CONFIG = from_config_dict(RunConfig, grpo_tiny.get_config())
 
@@ -29,7 +30,10 @@ class Parts:
         self.asked.append(config)
         return self.train(config, workdir)
 
-    def train(self, config: RunConfig, workdir, *unused: object) -> int:
+    def learn(self, config: RunConfig, directory: RunDirectory, *unused: object) -> int:
+        return self.train(config, directory.path)
+
+    def train(self, config: RunConfig, workdir) -> int:
         self.done.append(workdir.name)
         if workdir.name not in self.stops:
             self.steps[workdir.name] = config.training.steps
@@ -47,17 +51,16 @@ class Parts:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     made = Parts()
-    steps = lambda folder: [s] if (s := made.steps.get(folder.parent.name)) else []
-    whole = lambda folder: made.damaged.get(
-        folder.name, max(steps(folder / "checkpoints"), default=0)
-    )
+    steps = lambda run: [s] if (s := made.steps.get(run.path.name)) else []
+    whole = lambda run: made.damaged.get(run.path.name, max(steps(run), default=0))
+    monkeypatch.setattr(RunDirectory, "steps", steps)
+    monkeypatch.setattr(RunDirectory, "whole_step", whole)
+    monkeypatch.setattr(RunDirectory, "saved", lambda run: None)
     monkeypatch.setattr(reinforce.rl_loop, "check_prompts", lambda *unused: None)
     replaced = {
-        "checkpoint_steps": steps,
-        "whole_step": whole,
         "load_tokenizer": lambda *unused: None,
         "load_pretrained": lambda *unused, **options: None,
-        "_reinforce": made.train,
+        "_reinforce": made.learn,
         "result": made.result,
         "draw_result": lambda *unused: None,
     }
@@ -152,13 +155,14 @@ def test_either_part_that_goes_on_keeps_its_schedule(tmp_path, monkeypatch) -> N
         return dataclasses.replace(config, training=training)
 
     saved = {"grpo": CONFIG, "sft": reinforce.warm_start_run(CONFIG)}
-    monkeypatch.setattr(reinforce.loop, "saved_config", lambda folder: saved[folder.name])
+    of_part = lambda run: Saved(saved[run.path.name], 1)
+    monkeypatch.setattr(RunDirectory, "saved", of_part)
     first = longer(reinforce.warm_start_run(CONFIG), 300).training
     asked = longer(CONFIG, 140)
     asked = dataclasses.replace(
         asked, warm_start=dataclasses.replace(asked.warm_start, training=first)
     )
-    kept = reinforce.with_saved_schedules(asked, tmp_path)
+    kept = reinforce.with_saved_schedules(asked, RunDirectory(tmp_path))
     assert (kept.training.steps, kept.warm_start.training.steps) == (140, 300)
     assert kept.training.schedule == CONFIG.training.schedule
     assert kept.warm_start.training.schedule == CONFIG.warm_start.training.schedule
@@ -168,7 +172,9 @@ def test_either_part_that_goes_on_keeps_its_schedule(tmp_path, monkeypatch) -> N
     rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
     control = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, rollout=rollout))
     saved["grpo"] = reinforce.longer_run(control, str(tmp_path / "sft"))
-    check_resumable(saved["grpo"], reinforce._longer(longer(control, 140), tmp_path), "grpo")
+    check_resumable(
+        saved["grpo"], reinforce._longer(longer(control, 140), RunDirectory(tmp_path)), "grpo"
+    )
 
 
 def test_the_control_goes_on_with_fine_tuning_at_its_last_rate(tmp_path, parts) -> None:

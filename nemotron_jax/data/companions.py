@@ -16,10 +16,9 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.config.untrusted import read_object, shown
 from nemotron_jax.data.chat import jinja_template
 from nemotron_jax.data.chat.render import END
-from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.run_directory import CONFIG, TOKENIZER, RunDirectory
 
-FOLDER = "hub"  # of a run's directory
 GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
 FILES = (
     TOKENIZER,
@@ -47,25 +46,26 @@ def copy(source: Path, target: Path) -> None:
         shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
 
 
-def keep(config: RunConfig, workdir: Path) -> None:
-    """Keep the companions of a run that begins, once, in its folder `hub`.
+def keep(config: RunConfig, directory: RunDirectory) -> None:
+    """Keep the companions of a run that begins, once, in its own folder of them.
 
     They are those of `init_from`, a hub directory or a run that kept its own. A run of stage sft or
     grpo adds what they lack for a chat: the family's template, and the id that ends a turn.
     """
-    if (workdir / FOLDER).exists():
+    target = directory.companions
+    if target.exists():
         return
     source = _source(config.init_from)
-    staging = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-writing-", dir=workdir))
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-writing-", dir=directory.path))
     try:
         if source is not None:
             copy(source, staging)
         (staging / TOKENIZER).unlink(missing_ok=True)  # the run has its own
-        if config.stage in _CHAT_STAGES and (workdir / TOKENIZER).is_file():
-            _complete(staging, config.model, Tokenizer.load(workdir))
+        if config.stage in _CHAT_STAGES and directory.tokenizer.is_file():
+            _complete(staging, config.model, Tokenizer.load(directory.path))
         if any(staging.iterdir()):
             staging.chmod(0o755)
-            _take_place(staging, workdir / FOLDER)
+            _take_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -76,7 +76,7 @@ def stop_tokens(directory: Path, vocab_size: int, default: object = None) -> tup
     file = directory / GENERATION
     eos = read_object(file, _HINT).get("eos_token_id") if file.is_file() else None
     if eos is None:
-        file, eos = directory / "config.json", default
+        file, eos = directory / CONFIG, default
     tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(type(token) is int and 0 <= token < vocab_size for token in tokens):
         raise ValueError(
@@ -108,10 +108,8 @@ def _source(init_from: str) -> Path | None:
     if not init_from:
         return None
     path = Path(init_from)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
-    if (run / FOLDER).is_dir():
-        return run / FOLDER
-    return path if path.is_dir() else None
+    kept = RunDirectory.named(path).companions
+    return kept if kept.is_dir() else path if path.is_dir() else None
 
 
 def _take_place(staging: Path, target: Path) -> None:

@@ -29,7 +29,6 @@ from nemotron_jax.data.messages import (
 )
 from nemotron_jax.data.packing import Row, empty_row, lookahead_of, make_batch
 from nemotron_jax.data.tokenizer import (
-    FILE_NAME,
     PHRASE_PATTERN,
     WORD_PATTERN,
     Tokenizer,
@@ -37,6 +36,7 @@ from nemotron_jax.data.tokenizer import (
     check_vocabulary,
     train_tokenizer,
 )
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.types import Batch
 
 Progress = Callable[[str], None]
@@ -280,7 +280,7 @@ def _collect(source: str, data: DataConfig, sft: SFTConfig, seed: int) -> Conver
 def _tokenizer(
     data: DataConfig, found: Sequence[Conversations], vocab_size: int, directory: Path
 ) -> Tokenizer:
-    if (directory / FILE_NAME).exists():
+    if RunDirectory(directory).tokenizer.exists():
         tokenizer = Tokenizer.load(directory)
     elif data.tokenizer not in PATTERNS:
         tokenizer = Tokenizer.load(data.tokenizer)

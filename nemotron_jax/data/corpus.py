@@ -12,21 +12,20 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from nemotron_jax.config.run import DataConfig
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.held_out import Split, split_documents
 from nemotron_jax.data.packing import DocumentTokens, Stream
 from nemotron_jax.data.sources import Collection, Document, Manifest, collect, manifest_of
 from nemotron_jax.data.tokenizer import (
-    FILE_NAME,
     Tokenizer,
     check_end,
     check_vocabulary,
     train_tokenizer,
 )
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.run_directory import TOKENIZER, RunDirectory
 from nemotron_jax.types import Batch
 
 FORMAT_VERSION = 1
-FOLDER = "corpus"
 TRAIN_TOKENIZER = "train"  # the value of DataConfig.tokenizer that asks for a new one
 MANY_TIMES = 100  # readings of a text from which on a run is warned
 ENCODED_TOGETHER = 256  # documents whose ids are Python lists at one time
@@ -86,6 +85,7 @@ def prepare(
     or was trained for another, or when it does not end documents with the model's `eos_token`.
     """
     directory = Path(directory)
+    folder = RunDirectory(directory).corpus
     collections = [collect(source) for source in data.sources]
     manifest = manifest_of(collections, data.held_out_fraction)
     for collection in collections:
@@ -99,10 +99,10 @@ def prepare(
         check_end(tokenizer, eos_token)
         _check_trained_for(data, directory, stored, vocab_size)
         if stored is not None and (corpus := _load(directory, stored, tokenizer)) is not None:
-            progress(f"{directory / FOLDER}: {_describe(corpus)}, as stored with the run")
+            progress(f"{folder}: {_describe(corpus)}, as stored with the run")
             return tokenizer, corpus
         if stored is not None:
-            progress(f"{directory / FOLDER}: stored arrays are missing or damaged, making new ones")
+            progress(f"{folder}: stored arrays are missing or damaged, making new ones")
     split = split_documents(collections, data.held_out_fraction)
     progress(
         f"held out: {len(split.held_out)} documents; "
@@ -115,7 +115,7 @@ def prepare(
         progress(f"tokenizer: {tokenizer.vocab_size} ids learned from {len(texts)} documents")
     tokenizer.save(directory)
     corpus = build_corpus(split, tokenizer, manifest)
-    progress(f"{directory / FOLDER}: {_describe(corpus)}")
+    progress(f"{folder}: {_describe(corpus)}")
     _save(directory, corpus, tokenizer, manifest, split, vocab_size)
     return tokenizer, corpus
 
@@ -200,7 +200,7 @@ def _fingerprint(manifest: Manifest, tokenizer: Tokenizer) -> str:
 
 
 def _manifest_path(directory: Path) -> Path:
-    return directory / FOLDER / "manifest.json"
+    return RunDirectory(directory).corpus / "manifest.json"
 
 
 def _read_stored(directory: Path) -> dict[str, Any] | None:
@@ -261,10 +261,10 @@ def _existing_tokenizer(
 ) -> Tokenizer | None:
     """The run's or the configured tokenizer; None when one is still to be trained."""
     given = None if data.tokenizer == TRAIN_TOKENIZER else Tokenizer.load(data.tokenizer)
-    own = Tokenizer.load(directory) if (directory / FILE_NAME).exists() else None
+    own = Tokenizer.load(directory) if RunDirectory(directory).tokenizer.exists() else None
     if own is None and stored is not None and given is None:
         raise ValueError(
-            f"run {directory} has a corpus and no {FILE_NAME}; restore the file, "
+            f"run {directory} has a corpus and no {TOKENIZER}; restore the file, "
             "or start in a new directory"
         )
     for tokenizer in filter(None, (own, given)):
@@ -284,7 +284,7 @@ def _existing_tokenizer(
 def _arrays(directory: Path, sources: int) -> list[tuple[Path, Path]]:
     """Token and offset files: one pair for each source's training part, then the held-out one."""
     names = [f"train_{source}" for source in range(sources)] + ["held_out"]
-    folder = directory / FOLDER
+    folder = RunDirectory(directory).corpus
     return [(folder / f"{name}.tokens.npy", folder / f"{name}.offsets.npy") for name in names]
 
 

@@ -14,9 +14,9 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.run_directory import TOKENIZER, RunDirectory
 
-FILE_NAME = "tokenizer.json"
 RESERVED_IDS = 16
 NAMED_IDS = {
     0: "<pad>",
@@ -142,7 +142,7 @@ class Tokenizer:
         """The tokenizer of a tokenizer.json, or of the one in a directory."""
         file = Path(path)
         if file.is_dir():
-            file = file / FILE_NAME
+            file = file / TOKENIZER
         try:
             definition = file.read_text("utf-8")
         except FileNotFoundError:
@@ -163,7 +163,7 @@ class Tokenizer:
         """Writes tokenizer.json, into a directory or to a .json path; whole or not at all."""
         file = Path(path)
         if file.suffix != ".json":
-            file = file / FILE_NAME
+            file = file / TOKENIZER
         with atomic_writer(file) as out:
             out.write(self._definition.encode())
         return file
@@ -274,7 +274,8 @@ def _check_byte_level(parsed: dict[str, Any]) -> None:
 
 def _copy_of(file: Path) -> str:
     """Where a run keeps a copy of its damaged or lost tokenizer; empty outside a run."""
-    copies = sorted(file.parent.glob(f"checkpoints/step_*/{FILE_NAME}"))
+    run = RunDirectory(file.parent)
+    copies = [copy for step in run.steps() if (copy := run.checkpoint(step) / TOKENIZER).exists()]
     return f"; the run keeps a copy in {copies[-1]}" if copies else ""
 
 

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.corpus import Corpus, prepare
-from nemotron_jax.data.tokenizer import FILE_NAME, Tokenizer
+from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.run_directory import TOKENIZER
 
 Cell = str | int | float
 
@@ -96,7 +97,7 @@ class Subject:
         data = config.data
         if self.data_directory != self.checkpoint:
             self.tokenizer  # noqa: B018  # a checkpoint without one is an error, not a new tokenizer
-            data = dataclasses.replace(data, tokenizer=str(self.checkpoint / FILE_NAME))
+            data = dataclasses.replace(data, tokenizer=str(self.checkpoint / TOKENIZER))
         model = self.model or config.model
         options = {"eos_token": model.eos_token, "progress": lambda line: None}
         return prepare(data, model.vocab_size, self.data_directory, **options)[1]

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 
 from nemotron_jax.config.convert import to_json
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.evaluation.evaluator import Plot, Result, Subject
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.training.checkpoint import FOLDER, checkpoint_steps, run_and_step
+from nemotron_jax.run_directory import RunDirectory
 
 FORMAT_VERSION = 1
 LIBRARIES = ("nemotron-jax", "jax", "jaxlib", "flax", "numpy")
@@ -63,7 +63,7 @@ def metadata(model: Nemotron, subject: Subject) -> dict[str, Any]:
     return {
         "checkpoint": str(subject.checkpoint),
         "step": model.origin and model.origin.step,
-        "checkpoint_steps": checkpoint_steps(run_and_step(subject.checkpoint)[0] / FOLDER),
+        "checkpoint_steps": RunDirectory(subject.checkpoint).steps(),
         "model": {
             "pattern": model.config.pattern,
             "width": model.config.width,

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.untrusted import shown
-from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.peft_checks import check_complete, warn_of_other_base
 from nemotron_jax.interop.peft_config import CONFIG_FILE, AdapterConfig, read_adapter_config

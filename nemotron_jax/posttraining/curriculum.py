@@ -16,18 +16,17 @@ from jaxtyping import Float, Int
 
 from nemotron_jax.config.rl import RLConfig, RolloutConfig
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.environments.base import Environment, Task
 from nemotron_jax.environments.catalogue import task_source
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.run_directory import RunDirectory
 
 # Task numbers of each environment, by its name in the config, in the order of being played.
 Pools = Mapping[str, Sequence[int]]
 # Rewards of tasks, NaN where unknown, by the number of the play and that of the first task.
 PoolPlays = Callable[[Sequence[Task], int, int], Sequence[float]]
 
-# What a run keeps of its pools: the pools, and each batch of the plays that they come from.
-POOLS, PLAYS = "pools.json", "pools.jsonl"
 _TELL_EVERY_S = 10.0  # between lines about plays, of which there may be hours
 
 # Keeps the tasks of episodes apart from those that fine-tuning with the same seed has seen.
@@ -108,7 +107,7 @@ def _environment_of_prompts(config: RolloutConfig, count: int) -> Int[np.ndarray
     return np.minimum(np.searchsorted(bounds, points, side="right"), len(shares) - 1)
 
 
-def make_pools(config: RunConfig, play: PoolPlays, directory: Path) -> Pools | None:
+def make_pools(config: RunConfig, play: PoolPlays, directory: RunDirectory) -> Pools | None:
     """Each environment's pool: its tasks but those that the model always solves, easiest first.
 
     The pools are kept in a file, since a run that goes on has another model by then, and so are the
@@ -119,10 +118,10 @@ def make_pools(config: RunConfig, play: PoolPlays, directory: Path) -> Pools | N
         return None
     names, count = config.rl.rollout.environments, config.rl.pool_tasks
     of = _settings(config)
-    if (kept := _read_pools(directory / POOLS, of)) is not None:
+    if (kept := _read_pools(directory.pools, directory.pool_plays, of)) is not None:
         return kept
     tasks = [training_task(name, config.seed, n) for name in names for n in range(count)]
-    rewards = _played(config, tasks, play, directory / PLAYS)
+    rewards = _played(config, tasks, play, directory.pool_plays)
     counts = np.sum(~np.isnan(rewards), axis=0)
     means = np.where(counts, np.nansum(rewards, axis=0) / np.maximum(counts, 1), np.nan)
     found = dict(zip(names, means.reshape(len(names), count), strict=True))
@@ -131,12 +130,12 @@ def make_pools(config: RunConfig, play: PoolPlays, directory: Path) -> Pools | N
         "always_solved": {name: float(np.mean(rates == 1)) for name, rates in found.items()},
         "unknown": {name: float(np.mean(np.isnan(rates))) for name, rates in found.items()},
     }
-    with atomic_writer(directory / POOLS) as out:
+    with atomic_writer(directory.pools) as out:
         out.write(json.dumps(_signed(values | {"of": of})).encode())
     return values["pools"]
 
 
-def _read_pools(path: Path, of: str) -> Pools | None:
+def _read_pools(path: Path, plays: Path, of: str) -> Pools | None:
     """The pools of a file; None where there is none, or, with a warning, where it does not hold
     those of this run as they were written."""
     try:
@@ -148,7 +147,7 @@ def _read_pools(path: Path, of: str) -> Pools | None:
     if isinstance(found, dict) and found.get("of") == of and _is_signed(found):
         return found["pools"]
     kind = "is of other settings" if _is_signed(found) else "is damaged"
-    warnings.warn(f"{path}: {kind}; it is made again of {PLAYS}", stacklevel=3)
+    warnings.warn(f"{path}: {kind}; it is made again of {plays.name}", stacklevel=3)
     return None
 
 

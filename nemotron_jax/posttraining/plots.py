@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_jax.data.atomic import atomic_writer
-from nemotron_jax.training.plots import FOLDER
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.run_directory import RunDirectory
 
 _HEALTH = {
     "reward": "mean reward",
@@ -17,7 +17,9 @@ _HEALTH = {
 }
 
 
-def draw_result(result: dict[str, Any], records: Sequence[dict[str, Any]], directory: Path) -> Path:
+def draw_result(
+    result: dict[str, Any], records: Sequence[dict[str, Any]], directory: RunDirectory
+) -> Path:
     """plots/result.png of a run, with its data in plots/result.json.
 
     `result` is that of result.json, `records` those of metrics.jsonl. Left: held-out success before
@@ -37,10 +39,12 @@ def draw_result(result: dict[str, Any], records: Sequence[dict[str, Any]], direc
     _draw_gains(axes[0], parts)
     _draw_curves(axes[1], curves, "held-out success", marker=".")
     _draw_curves(axes[2], health, "of a batch of episodes")
-    figure.suptitle(f"{directory.name}: n={result['n']} held-out tasks, played once each")
+    figure.suptitle(
+        f"{directory.path.absolute().name}: n={result['n']} held-out tasks, played once each"
+    )
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    path = directory / FOLDER / "result.png"
+    path = directory.plots / "result.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_writer(path) as out:
         out.write(image.getvalue())

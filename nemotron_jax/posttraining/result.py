@@ -1,7 +1,6 @@
 """What reinforcement learning has changed: held-out tasks played before and after it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,6 +13,7 @@ from nemotron_jax.environments.base import Task
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.curriculum import held_out_tasks
 from nemotron_jax.posttraining.rl_loop import play_tasks_once
+from nemotron_jax.run_directory import RunDirectory
 
 Values = dict[str, float | int | list[float] | dict]
 
@@ -76,7 +76,7 @@ def easy_tasks(tasks: Sequence[Task], slip: str) -> Bool[np.ndarray, "N"]:
     return np.array([is_right(task) for task in tasks], bool)
 
 
-def summary(found: Values, workdir: Path) -> str:
+def summary(found: Values, directory: RunDirectory) -> str:
     """A result as a short table."""
     low, high = found["interval"]
     rows = {
@@ -89,5 +89,5 @@ def summary(found: Values, workdir: Path) -> str:
         for name, part in found["environments"].items():
             low, high = part["interval"]
             rows[name] = f"{part['before']:.3f} to {part['after']:.3f}, {low:+.3f} to {high:+.3f}"
-    rows["result"] = workdir / "result.json"
+    rows["result"] = directory.result
     return "\n".join(f"{name:22}{value}" for name, value in rows.items())

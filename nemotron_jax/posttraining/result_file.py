@@ -6,8 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-NAME = "result.json"
-
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """The result in a file; None where there is none, or, with a warning, where it is damaged."""

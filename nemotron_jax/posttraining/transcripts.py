@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.environments.sound import sound_value
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.posttraining.rollout import Episode
+from nemotron_jax.run_directory import RunDirectory
 
-JSONL, PAGE = "transcripts.jsonl", "transcripts.html"
 _SHOWN = 200  # episodes of the page, the newest
 _ANSWER_LETTERS = 80  # of a last turn that stand in the line of a folded episode
 
@@ -26,9 +26,9 @@ class Transcripts:
     as `data.sources` reads them.
     """
 
-    def __init__(self, directory: Path, keep: int, *, thinking: bool = False) -> None:
+    def __init__(self, directory: RunDirectory, keep: int, *, thinking: bool = False) -> None:
         """`thinking`: whether the prompts opened the reasoning."""
-        self._path, self._keep, self._thinking = directory / JSONL, keep, thinking
+        self._path, self._keep, self._thinking = directory.transcripts, keep, thinking
         self._begun = False
 
     def add(self, number: int, episodes: Sequence[Episode], rewards: Sequence[float]) -> None:
@@ -113,10 +113,10 @@ def _line(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_page(directory: Path) -> Path:
+def write_page(directory: RunDirectory) -> Path:
     """transcripts.html beside transcripts.jsonl: its newest episodes, one below the other."""
-    newest = read_transcripts(directory / JSONL)[-_SHOWN:]
-    path = directory / PAGE
+    newest = read_transcripts(directory.transcripts)[-_SHOWN:]
+    path = directory.transcripts_page
     with atomic_writer(path) as out:
         out.write(page(newest).encode())
     return path

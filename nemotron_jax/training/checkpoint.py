@@ -12,7 +12,6 @@ the plain name was whole once. Directories of saves that were killed are removed
 import dataclasses
 import errno
 import json
-import logging
 import re
 import shutil
 import threading
@@ -25,25 +24,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from nemotron_jax.config.convert import from_json
-from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.manifest import sync_directory, write_manifest
 from nemotron_jax.model.adapters import abstract_adapted
 from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
-from nemotron_jax.training.manifest import find_fault, sync_directory, write_manifest
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.state import TrainState
 
 FORMAT_VERSION = 1
-FOLDER = "checkpoints"
-CONFIG, STATE, ARRAYS = "config.json", "state.json", "arrays"
+STATE, ARRAYS = "state.json", "arrays"
 MODEL, OPTIMIZER = "model", "optimizer"
-_READ = (CONFIG, STATE, f"{ARRAYS}/{MODEL}/")  # what parameters are read from
 _COUNTERS = ("step", "skipped", "skipped_in_a_row")
-_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(partial|removed)")
 
 Table = dict[str, jax.Array]
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +56,9 @@ class Checkpoints:
     method, and the first one alone renames and removes.
     """
 
-    def __init__(self, run_directory: Path, keep: int) -> None:
-        self.folder = Path(run_directory).absolute() / FOLDER
+    def __init__(self, directory: RunDirectory, keep: int) -> None:
+        self._run = RunDirectory(directory.path.absolute())
+        self.folder = self._run.checkpoints
         self._keep = keep
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finalizer: threading.Thread | None = None
@@ -99,7 +94,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self._newest:
             return
-        partial = self.folder / f"{_name(step)}.partial"
+        partial = self._partial(step)
         partial.mkdir(exist_ok=True)
         arrays = {MODEL: flatten(state.model), OPTIMIZER: optimizer_table(state.optimizer)}
         meta = {
@@ -137,9 +132,10 @@ class Checkpoints:
         None where there is no checkpoint. A damaged one is named in a warning and an older one is
         taken; raises ValueError when none is whole, or when the arrays do not fit `like`.
         """
-        path = newest_whole(self.folder)
-        if path is None:
+        step = self._run.newest_whole()
+        if step is None:
             return None
+        path = self._run.checkpoint(step)
         meta = _read_state(path)
         shapes = {MODEL: flatten(like.model), OPTIMIZER: optimizer_table(like.optimizer)}
         arrays = _read_arrays(path, shapes)
@@ -167,20 +163,23 @@ class Checkpoints:
             self._error = self._explained(error, step, needed)
 
     def _commit(self, step: int, texts: Mapping[str, str]) -> None:
-        final = self.folder / _name(step)
-        partial = self.folder / f"{final.name}.partial"
+        final, partial = self._run.checkpoint(step), self._partial(step)
         for name, text in texts.items():
             (partial / name).write_text(text, "utf-8")
         write_manifest(partial)
         _remove(final)  # a damaged one of this step: restore() fell back past it
         partial.rename(final)
         sync_directory(self.folder)
-        steps = checkpoint_steps(self.folder)
+        steps = self._run.steps()
         # What lies after this step was damaged when the run resumed before it.
         past = [other for other in steps if other > step]
         old = [other for other in steps if other <= step][: -self._keep]
         for other in past + old:
-            _remove(self.folder / _name(other))
+            _remove(self._run.checkpoint(other))
+
+    def _partial(self, step: int) -> Path:
+        """Where a checkpoint is made before it has its name."""
+        return self._run.checkpoint(step).with_suffix(".partial")
 
     def _remove_leftovers(self, ignore_errors: bool = False) -> None:
         """Remove what saves left that were killed or failed."""
@@ -198,7 +197,7 @@ class Checkpoints:
         words = ("No space left", "ENOSPC", "EDQUOT", "Disk quota", "EFBIG", "File too large")
         if getattr(error, "errno", None) not in full and not any(w in str(error) for w in words):
             return error
-        path = self.folder / _name(step)
+        path = self._run.checkpoint(step)
         free = shutil.disk_usage(self.folder).free
         return OSError(
             errno.ENOSPC,
@@ -226,110 +225,23 @@ def optimizer_table(state: Any) -> Table:
     return table
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, ascending, whole or not; a file is no checkpoint."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    matches = (_NAME.fullmatch(path.name) for path in paths if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def run_and_step(path: str | Path) -> tuple[Path, int | None]:
-    """The run's directory that a path names, and the step where it names one of its checkpoints."""
-    path = Path(path)
-    name = _NAME.fullmatch(path.name)
-    if name and path.parent.name == FOLDER and path.is_dir():
-        return path.parent.parent, int(name[1])
-    return path, None
-
-
-def newest_whole(folder: Path, *, parts: tuple[str, ...] = ("",)) -> Path | None:
-    """The newest checkpoint without a damaged file; warns of those passed over.
-
-    None where there is no checkpoint; raises ValueError where there are some and none is whole.
-    """
-    faults = []
-    for step in reversed(checkpoint_steps(folder)):
-        path = folder / _name(step)
-        fault = find_fault(path, parts)
-        if fault is None:
-            if faults:
-                _LOGGER.warning("falling back to checkpoint %s", path)
-            return path
-        _LOGGER.warning("checkpoint %s is damaged: %s", path, fault)
-        faults.append(fault)
-    if not faults:
-        return None
-    raise ValueError(
-        f"{folder} holds no whole checkpoint: {'; '.join(faults)}; restore the files, or remove "
-        "the folder to start from the first step"
-    )
-
-
-def saved_config(run_directory: str | Path) -> RunConfig | None:
-    """The configuration of the newest checkpoint whose configuration is whole; None without one."""
-    saved = saved_config_and_step(run_directory)
-    return saved and saved[0]
-
-
-def saved_config_and_step(run_directory: str | Path) -> tuple[RunConfig, int] | None:
-    """The same, with the checkpoint's step."""
-    path = newest_whole(Path(run_directory) / FOLDER, parts=(CONFIG,))
-    if path is None:
-        return None
-    return from_json((path / CONFIG).read_text("utf-8")), int(_NAME.fullmatch(path.name)[1])
-
-
-def whole_step(run_directory: str | Path) -> int:
-    """The step of the newest checkpoint that parameters can be read from; 0 without checkpoints.
-
-    Warns of damaged ones passed over; raises ValueError where there are some and none is whole.
-    """
-    path = newest_whole(Path(run_directory) / FOLDER, parts=_READ)
-    return 0 if path is None else int(_NAME.fullmatch(path.name)[1])
-
-
-def whole_checkpoint(run_directory: str | Path, step: int | None = None) -> Path:
-    """A run's checkpoint of one step, or its newest whole one.
-
-    Raises ValueError when there is no such checkpoint or none is whole.
-    """
-    folder = Path(run_directory).absolute() / FOLDER
-    if step is None:
-        path = newest_whole(folder, parts=_READ)
-    else:
-        path = folder / _name(step)
-        if fault := find_fault(path, _READ):
-            raise ValueError(f"load_parameters: {fault}; choose one of {checkpoint_steps(folder)}")
-    if path is None:
-        raise ValueError(
-            f"load_parameters: {folder} holds no checkpoint; train for some steps first"
-        )
-    return path
-
-
 def load_parameters(
-    run_directory: str | Path, step: int | None = None, *, mesh: Mesh | None = None
-) -> tuple[ModelConfig, Table]:
-    """A run's model configuration and its parameters by name, of one step or the newest whole one.
+    directory: RunDirectory, *, mesh: Mesh | None = None
+) -> tuple[RunConfig, int, Table]:
+    """A run's configuration, step and parameters by name: of the checkpoint that was named, or of
+    the newest one that they can be read from.
 
     `mesh` lays them out on its devices; by default they are on one. Raises ValueError when there is
     no such checkpoint or none is whole.
     """
-    return read_parameters(whole_checkpoint(run_directory, step), mesh)
-
-
-def read_parameters(path: Path, mesh: Mesh | None = None) -> tuple[ModelConfig, Table]:
-    """The model configuration and the parameters by name of a whole checkpoint."""
-    run = from_json((path / CONFIG).read_text("utf-8"))
+    step = directory.model_step()
+    run = directory.at(step).read()
     model = abstract_adapted(run.model, run.lora)
     like = flatten(model)
     for name, sharding in ({} if mesh is None else model_shardings(model, mesh)).items():
         like[name] = jax.ShapeDtypeStruct(like[name].shape, like[name].dtype, sharding=sharding)
-    return run.model, _read_arrays(path, {MODEL: like})[MODEL]
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
+    path = directory.checkpoint(step).absolute()
+    return run, step, _read_arrays(path, {MODEL: like})[MODEL]
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,27 +12,17 @@ from nemotron_jax.config.convert import to_json
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data import companions
-from nemotron_jax.data.atomic import atomic_writer
-from nemotron_jax.data.tokenizer import FILE_NAME as TOKENIZER
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import unflatten
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.sharding import place_batch
-from nemotron_jax.training import metrics as metrics_files
-from nemotron_jax.training.checkpoint import (
-    CONFIG,
-    FOLDER,
-    Checkpoints,
-    checkpoint_steps,
-    load_parameters,
-    saved_config,
-    saved_config_and_step,
-)
+from nemotron_jax.training.checkpoint import Checkpoints, load_parameters
 from nemotron_jax.training.losses import Objective, pretrain_objective
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
 from nemotron_jax.training.plots import draw_curves
 from nemotron_jax.training.progress import Progress
-from nemotron_jax.training.resume import check_resumable
 from nemotron_jax.training.signals import StopSignal, sole_owner
 from nemotron_jax.training.state import TrainState, abstract_state, place_state
 from nemotron_jax.training.step import Metrics, batch_tokens, compile_train_step
@@ -82,7 +71,7 @@ class TrainingStopped(FloatingPointError):
 
 def run(
     config: RunConfig,
-    workdir: str | Path,
+    directory: RunDirectory,
     *,
     data: Loader | ModelLoader,
     evaluators: Sequence[Evaluator] = (),
@@ -103,62 +92,26 @@ def run(
     ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
     checkpoint cannot be saved.
     """
-    workdir = Path(workdir).absolute()
-    check_run(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    directory.check(config)
+    directory.path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sole_owner(workdir))
-        checkpoints = stack.enter_context(Checkpoints(workdir, config.logging.keep_checkpoints))
+        stack.enter_context(sole_owner(directory.path))
+        checkpoints = stack.enter_context(Checkpoints(directory, config.logging.keep_checkpoints))
         state, step = _begin(config, checkpoints, data, begin)
-        with atomic_writer(workdir / CONFIG) as out:
-            out.write(to_json(config).encode())
-        companions.keep(config, workdir)
-        reporter = stack.enter_context(_Reporter(config, workdir, step, evaluators, sampler))
+        files = _files(config, directory)
+        with atomic_writer(directory.config) as out:
+            out.write(files[directory.config.name].encode())
+        companions.keep(config, directory)
+        reporter = stack.enter_context(_Reporter(config, directory, step, evaluators, sampler))
         stop = stack.enter_context(StopSignal())
-        state, step = _train(
-            config, workdir, state, step, _Parts(data, checkpoints, reporter, stop, objective)
-        )
+        parts = _Parts(data, checkpoints, files, reporter, stop, objective)
+        state, step = _train(config, state, step, parts)
         checkpoints.wait()
         finished = step >= config.training.steps
         if finished:
             reporter.whole(state.model, final)
             reporter.merged(state.model)
         return Outcome(step, finished, tuple(reporter.log.records), state.model)
-
-
-def check_run(config: RunConfig, workdir: str | Path) -> None:
-    """Raise ValueError when the directory cannot be this run's.
-
-    Its checkpoints are another run's or further than the run goes, or a name in it is a file where
-    the run keeps a folder, or a folder where it keeps a file.
-    """
-    workdir = Path(workdir)
-    for name in (FOLDER, "tensorboard", "plots", "corpus"):
-        if (workdir / name).exists() and not (workdir / name).is_dir():
-            raise ValueError(f"run {workdir}: {name} is a file and must be a folder; move it away")
-    for name in (CONFIG, TOKENIZER, metrics_files.FILE_NAME, metrics_files.SAMPLES_NAME):
-        if (workdir / name).is_dir():
-            raise ValueError(f"run {workdir}: {name} is a folder and must be a file; move it away")
-    if (found := saved_config_and_step(workdir)) is None:
-        return
-    saved, done = found
-    check_resumable(saved, config, str(workdir))
-    if done > (steps := config.training.steps):
-        raise ValueError(
-            f"run {workdir} has {done} steps behind it and training.steps={steps} asks for fewer: "
-            "there is nothing to train; name another workdir, or raise training.steps"
-        )
-
-
-def with_saved_schedule(config: RunConfig, workdir: str | Path) -> RunConfig:
-    """The run with the schedule that it was begun with, where only its steps have changed."""
-    saved = saved_config(workdir)
-    if saved is None or saved.training.schedule == config.training.schedule:
-        return config
-    training = dataclasses.replace(config.training, schedule=saved.training.schedule)
-    kept = dataclasses.replace(config, training=training)
-    same_steps = saved.training.steps == config.training.steps
-    return config if same_steps else kept
 
 
 def _begin(
@@ -181,6 +134,7 @@ class _Parts:
 
     data: Loader | ModelLoader
     checkpoints: Checkpoints
+    files: dict[str, str]  # that every checkpoint keeps
     reporter: "_Reporter"
     stop: StopSignal
     objective: Callable[[RunConfig], Objective]
@@ -196,11 +150,10 @@ class _Parts:
 
 
 def _train(
-    config: RunConfig, workdir: Path, state: TrainState, step: int, parts: _Parts
+    config: RunConfig, state: TrainState, step: int, parts: _Parts
 ) -> tuple[TrainState, int]:
     steps, logging, reporter = config.training.steps, config.logging, parts.reporter
     current = train_step = None
-    files = _files(config, workdir)
     while step < steps and not parts.stop.requested:
         batch = parts.next(state.model)
         compiles = current != (wanted := config.at_step(step))
@@ -224,11 +177,11 @@ def _train(
         if saves:
             # Its records first: after a kill they cannot be made again from a later checkpoint.
             reporter.log.sync()
-            parts.checkpoints.save(state, parts.data.state(), files)
+            parts.checkpoints.save(state, parts.data.state(), parts.files)
         parts.checkpoints.check()
     if parts.stop.requested:
         reporter.progress.note(f"stopped after step {step}; saving")
-        parts.checkpoints.save(state, parts.data.state(), files)
+        parts.checkpoints.save(state, parts.data.state(), parts.files)
     return state, step
 
 
@@ -243,10 +196,10 @@ def _check_finite(metrics: Metrics, step: int, config: RunConfig) -> None:
         )
 
 
-def _files(config: RunConfig, workdir: Path) -> dict[str, str]:
-    files = {CONFIG: to_json(config)}
-    if (workdir / TOKENIZER).exists():
-        files[TOKENIZER] = (workdir / TOKENIZER).read_text("utf-8")
+def _files(config: RunConfig, directory: RunDirectory) -> dict[str, str]:
+    files = {directory.config.name: to_json(config)}
+    if directory.tokenizer.exists():
+        files[directory.tokenizer.name] = directory.tokenizer.read_text("utf-8")
     return files
 
 
@@ -256,18 +209,17 @@ class _Reporter:
     def __init__(
         self,
         config: RunConfig,
-        workdir: Path,
+        directory: RunDirectory,
         step: int,
         evaluators: Sequence[Evaluator],
         sampler: Sampler | None,
     ) -> None:
-        self._config, self._workdir = config, workdir
+        self._config, self._directory = config, directory
         self._evaluators, self._sampler = evaluators, sampler
-        self.log = MetricsLog(workdir / metrics_files.FILE_NAME, step)
-        samples = workdir / metrics_files.SAMPLES_NAME
-        self._samples = None if sampler is None else SamplesLog(samples, step)
+        self.log = MetricsLog(directory.metrics, step)
+        self._samples = None if sampler is None else SamplesLog(directory.samples, step)
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+            str(directory.tensorboard), purge_step=step + 1 if step else None
         )
         before = self.log.records[-1].get("seconds") if self.log.records else None
         self.speed = Speed(config, step, before or 0.0)
@@ -317,7 +269,7 @@ class _Reporter:
     def merged(self, model: Nemotron) -> None:
         """Compare the merged newest checkpoints with the last one, where the config asks for it."""
         window = self._config.logging.merge_window
-        steps = checkpoint_steps(self._workdir / FOLDER)[-window:] if window else []
+        steps = self._directory.steps()[-window:] if window else []
         done = not self.log.records or "merged_steps" in self.log.records[-1]
         if len(steps) < 2 or not self._evaluators or done:
             return
@@ -325,7 +277,7 @@ class _Reporter:
         weights = minus_sqrt_weights(
             steps, schedule.final_learning_rate / schedule.peak_learning_rate
         )
-        tables = (load_parameters(self._workdir, step)[1] for step in steps)
+        tables = (load_parameters(self._directory.at(step))[-1] for step in steps)
         last = self.log.records[-1]
         values = self._evaluate(unflatten(model, merge(tables, weights)), last["step"])
         self.log.extend_last(
@@ -346,7 +298,7 @@ class _Reporter:
         return {name: value for found in values for name, value in found.items()}
 
     def _illustrate(self, step: int, model: Nemotron) -> None:
-        draw_curves(self.log.records, self._workdir)
+        draw_curves(self.log.records, self._directory)
         if self._sampler is not None:
             text = self._sampler(model)
             self._samples.append(step, text)

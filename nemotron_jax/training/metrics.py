@@ -12,12 +12,10 @@ from typing import Any
 import jax
 
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.data.atomic import atomic_writer
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
+from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.accounting import training_flops
 
-FILE_NAME = "metrics.jsonl"
-SAMPLES_NAME = "samples.txt"
 Record = dict[str, Any]
 
 # Dense bfloat16 FLOP/s of one device by the beginning of its kind, longest first; from the vendors'

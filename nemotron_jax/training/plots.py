@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.run_directory import RunDirectory
 
-FOLDER = "plots"
 LOSS, REWARD = "loss.png", "reward.png"
 
 Points = list[tuple[int, float]]
 
 
-def draw_curves(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
+def draw_curves(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
     """The picture of the records of metrics.jsonl: of what is earned where something is, else of
     the loss."""
     earns = any("reward" in record for record in records)
-    return (draw_reward if earns else draw_loss)(records, run_directory)
+    return (draw_reward if earns else draw_loss)(records, directory)
 
 
-def draw_loss(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
+def draw_loss(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
     """plots/loss.png, with its data in plots/loss.json.
 
     Training and held-out loss over tokens; the entropy of single tokens is the line that a model
@@ -32,17 +32,17 @@ def draw_loss(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
         "held-out loss": _curve(records, "tokens", "held_out_loss"),
     }
     entropies = [record["unigram_entropy"] for record in records if record.get("unigram_entropy")]
-    figure, (axes,) = _figure(run_directory.name, rows=1)
+    figure, (axes,) = _figure(directory.path.absolute().name, rows=1)
     _draw(axes, shown, marked="held-out loss")
     if entropies:
         axes.axhline(entropies[-1], color="grey", ls="--", label="entropy of single tokens")
     _describe(axes, "tokens", "loss (nats per token)")
     data = {"x": "tokens", "y": "nats per token", **shown}
     data["entropy of single tokens"] = entropies[-1] if entropies else None
-    return _write(figure, run_directory / FOLDER / LOSS, data)
+    return _write(figure, directory.plots / LOSS, data)
 
 
-def draw_reward(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
+def draw_reward(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
     """plots/reward.png, with its data in plots/reward.json.
 
     Above what the episodes of each step earned and held-out success; below the loss of the policy
@@ -54,13 +54,13 @@ def draw_reward(records: Sequence[dict[str, Any]], run_directory: Path) -> Path:
         "held-out success": _curve(records, "step", "success"),
     }
     surrogate = {"policy-gradient surrogate": _curve(records, "step", "loss")}
-    figure, (above, below) = _figure(run_directory.name, rows=2)
+    figure, (above, below) = _figure(directory.path.absolute().name, rows=2)
     _draw(above, earned, marked="held-out success")
     _describe(above, steps, "reward")
     _draw(below, surrogate)
     _describe(below, steps, "surrogate loss")
     data = {"x": steps, "y": "reward", **earned, **surrogate}
-    return _write(figure, run_directory / FOLDER / REWARD, data)
+    return _write(figure, directory.plots / REWARD, data)
 
 
 def _figure(title: str, rows: int) -> tuple[Any, Sequence[Any]]:

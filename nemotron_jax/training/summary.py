@@ -1,12 +1,13 @@
 """What a finished run reached, in a few lines."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from nemotron_jax.training.metrics import SAMPLES_NAME, Record
+from nemotron_jax.run_directory import RunDirectory
+from nemotron_jax.training.metrics import Record
+from nemotron_jax.training.plots import LOSS
 
 
-def summary(records: Sequence[Record], workdir: Path) -> str:
+def summary(records: Sequence[Record], directory: RunDirectory) -> str:
     """What a finished run reached, as a short table."""
     last = next((record for record in reversed(records) if "held_out_loss" in record), {})
     speeds = [r["tokens_per_second"] for r in records if r.get("tokens_per_second")]
@@ -18,10 +19,10 @@ def summary(records: Sequence[Record], workdir: Path) -> str:
         rows["success"] = f"{last['success']:.2f} of held-out tasks, {before:.2f} at first"
     rows |= {
         "speed": f"{sorted(speeds)[len(speeds) // 2]:,.0f} tokens/s" if speeds else "not measured",
-        "loss curve": workdir / "plots" / "loss.png",
-        "checkpoints": workdir / "checkpoints",
+        "loss curve": directory.plots / LOSS,
+        "checkpoints": directory.checkpoints,
     }
-    if (samples := workdir / SAMPLES_NAME).exists() and samples.stat().st_size:
+    if (samples := directory.samples).exists() and samples.stat().st_size:
         rows["samples"] = samples
     return "\n".join(f"{name:15}{value}" for name, value in rows.items())
 

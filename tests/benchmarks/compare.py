@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.files import atomic_writer
 from tests.benchmarks import scaling
 from tests.benchmarks.cases import CASES, DEFAULT_CASES, SCALING_LENGTHS, Case, goal_of
 

@@ -9,6 +9,7 @@ from nemotron_jax.config.run import RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data import companions
 from nemotron_jax.data.chat.hub_template import template_differences
 from nemotron_jax.data.tokenizer import train_tokenizer
+from nemotron_jax.run_directory import RunDirectory
 from tests.tiny_models import tiny_config
 
 SIX = {
@@ -42,8 +43,8 @@ def kept(folder, **changes) -> dict[str, str]:
     """What a run in this folder keeps."""
     folder.mkdir()
     TRAINED.save(folder)
-    companions.keep(run_config(**changes), folder)
-    files = sorted((folder / companions.FOLDER).glob("*"))
+    companions.keep(run_config(**changes), RunDirectory(folder))
+    files = sorted((folder / "hub").glob("*"))
     return {file.name: file.read_text() for file in files}
 
 
@@ -65,8 +66,8 @@ def test_a_chat_that_was_learned_here_has_a_template_and_ends_its_turns(tmp_path
     settings = json.loads(files["tokenizer_config.json"])
     assert (settings["eos_token"], settings["bos_token"]) == ("<|im_end|>", "<s>")
     assert "chat_template.jinja" in files
-    assert template_differences(tmp_path / "run" / companions.FOLDER) == []
-    assert companions.stop_tokens(tmp_path / "run" / companions.FOLDER, 512) == (2, 11)
+    assert template_differences(tmp_path / "run/hub") == []
+    assert companions.stop_tokens(tmp_path / "run/hub", 512) == (2, 11)
 
 
 def test_a_base_model_that_learns_to_chat_gets_what_it_lacks(hub, tmp_path) -> None:
@@ -83,7 +84,7 @@ def test_a_base_model_that_learns_to_chat_gets_what_it_lacks(hub, tmp_path) -> N
 
 def test_a_run_of_plain_text_has_nothing_to_keep(tmp_path) -> None:
     assert kept(tmp_path / "run") == {}
-    assert not (tmp_path / "run" / companions.FOLDER).exists()
+    assert not (tmp_path / "run/hub").exists()
 
 
 def test_end_tokens_of_the_config_count_where_generation_names_none(hub) -> None:

@@ -9,6 +9,7 @@ from nemotron_jax.config.model import AttentionConfig, ModelConfig, MoEConfig
 from nemotron_jax.config.run import DataConfig, RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data.corpus import prepare
 from nemotron_jax.pretrained import load_pretrained
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.checkpoint import Checkpoints
 from nemotron_jax.training.state import init_state
 from tests.training.runs import write_texts
@@ -50,7 +51,7 @@ def run_directory(run_config, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     tokenizer, corpus = prepare(run_config.data, 320, directory, progress=lambda line: None)
     (directory / "config.json").write_text(to_json(run_config))
-    with Checkpoints(directory, keep=1) as checkpoints:
+    with Checkpoints(RunDirectory(directory), keep=1) as checkpoints:
         checkpoints.save(init_state(run_config), {}, {"config.json": to_json(run_config)})
         checkpoints.wait()
     return directory

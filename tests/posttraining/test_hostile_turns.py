@@ -14,6 +14,7 @@ from nemotron_jax.environments import registry
 from nemotron_jax.posttraining import policy_batch
 from nemotron_jax.posttraining.rl_loop import Rollouts
 from nemotron_jax.posttraining.transcripts import Transcripts, read_transcripts, write_page
+from nemotron_jax.run_directory import RunDirectory
 from tests.posttraining import hostile
 
 SANDBOXED = ("python_tool", "sql", "code_tests", "bug_repair", "terminal", "command_equivalence")
@@ -65,7 +66,7 @@ def played(config: RunConfig, tokenizer, directory: Path, *, large: float, every
     model, seen = hostile.Model(tokenizer, large), []
 
     def begin() -> Rollouts:
-        transcripts = Transcripts(directory, config.rl.transcripts)
+        transcripts = Transcripts(RunDirectory(directory), config.rl.transcripts)
 
         def note(number, episodes, rewards) -> None:
             for episode, reward in zip(episodes, rewards, strict=True):
@@ -102,7 +103,9 @@ def check_files(config: RunConfig, directory: Path) -> None:
     assert [one["batch"] for one in found] == [
         batch for batch in range(number) for _ in range(rollout.prompts * rollout.generations)
     ]
-    assert write_page(directory).read_text("utf-8").count("<details") == min(len(found), 200)
+    assert write_page(RunDirectory(directory)).read_text("utf-8").count("<details") == min(
+        len(found), 200
+    )
 
 
 def check_run(config: RunConfig, tokenizer, directory: Path, **options) -> int:

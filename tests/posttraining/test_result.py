@@ -12,6 +12,7 @@ from nemotron_jax.environments.base import Verdict
 from nemotron_jax.posttraining import result as results
 from nemotron_jax.posttraining.result import compared, easy_tasks, result, summary
 from nemotron_jax.posttraining.rollout import Episode
+from nemotron_jax.run_directory import RunDirectory
 
 TASKS = [registry["arithmetic"].split(0, "held_out", n, level=1) for n in range(12)]
 
@@ -67,7 +68,7 @@ def test_a_result_is_of_all_tasks_and_of_each_kind(grpo_config, monkeypatch) -> 
         assert total / 19 == pytest.approx(found[moment])
         kinds = sum(found[f"{kind}_n"] * found[f"{kind}_{moment}"] for kind in ("easy", "hard"))
         assert kinds / 19 == pytest.approx(found[moment])
-    lines = summary(found, Path("run")).splitlines()
+    lines = summary(found, RunDirectory(Path("run"))).splitlines()
     assert [line.split()[0] for line in lines] == [
         "success",
         "easy",

@@ -30,6 +30,7 @@ from nemotron_jax.posttraining.rl_loop import (
 )
 from nemotron_jax.posttraining.rollout import UNPLAYED, Episode, TurnSpan
 from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
 from nemotron_jax.training.losses import Objective
 from nemotron_jax.training.state import first_state
@@ -298,7 +299,7 @@ def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path
 
         data = Rollouts(config, phrases, on_episodes=note)
         options = {"data": data, "begin": begin, "objective": grpo_objective}
-        return loop.run(config, tmp_path / name, **options)
+        return loop.run(config, RunDirectory(tmp_path / name), **options)
 
     whole = train("whole", None)
     with pytest.raises(Stop):
@@ -368,7 +369,7 @@ def test_what_is_paid_for_is_written_more_often(
     paid = []
     data = Rollouts(config, phrases, on_episodes=lambda n, episodes, r: paid.append(np.mean(r)))
     begin = lambda config: first_state(config, Nemotron(config.model, rngs=nnx.Rngs(0)))
-    loop.run(config, tmp_path, data=data, begin=begin, objective=grpo_objective)
+    loop.run(config, RunDirectory(tmp_path), data=data, begin=begin, objective=grpo_objective)
     # 32 episodes of 8 tokens: by chance the mean of a batch is 0.5 ± 0.03. Measured at the end:
     # 1.00 where the ratio is one, 0.97 after half as many batches where it is clipped.
     assert abs(paid[0] - 0.5) < 0.12 and np.mean(paid[-3:]) > 0.85

@@ -15,6 +15,7 @@ from nemotron_jax.posttraining.transcripts import (
     read_transcripts,
     write_page,
 )
+from nemotron_jax.run_directory import RunDirectory
 
 TASK = registry["arithmetic"].split(0, "train", 0)
 # What str.splitlines takes for ends of lines and JSON does not, and what no encoder takes.
@@ -37,12 +38,12 @@ def batches(file) -> list[int]:
 
 
 def test_transcripts_hold_each_batch_once_and_their_page_is_safe(tmp_path) -> None:
-    first = Transcripts(tmp_path, keep=2)
+    first = Transcripts(RunDirectory(tmp_path), keep=2)
     for number in range(3):
         first.add(number, [episode(group=group) for group in (0, 0, 1)], [1.0, 0.0, 0.5])
     file = tmp_path / "transcripts.jsonl"
     file.write_text(file.read_text("utf-8") + '{"batch": 3, "gro', "utf-8")
-    Transcripts(tmp_path, keep=2).add(2, [episode(group=7)], [0.5])
+    Transcripts(RunDirectory(tmp_path), keep=2).add(2, [episode(group=7)], [0.5])
     lines = read_transcripts(file)
     assert [(line["batch"], line["group"]) for line in lines] == [
         (0, 0),
@@ -62,7 +63,9 @@ def test_no_character_of_one_episode_costs_another(tmp_path, character) -> None:
     file, text = tmp_path / "transcripts.jsonl", f"a{character}b"
     for number in range(4):
         one = episode(text, reasoning_content=text, **calling({text: [text]}))
-        Transcripts(tmp_path, 4).add(number, [one if number == 1 else episode()], [1.0])
+        Transcripts(RunDirectory(tmp_path), 4).add(
+            number, [one if number == 1 else episode()], [1.0]
+        )
     found = read_transcripts(file)
     assert [one["batch"] for one in found] == batches(file) == [0, 1, 2, 3]
     whole = "a\ufffdb" if "\ud800" <= character <= "\udfff" else text
@@ -70,9 +73,9 @@ def test_no_character_of_one_episode_costs_another(tmp_path, character) -> None:
     assert found[1]["messages"][-1]["tool_calls"][0]["function"]["arguments"] == {whole: [whole]}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is damaged
-        Transcripts(tmp_path, 4).add(3, [episode()], [1.0])
+        Transcripts(RunDirectory(tmp_path), 4).add(3, [episode()], [1.0])
     assert batches(file) == [0, 1, 2, 3]
-    assert write_page(tmp_path).read_text("utf-8").count("<details") == 4
+    assert write_page(RunDirectory(tmp_path)).read_text("utf-8").count("<details") == 4
 
 
 def deep(levels: int) -> list:
@@ -98,9 +101,9 @@ def test_whatever_an_environment_made_is_written_down(tmp_path, kind) -> None:
     """Arguments of a call, a verdict's answer: of any type and depth."""
     one = episode(**calling({"x": VALUES[kind]}))
     object.__setattr__(one.verdict, "answer", VALUES[kind])
-    Transcripts(tmp_path, 4).add(0, [one, episode()], [1.0, 0.0])
+    Transcripts(RunDirectory(tmp_path), 4).add(0, [one, episode()], [1.0, 0.0])
     assert len(read_transcripts(tmp_path / "transcripts.jsonl")) == 2
-    write_page(tmp_path)
+    write_page(RunDirectory(tmp_path))
 
 
 DAMAGE = {
@@ -127,7 +130,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_line_costs_itself_alone(tmp_path, kind) -> None:
     file = tmp_path / "transcripts.jsonl"
-    run = Transcripts(tmp_path, 4)
+    run = Transcripts(RunDirectory(tmp_path), 4)
     for number in range(5):
         run.add(number, [episode()], [1.0])
     lines = file.read_bytes().split(b"\n")
@@ -136,9 +139,9 @@ def test_a_damaged_line_costs_itself_alone(tmp_path, kind) -> None:
     file.write_bytes(b"\n".join(lines))
     before = file.read_bytes()
     assert [one["batch"] for one in read_transcripts(file)] == [0, 1, 3, 4]
-    write_page(tmp_path)
+    write_page(RunDirectory(tmp_path))
     with pytest.warns(UserWarning, match=r"lines 3 are damaged.*transcripts.jsonl.damaged"):
-        Transcripts(tmp_path, 4).add(4, [episode()], [1.0])
+        Transcripts(RunDirectory(tmp_path), 4).add(4, [episode()], [1.0])
     assert batches(file) == [0, 1, 3, 4]
     assert (tmp_path / "transcripts.jsonl.damaged").read_bytes() == before
 
@@ -147,7 +150,7 @@ def test_a_page_shows_content_of_any_kind(tmp_path) -> None:
     parts = [{"type": "text", "text": "<i>"}]
     for content in (parts, None, 7, {"a": 1}):
         one = episode(reasoning_content=content)
-        Transcripts(tmp_path, 4).add(0, [one], [1.0])
+        Transcripts(RunDirectory(tmp_path), 4).add(0, [one], [1.0])
         line = read_transcripts(tmp_path / "transcripts.jsonl")[0]
         line["messages"][-1]["content"] = content
         assert "<i>" not in page([line])

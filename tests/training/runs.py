@@ -24,6 +24,7 @@ from nemotron_jax.data.corpus import prepare
 from nemotron_jax.data.loader import TrainLoader
 from nemotron_jax.evaluation.held_out import held_out_evaluator
 from nemotron_jax.pretrained import begin_run, data_of
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
 
 WORDS = "def return value = ( ) : import 12 7 état 数 λ for in range list dict self".split()
@@ -89,13 +90,13 @@ def changed(config: RunConfig, **parts: dict) -> RunConfig:
 
 def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None) -> loop.Outcome:
     """What train.py does, without its command line."""
-    data_config = data_of(config, workdir)
+    data_config = data_of(config, RunDirectory(workdir))
     _, corpus = prepare(data_config, config.model.vocab_size, workdir, progress=lambda line: None)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     try:
         return loop.run(
             config,
-            workdir,
+            RunDirectory(workdir),
             data=loader if data is None else data(loader),
             evaluators=[held_out_evaluator(corpus, config)],
             sampler=sampler,

@@ -16,17 +16,16 @@ import pytest
 
 import nemotron_jax as nj
 from nemotron_jax.config.convert import to_json
+from nemotron_jax.manifest import find_fault
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import checkpoint
 from nemotron_jax.training.checkpoint import (
     Checkpoints,
-    checkpoint_steps,
     load_parameters,
     optimizer_table,
-    saved_config,
 )
-from nemotron_jax.training.manifest import find_fault
 from nemotron_jax.training.state import TrainState, init_state
 from tests.training.runs import ROOT, small_run
 
@@ -62,7 +61,7 @@ def make_state(abstract):
 @pytest.fixture
 def saved(config, make_state, tmp_path):
     """A run directory with whole checkpoints of the steps 3, 6 and 9."""
-    with Checkpoints(tmp_path, keep=3) as checkpoints:
+    with Checkpoints(RunDirectory(tmp_path), keep=3) as checkpoints:
         for step in (3, 6, 9):
             checkpoints.save(make_state(step), POSITION, files(config))
     return tmp_path
@@ -73,7 +72,7 @@ def files(config):
 
 
 def restore(directory, like):
-    with Checkpoints(directory, keep=3) as checkpoints:
+    with Checkpoints(RunDirectory(directory), keep=3) as checkpoints:
         return checkpoints.restore(like)
 
 
@@ -88,7 +87,7 @@ def test_restored_is_saved(saved, abstract, make_state, config):
     restored = restore(saved, abstract)
     assert_equal(restored.state, make_state(9))
     assert (restored.step, restored.data_position) == (9, POSITION)
-    assert saved_config(saved) == config
+    assert RunDirectory(saved).saved().config == config
     folder = saved / "checkpoints/step_00000009"
     assert (folder / "tokenizer.json").read_text() == "{}"
     assert json.loads((folder / "state.json").read_text())["format_version"] == 1
@@ -103,9 +102,9 @@ def test_arrays_are_saved_under_plain_names(saved, abstract):
 
 
 def test_the_newest_are_kept(saved, config, make_state, abstract):
-    with Checkpoints(saved, keep=1) as checkpoints:
+    with Checkpoints(RunDirectory(saved), keep=1) as checkpoints:
         checkpoints.save(make_state(12), POSITION, files(config))
-    assert checkpoint_steps(saved / "checkpoints") == [12]
+    assert RunDirectory(saved).steps() == [12]
     assert_equal(restore(saved, abstract).state, make_state(12))
 
 
@@ -169,24 +168,24 @@ def test_without_any_whole_one_nothing_is_begun_anew(saved, abstract):
         flip_a_bit(data_files(saved, step)[-1])
     with pytest.raises(ValueError, match="no whole checkpoint.*step_00000009.*step_00000003"):
         restore(saved, abstract)
-    assert load_parameters(saved)  # the tokenizer's file is no part of that
+    assert load_parameters(RunDirectory(saved))  # the tokenizer's file is no part of that
     for step in (3, 6, 9):
         flip_a_bit(
             next(f for f in data_files(saved, step) if "model" in f.parts and "d" in f.parts)
         )
     with pytest.raises(ValueError, match="no whole checkpoint"):
-        load_parameters(saved)
+        load_parameters(RunDirectory(saved))
 
 
 def test_a_damaged_future_gives_way_to_new_saves(saved, config, abstract, make_state):
     flip_a_bit(data_files(saved, 9)[-1])
-    with Checkpoints(saved, keep=1) as checkpoints:
+    with Checkpoints(RunDirectory(saved), keep=1) as checkpoints:
         assert checkpoints.restore(abstract).step == 6
         checkpoints.save(make_state(8), POSITION, files(config))
         checkpoints.wait()
-        assert checkpoint_steps(saved / "checkpoints") == [8]
+        assert RunDirectory(saved).steps() == [8]
     flip_a_bit(data_files(saved, 8)[-1])
-    with Checkpoints(saved, keep=1) as checkpoints:
+    with Checkpoints(RunDirectory(saved), keep=1) as checkpoints:
         checkpoints.save(make_state(8), POSITION, files(config))
     assert_equal(restore(saved, abstract).state, make_state(8))
 
@@ -206,7 +205,7 @@ def test_a_save_does_not_see_later_steps(config, make_state, tmp_path, abstract)
     """The buffers are donated to the next steps while the save is under way."""
     state, expected = make_state(3), make_state(3)
     spoil = jax.jit(lambda s: jax.tree.map(lambda a: a * 0 + 7, s), donate_argnums=0)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(RunDirectory(tmp_path), keep=1) as checkpoints:
         checkpoints.save(state, POSITION, files(config))
         for _ in range(20):
             state = spoil(state)
@@ -238,33 +237,34 @@ def test_the_facade_reads_a_run(saved, config, make_state):
     half = flatten(nj.load_pretrained(saved, dtype="bfloat16"))
     assert half["embedding"].dtype == jnp.bfloat16
     assert half["mamba.mixer.A_log"].dtype == jnp.float32
-    assert load_parameters(saved, 3)[1].keys() == flatten(model).keys()
-    assert_equal(load_parameters(saved, 3)[1], flatten(make_state(3).model))
+    assert load_parameters(RunDirectory(saved, 3))[-1].keys() == flatten(model).keys()
+    assert_equal(load_parameters(RunDirectory(saved, 3))[-1], flatten(make_state(3).model))
     with pytest.raises(ValueError, match="step_00000004.*choose one of"):
-        load_parameters(saved, 4)
+        load_parameters(RunDirectory(saved, 4))
 
 
 def test_parameters_are_read_past_a_damaged_optimizer_state(saved, make_state):
     damaged = [f for f in data_files(saved, 9) if "optimizer" in f.parts and f.stat().st_size]
     flip_a_bit(damaged[0])
-    assert_equal(load_parameters(saved)[1], flatten(make_state(9).model))
+    assert_equal(load_parameters(RunDirectory(saved))[-1], flatten(make_state(9).model))
 
 
 def test_an_empty_directory_has_no_parameters(tmp_path, abstract):
-    assert saved_config(tmp_path) is None and restore(tmp_path, abstract) is None
+    assert RunDirectory(tmp_path).saved() is None and restore(tmp_path, abstract) is None
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        load_parameters(tmp_path)
+        load_parameters(RunDirectory(tmp_path))
 
 
 FULL_DISK = """
 import resource, signal, sys
+from nemotron_jax.run_directory import RunDirectory
 from tests.training.test_checkpoint import POSITION, files, full_disk_state
 from nemotron_jax.training.checkpoint import Checkpoints
 from tests.training.runs import small_run
 config = small_run("somewhere")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 try:
-    with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+    with Checkpoints(RunDirectory(sys.argv[1]), keep=1) as checkpoints:
         state = full_disk_state(config)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         checkpoints.save(state, POSITION, files(config))
@@ -301,11 +301,11 @@ def test_an_error_in_the_background_is_raised_by_the_next_call(
     def fail(folder):
         raise OSError(28, "No space left on device")
 
-    with Checkpoints(saved, keep=3) as checkpoints:
+    with Checkpoints(RunDirectory(saved), keep=3) as checkpoints:
         monkeypatch.setattr(checkpoint, "write_manifest", fail)
         checkpoints.save(make_state(12), POSITION, files(config))
         with pytest.raises(OSError, match="step_00000012 could not be saved.*bytes"):
             checkpoints.wait()
         monkeypatch.undo()
         checkpoints.save(make_state(12), POSITION, files(config))
-    assert checkpoint_steps(saved / "checkpoints") == [6, 9, 12]
+    assert RunDirectory(saved).steps() == [6, 9, 12]

@@ -11,8 +11,9 @@ import pytest
 import nemotron_jax as nj
 from nemotron_jax.config.convert import from_config_dict, to_config_dict
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import limits, loop
-from nemotron_jax.training.checkpoint import Checkpoints, checkpoint_steps
+from nemotron_jax.training.checkpoint import Checkpoints
 from nemotron_jax.training.summary import summary
 from tests.training.runs import STEPS, changed, train
 
@@ -29,7 +30,9 @@ def test_a_finished_run_without_its_records_says_so(run):
     (directory / "metrics.jsonl").unlink()
     outcome = train(config, directory)
     assert outcome.finished and outcome.records == ()
-    assert "not known: metrics.jsonl holds no evaluation" in summary(outcome.records, directory)
+    assert "not known: metrics.jsonl holds no evaluation" in summary(
+        outcome.records, RunDirectory(directory)
+    )
 
 
 def test_fewer_steps_than_are_done_are_refused_and_nothing_is_written(run):
@@ -46,9 +49,9 @@ def test_a_file_with_a_checkpoint_s_name_is_none(run):
     for name in ("step_00000999", "step_00000998.partial"):
         (directory / "checkpoints" / name).touch()
     (directory / "checkpoints" / "step_00000990").mkdir()  # and an empty folder is damaged
-    assert checkpoint_steps(directory / "checkpoints")[-2:] == [STEPS, 990]
+    assert RunDirectory(directory).steps()[-2:] == [STEPS, 990]
     assert train(config, directory).finished
-    with Checkpoints(directory, 3) as checkpoints:
+    with Checkpoints(RunDirectory(directory), 3) as checkpoints:
         state = checkpoints.restore(loop.abstract_state(config)).state
         later = dataclasses.replace(state, step=jax.numpy.asarray(999, state.step.dtype))
         checkpoints.save(later, {}, {"config.json": "{}"})
@@ -59,12 +62,12 @@ def test_a_file_with_a_checkpoint_s_name_is_none(run):
 def test_a_file_in_a_folder_s_place_is_named(finished_run, tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=f"{name} is a file and must be a folder"):
-        loop.check_run(finished_run[0], tmp_path)
+        RunDirectory(tmp_path).check(finished_run[0])
 
 
 def test_one_checkpoint_is_loaded_by_its_path(run, tmp_path):
     _, directory = run
-    steps = checkpoint_steps(directory / "checkpoints")
+    steps = RunDirectory(directory).steps()
     loaded = [nj.load_pretrained(directory / "checkpoints" / f"step_{s:08d}") for s in steps]
     assert [model.origin.step for model in loaded] == steps
     newest = nj.load_pretrained(directory)
@@ -107,10 +110,10 @@ def test_a_schedule_follows_steps_but_not_in_a_run_that_goes_on(run):
         for n in ("warmup_tokens", "decay_tokens", "total_tokens")
     }
     assert longer.training.schedule == dataclasses.replace(config.training.schedule, **scaled)
-    kept = loop.with_saved_schedule(longer, directory)
+    kept = RunDirectory(directory).with_saved_schedule(longer)
     assert kept.training.schedule == config.training.schedule
-    loop.check_run(kept, directory)
-    assert loop.with_saved_schedule(longer, directory / "absent") == longer
+    RunDirectory(directory).check(kept)
+    assert RunDirectory(directory / "absent").with_saved_schedule(longer) == longer
     values.training.schedule.total_tokens = 10**6
     values.training.steps = STEPS
     assert from_config_dict(RunConfig, values).training.schedule.total_tokens == 10**6
@@ -130,11 +133,11 @@ def test_the_last_record_holds_the_whole_text_once(run):
         }
 
     for _ in range(2):
-        outcome = loop.run(config, directory, data=EmptyLoader(), final=final)
+        outcome = loop.run(config, RunDirectory(directory), data=EmptyLoader(), final=final)
     assert len(calls) == 1 and outcome.records[-1]["whole_held_out_loss"] == 2.0
     stored = (directory / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(stored) == outcome.records[-1]
-    told = summary(outcome.records, directory)
+    told = summary(outcome.records, RunDirectory(directory))
     assert "2.000 nats/token, 0.400 above the entropy of single tokens (1.600)" in told
     assert "1.500 (gzip: 3.000)" in told
 
@@ -159,7 +162,9 @@ class EmptyLoader:
     ],
 )
 def test_a_summary_of_any_evaluation_is_told(tmp_path, record, words):
-    assert words in summary([{"step": 1, "tokens_per_second": None, **record}], tmp_path)
+    assert words in summary(
+        [{"step": 1, "tokens_per_second": None, **record}], RunDirectory(tmp_path)
+    )
 
 
 def test_what_cannot_fit_is_refused_by_the_field_that_is_too_large(finished_run, monkeypatch):

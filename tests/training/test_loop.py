@@ -9,6 +9,7 @@ import pytest
 
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.model.accounting import training_flops
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import metrics
 from nemotron_jax.training.metrics import MetricsLog, SamplesLog, Speed
 from nemotron_jax.training.plots import draw_curves
@@ -67,10 +68,10 @@ def test_the_directory_holds_what_a_run_promises(finished_run):
 
 
 def test_a_plot_of_nothing_is_drawn_too(tmp_path):
-    assert draw_curves([], tmp_path).exists()
+    assert draw_curves([], RunDirectory(tmp_path)).exists()
     for name in ("loss", "reward"):
         records = [{"step": 1, "tokens": 3, name: None}]
-        assert draw_curves(records, tmp_path) == tmp_path / f"plots/{name}.png"
+        assert draw_curves(records, RunDirectory(tmp_path)) == tmp_path / f"plots/{name}.png"
         assert (tmp_path / f"plots/{name}.png").exists()
 
 

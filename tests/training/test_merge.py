@@ -8,6 +8,7 @@ from nemotron_jax.config.run import LoggingConfig
 from nemotron_jax.data.corpus import prepare
 from nemotron_jax.evaluation.held_out import held_out_evaluator
 from nemotron_jax.model.parameters import abstract_model, unflatten
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.checkpoint import load_parameters
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from tests.training.runs import changed, train
@@ -102,7 +103,7 @@ def test_a_run_compares_its_merged_checkpoints_with_the_last(finished_run, tmp_p
     # By hand: S is the mean of 1 - 0.99 sqrt(p) over (0, 1/2) and (1/2, 1).
     first = 1 - 0.99 * 2 * (2 / 3) * 0.5**1.5
     second = 1 - 0.99 * 2 * (2 / 3) * (1 - 0.5**1.5)
-    tables = [load_parameters(tmp_path, step)[1] for step in (6, 9, 12)]
+    tables = [load_parameters(RunDirectory(tmp_path, step))[-1] for step in (6, 9, 12)]
     shares = (1 - first, first - second, second)
     merged = {
         name: sum(share * table[name] for share, table in zip(shares, tables, strict=True))

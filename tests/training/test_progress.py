@@ -2,6 +2,7 @@
 
 import pytest
 
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import plots, progress
 from nemotron_jax.training.progress import Progress
 from nemotron_jax.training.summary import summary
@@ -75,7 +76,7 @@ def test_a_picture_names_what_it_shows_and_nothing_else(
     drawn = []
     monkeypatch.setattr(plots, "_write", lambda figure, path, data: drawn.append((figure, path)))
     records = [{"step": n, "tokens": 8 * n, "loss": 1.0} | values for n in (1, 2)]
-    plots.draw_curves(records, tmp_path)
+    plots.draw_curves(records, RunDirectory(tmp_path))
     ((figure, path),) = drawn
     assert path == tmp_path / f"plots/{name}.png"
     assert [legend(axes) for axes in figure.axes] == shown
@@ -84,11 +85,11 @@ def test_a_picture_names_what_it_shows_and_nothing_else(
 def test_a_summary_names_samples_that_are_there(tmp_path) -> None:
     records = [{"step": 1, "tokens_per_second": None, "held_out_loss": 1.0}]
     samples = tmp_path / "samples.txt"
-    assert "samples.txt" not in summary(records, tmp_path)
+    assert "samples.txt" not in summary(records, RunDirectory(tmp_path))
     samples.touch()
-    assert "samples.txt" not in summary(records, tmp_path)
+    assert "samples.txt" not in summary(records, RunDirectory(tmp_path))
     samples.write_text("step 1\n  x\n")
-    assert str(samples) in summary(records, tmp_path)
+    assert str(samples) in summary(records, RunDirectory(tmp_path))
 
 
 def test_the_time_left_is_that_of_the_steps_at_their_speed(capsys, monkeypatch) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from nemotron_jax.config.precision import nemotron3_nvfp4
+from nemotron_jax.config.resume import check_resumable
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.training.checkpoint import checkpoint_steps
+from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.loop import TrainingStopped
-from nemotron_jax.training.resume import check_resumable
 from tests.training.runs import SAME, changed, comparable, small_run, train
 
 
@@ -55,7 +55,7 @@ def test_sigterm_finishes_the_step_saves_and_goes_on_later(finished_run, tmp_pat
     config, _, whole = finished_run
     stopped = train(config, tmp_path, data=lambda loader: Interrupted(loader, {5}))
     assert (stopped.step, stopped.finished) == (5, False)
-    assert checkpoint_steps(tmp_path / "checkpoints")[-1] == 5
+    assert RunDirectory(tmp_path).steps()[-1] == 5
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     rest = train(config, tmp_path)
     assert rest.finished and comparable(read_log(tmp_path)) == comparable(whole.records)
@@ -167,7 +167,7 @@ def test_too_many_of_them_stop_the_run_and_keep_the_last_checkpoint(texts, tmp_p
     spoil = lambda loader: Spoiled(loader, set(range(4, 99)))
     with pytest.raises(TrainingStopped, match="step 6: the last 3 steps.*peak_learning_rate"):
         train(config, tmp_path, data=spoil)
-    assert checkpoint_steps(tmp_path / "checkpoints") == [3]
+    assert RunDirectory(tmp_path).steps() == [3]
     assert train(config, tmp_path).finished
 
 

@@ -1,9 +1,8 @@
 """What a run may change when it goes on from a checkpoint, and what it may not."""
 
-import json
+import dataclasses
 from typing import Any
 
-from nemotron_jax.config.convert import to_json
 from nemotron_jax.config.run import RunConfig
 
 # These change no parameter that a step computes, but by rounding.
@@ -33,7 +32,7 @@ FREE_FIELDS = (
 
 def check_resumable(saved: RunConfig, config: RunConfig, directory: str) -> None:
     """Raise ValueError naming every field whose change would make another run of this one."""
-    before, now = (_flat(json.loads(to_json(one))) for one in (saved, config))
+    before, now = (_flat(dataclasses.asdict(one)) for one in (saved, config))
     changed = [
         f"{name}={now.get(name)!r}, was {before.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

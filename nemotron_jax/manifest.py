@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from nemotron_jax.data.atomic import atomic_writer
+from nemotron_jax.files import atomic_writer
 
 FILE_NAME = "manifest.json"
 _READERS = 8  # hashing leaves the interpreter lock, so that threads share the work
