@@ -56,8 +56,9 @@ def test_all_that_a_hub_directory_brings_is_kept_to_the_byte(hub, tmp_path, stag
 def test_a_run_hands_on_what_it_kept(hub, tmp_path) -> None:
     first = kept(tmp_path / "one", init_from=str(hub), stage="sft")
     assert kept(tmp_path / "two", init_from=str(tmp_path / "one"), stage="grpo") == first
-    checkpoint = str(tmp_path / "one" / "checkpoints" / "step_00000001")
-    assert kept(tmp_path / "three", init_from=checkpoint) == first
+    checkpoint = tmp_path / "one" / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    assert kept(tmp_path / "three", init_from=str(checkpoint)) == first
 
 
 def test_a_chat_that_was_learned_here_has_a_template_and_ends_its_turns(tmp_path) -> None:
