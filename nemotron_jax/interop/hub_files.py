@@ -13,6 +13,7 @@ from nemotron_jax.interop.safetensors_file import Entry, SafetensorsFile
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 OUTER = "language_model."  # before the names of a text model that is a part of another
+_LISTED = 20  # files named of a long list
 _TEXT_PARTS = ("backbone.", "model.", "lm_head.", "mtp.")
 
 
@@ -43,9 +44,9 @@ def open_hub(directory: Path, keys: dict[str, Any]) -> HubFiles:
     names = sorted(set(owner.values())) or [SINGLE_FILE]
     missing = [name for name in names if not os.path.isfile(directory / name)]
     if missing:
-        raise ValueError(
-            f"{directory}: files are missing: {shown(missing)[1:-1]}; download them again"
-        )
+        some = ", ".join(shown(name)[1:-1] for name in missing[:_LISTED])
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        raise ValueError(f"{directory}: files are missing: {some}{more}; download them again")
     files = [SafetensorsFile(directory / name) for name in names]
     for name, file in zip(names, files, strict=True):
         # A copy of a tensor in a shard that the index does not name is stale.
