@@ -28,9 +28,9 @@ from nemotron_jax.posttraining.players import (
 )
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-# What a new worker may take to come up before its first answer: it imports the environments, on a
-# machine that may be busy. Less, and a slow import counts as a worker that hangs.
-_BIRTH_S = 60.0
+# What a new worker may take beside, on a machine that may be busy, to import the environments before
+# its first answer, and to start its sandbox before its first turn. Less, and it counts as hung.
+_BIRTH_S, _SANDBOX_S = 60.0, 20.0
 
 
 class Worker(Protocol):
@@ -98,6 +98,7 @@ class Workers:
         self._begin = begin or Process
         self._workers = [self._begin(self._make) for _ in range(count)]
         self._new = set(range(count))  # workers that have not answered yet
+        self._unused = set(range(count))  # those that have not answered a turn
         self._places: list[_Place] = []
         self._packed: bytes | None = None  # environments that workers cannot know
         self.replaced = 0
@@ -225,8 +226,10 @@ class Workers:
                 if answer.gone:
                     left = self._begin_again(worker, left, answer.failure)
                     continue
-                self._new.discard(worker)
                 left.pop(0)
+                self._new.discard(worker)
+                if asked.place is not None:
+                    self._unused.discard(worker)
                 if answer.failure is not None:
                     self._lose(worker, asked.place, answer.failure)
                 elif asked.kept:
@@ -242,7 +245,8 @@ class Workers:
             times = len(self._unknown(worker)) if asked.question[0] == "verify" else 1
         else:
             times = self._places[asked.place].owed
-        return self._timeout_s * max(times, 1) + _BIRTH_S * (worker in self._new)
+        more = _BIRTH_S * (worker in self._new) + _SANDBOX_S * (worker in self._unused)
+        return self._timeout_s * max(times, 1) + more
 
     def _lose(self, worker: int, place: int | None, reason: str) -> None:
         for lost in self._unknown(worker) if place is None else [place]:
@@ -256,6 +260,7 @@ class Workers:
         self._workers[worker].end()
         self._workers[worker] = self._begin(self._make)
         self._new.add(worker)
+        self._unused.add(worker)
         self.replaced += 1
         alive = self._unknown(worker)
         asked = [one._replace(kept=False) for one in self._beginning(worker)] if alive else []

@@ -31,6 +31,7 @@ class Fragile(Here):
             os._exit(3)
         if "hang" in said:
             time.sleep(60)
+        time.sleep(0.5 * ("slow" in said))
         return super().reply(turns)
 
 
@@ -85,6 +86,15 @@ def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_do_not_count(w
         assert [v.reward for v in verdicts if v.infra_error is None] == [1, 1, 1, 1]
         assert workers.replaced == before + 1
     assert [verdict.reward for verdict in through(workers, {})[1]] == [1] * 5
+
+
+def test_slow_sessions_of_one_worker_do_not_add_up(workers) -> None:
+    """Each has its time, and what they take together is no sign of a worker that hangs."""
+    before = workers.replaced
+    through(workers, {})
+    _, verdicts = through(workers, dict.fromkeys((0, 2, 4), "slow"), 0.9)
+    assert [(v.reward, v.infra_error) for v in verdicts] == [(n % 2, None) for n in range(5)]
+    assert workers.replaced == before
 
 
 def test_sessions_of_one_that_dies_between_turns_go_on_in_another(workers) -> None:
