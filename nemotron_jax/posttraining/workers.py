@@ -28,8 +28,8 @@ from nemotron_jax.posttraining.players import (
 )
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
-# What a new worker may take beside, on a machine that may be busy, to import the environments before
-# its first answer, and to start its sandbox before its first turn. Less, and it counts as hung.
+# What a new worker may take beside, on a busy machine: to import the environments before
+# its first answer, and to start its sandbox for its first turn. Less, and it counts as hung.
 _BIRTH_S, _SANDBOX_S = 60.0, 20.0
 
 
