@@ -26,6 +26,7 @@ from tests.decoding.engines import (
     make,
     quick_programs,  # noqa: F401  # for all of this file
 )
+from tests.decoding.fake_runner import expected
 from tests.tiny_models import VOCABULARY, quick_jit, tiny_model
 
 
@@ -127,6 +128,22 @@ def test_a_stop_string_finds_special_tokens_whole_or_not_at_all():
         assert stops(tokenizer, text, string) is None
     assert stops(tokenizer, write("a</think>"), "</think>") == len("a</think>") - 1, "as plain text"
     assert stops(tokenizer, [*write("é")[:1], special("<think>")], "\ufffd<think>") == 1
+
+
+def test_acceptance_counts_no_draft_past_a_stop_string(fake):
+    tokenizer = train_tokenizer([], 272)
+    engine = fake(3, tokenizer=tokenizer, max_length=99, rounds=8)
+    tokens = expected(engine.submit([5], max_new_tokens=60), 3)[0]
+    engine.run()
+    whole = engine.stats().acceptance
+    string = tokenizer.decode(tokens[20:23])
+    assert len(string) == 3, "three bytes"
+    cut = engine.submit([5], max_new_tokens=60, stop_strings=string).wait()
+    assert len(cut.tokens) < 60 and cut.tokens == tokens[: len(cut.tokens)]
+    found = engine.stats().acceptance
+    rounds = (found.drafted - whole.drafted) / 3
+    given = found.mean_length * found.drafted / 3 - whole.mean_length * whole.drafted / 3
+    assert given == pytest.approx(len(cut.tokens) - 1) and rounds < given <= 4 * rounds
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint32, np.int64])

@@ -39,7 +39,12 @@ def assert_as_if_alone(engine: Engine, requests: list) -> None:
         known = request.prompt_logprobs
         assert known is None or len(known) == len(request.prompt) - 1
     assert engine.stats().finished == len(requests)
-    assert engine.stats().new_tokens == sum(len(request.tokens) for request in requests)
+    given = sum(len(request.tokens) for request in requests)
+    assert engine.stats().new_tokens == given
+    if engine.speculative:  # the first token of each is its prompt's
+        found = engine.stats().acceptance
+        rounds = found.drafted / engine.speculative
+        assert found.mean_length == pytest.approx((given - len(requests)) / rounds)
     assert_empty(engine)
 
 
