@@ -30,7 +30,7 @@ def model():
     return engines.old_model()
 
 
-@pytest.mark.parametrize("speculative, prefix", [(0, False), (0, True), (2, False), (2, True)])
+@pytest.mark.parametrize("speculative, prefix", [(0, False), (2, True)])
 def test_nothing_is_compiled_after_the_engine_is_made(model, speculative, prefix):
     """Arrays that are committed to a device, as those of a checkpoint are, and others, in turn."""
     other = engines.new_model()
@@ -41,8 +41,8 @@ def test_nothing_is_compiled_after_the_engine_is_made(model, speculative, prefix
         made = programs()
         for one in weights:
             engine.replace_weights(one, "next")
-            for n in range(6):
-                options = {"n": 1 + n % 3, "prompt_logprobs": n % 2 == 0, **WAYS[n % len(WAYS)]}
+            for n in range(3):
+                options = {"n": 1 + n, "prompt_logprobs": n % 2 == 0, **WAYS[n % len(WAYS)]}
                 engine.submit(PROMPTS[n], max_new_tokens=7, **options)
             engine.step()
             engine._in_doubt = True  # as after an exception: the store is made anew
@@ -106,7 +106,7 @@ def test_programs_cut_off_anywhere_cost_no_token(model, speculative, prefix):
             patch.setattr(runner.programs, program, cut_off(getattr(runner.programs, program)))
             patch.setattr(engine._runner, name, method(getattr(engine._runner, name)))
         sampled = 4 if speculative else 1
-        for n, way, count in 3 * ((0, 0, 3), (3, 1, sampled), (4, 2, 1), (1, 0, 2)):
+        for n, way, count in 2 * ((0, 0, 3), (3, 1, sampled), (4, 2, 1), (1, 0, 2)):
             found = engine.submit(PROMPTS[n], max_new_tokens=NEW, n=count, **WAYS[way])
             asked += [(n, way, request) for request in (found if count > 1 else [found])]
         interrupts = 0
@@ -116,7 +116,7 @@ def test_programs_cut_off_anywhere_cost_no_token(model, speculative, prefix):
             except KeyboardInterrupt:
                 interrupts += 1
             assert interrupts < 100
-    assert interrupts > 5
+    assert interrupts > 3
     for n, way, request in asked:
         assert_alone(request, sample(n, way, speculative, request.branch))
     assert engine.stats().new_tokens == NEW * len(asked)
