@@ -17,16 +17,16 @@ from nemotron_jax.data.conversations import PATTERNS
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.engine_sampler import make_sampler
+from nemotron_jax.playing.workers import make_players
 from nemotron_jax.posttraining import rl_loop
 from nemotron_jax.posttraining.curriculum import make_pools
-from nemotron_jax.posttraining.engine_sampler import make_sampler
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.plots import draw_result
 from nemotron_jax.posttraining.result import result, summary
 from nemotron_jax.posttraining.result_file import read_result
 from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
 from nemotron_jax.posttraining.transcripts import Transcripts, write_page
-from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_tokenizer
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop

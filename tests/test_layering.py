@@ -30,6 +30,7 @@ FLOORS = {
     "nemotron_jax.training": 5,
     "nemotron_jax.decoding": 5,
     "nemotron_jax.interop": 5,
+    "nemotron_jax.playing": 5.5,
     "nemotron_jax.posttraining": 6,
     "nemotron_jax.evaluation": 6,
     "nemotron_jax.serving": 6,

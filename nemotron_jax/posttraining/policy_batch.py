@@ -13,6 +13,7 @@ from nemotron_jax.config.rl import ObjectiveConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import pack_whole
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.rollout import Episode
 from nemotron_jax.posttraining.grpo import (
     PolicyBatch,
     importance_weights,
@@ -20,7 +21,6 @@ from nemotron_jax.posttraining.grpo import (
     token_logprobs,
     turn_advantages,
 )
-from nemotron_jax.posttraining.rollout import Episode
 from nemotron_jax.sharding import place_batch
 
 

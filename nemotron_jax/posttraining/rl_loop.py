@@ -20,6 +20,10 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Environment, Task, Verdict
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.players import Here, Players
+from nemotron_jax.playing.ray_workers import check_ray
+from nemotron_jax.playing.rollout import Episode, Playing, play_episodes
+from nemotron_jax.playing.sampler import Sampler, SideBySide
 from nemotron_jax.posttraining.curriculum import (
     PoolPlays,
     Pools,
@@ -29,12 +33,8 @@ from nemotron_jax.posttraining.curriculum import (
 )
 from nemotron_jax.posttraining.grpo import PolicyBatch, group_advantages, low_effort_reward
 from nemotron_jax.posttraining.health import check_counted, health
-from nemotron_jax.posttraining.players import Here, Players
 from nemotron_jax.posttraining.policy_batch import policy_batch, rows_needed
 from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
-from nemotron_jax.posttraining.ray_workers import check_ray
-from nemotron_jax.posttraining.rollout import Episode, Playing, play_episodes
-from nemotron_jax.posttraining.sampler import Sampler, SideBySide
 
 OnEpisodes = Callable[[int, Sequence[Episode], Sequence[float]], None]
 

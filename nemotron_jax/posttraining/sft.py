@@ -15,7 +15,7 @@ from nemotron_jax.decoding.generate import generate
 from nemotron_jax.environments.base import Environment, Task, Verdict
 from nemotron_jax.environments.sound import sound_value
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.posttraining.players import Here, Reply, failure
+from nemotron_jax.playing.players import Here, Reply, failure
 
 # Oracles do not think aloud, so the model is asked not to.
 NO_THINKING = ChatOptions(enable_thinking=False)

@@ -14,7 +14,7 @@ from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.schema import tool
 from nemotron_jax.environments.turns import Turn
-from nemotron_jax.posttraining.sampler import Written
+from nemotron_jax.playing.sampler import Written
 
 LONG = 200_000  # characters, which are the most that a verifier reads
 DEEP = 100_000  # levels of JSON

@@ -10,6 +10,7 @@ from nemotron_jax.config.rl import ObjectiveConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.parameters import flatten
+from nemotron_jax.playing.rollout import Episode, TurnSpan
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.policy_batch import (
     Placed,
@@ -18,7 +19,6 @@ from nemotron_jax.posttraining.policy_batch import (
     rows_needed,
     token_gains,
 )
-from nemotron_jax.posttraining.rollout import Episode, TurnSpan
 from nemotron_jax.sharding import make_mesh, place_batch
 from nemotron_jax.training.state import init_state, place_state
 from nemotron_jax.training.step import train_step

@@ -11,6 +11,7 @@ import pytest
 from nemotron_jax.config.rl import PreferenceConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
+from nemotron_jax.playing.rollout import Episode, TurnSpan
 from nemotron_jax.posttraining.preference import (
     EndpointJudge,
     make_judge,
@@ -21,7 +22,6 @@ from nemotron_jax.posttraining.preference import (
     shaping,
     smallness,
 )
-from nemotron_jax.posttraining.rollout import Episode, TurnSpan
 from nemotron_jax.posttraining.verdicts import Comparison
 
 TASK = registry["arithmetic"].split(0, "train", 0)

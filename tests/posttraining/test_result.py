@@ -9,9 +9,9 @@ import pytest
 from nemotron_jax.data.messages import played_conversation
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
+from nemotron_jax.playing.rollout import Episode
 from nemotron_jax.posttraining import result as results
 from nemotron_jax.posttraining.result import compared, easy_tasks, result, summary
-from nemotron_jax.posttraining.rollout import Episode
 from nemotron_jax.run_directory import RunDirectory
 
 TASKS = [registry["arithmetic"].split(0, "held_out", n, level=1) for n in range(12)]

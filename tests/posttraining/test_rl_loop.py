@@ -15,11 +15,12 @@ from nemotron_jax.data.tokenizer import PHRASE_PATTERN
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.players import Here
+from nemotron_jax.playing.rollout import UNPLAYED, Episode, TurnSpan
 from nemotron_jax.posttraining import rl_loop, sandboxes
 from nemotron_jax.posttraining.curriculum import low_effort_chances, step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import check_counted, health
-from nemotron_jax.posttraining.players import Here
 from nemotron_jax.posttraining.preference import rule_judge
 from nemotron_jax.posttraining.rl_loop import (
     Rollouts,
@@ -28,7 +29,6 @@ from nemotron_jax.posttraining.rl_loop import (
     judged,
     shaped_rewards,
 )
-from nemotron_jax.posttraining.rollout import UNPLAYED, Episode, TurnSpan
 from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop

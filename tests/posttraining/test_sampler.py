@@ -5,9 +5,9 @@ import pytest
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding.generate import generate
-from nemotron_jax.posttraining.engine_sampler import EngineSampler
+from nemotron_jax.playing.engine_sampler import EngineSampler
+from nemotron_jax.playing.sampler import SideBySide
 from nemotron_jax.posttraining.policy_batch import score_tokens
-from nemotron_jax.posttraining.sampler import SideBySide
 from tests.tiny_models import random_tokens, tiny_model
 
 # Every kind of layer; the two paths sum in other orders, in float32.

@@ -15,7 +15,7 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.generate import Generated
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.posttraining import sft
-from tests.posttraining.alone import Alone
+from tests.playing.alone import Alone
 
 SOURCE = "oracle:arithmetic/1"
 

@@ -16,7 +16,7 @@ from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.environments.sandbox import divide_budget
-from nemotron_jax.posttraining.players import (
+from nemotron_jax.playing.players import (
     Answer,
     Here,
     Players,
@@ -51,7 +51,7 @@ def make_players(config: RolloutConfig) -> Players:
         return Here(config.timeout_s)
     if config.worker_kind == "processes":
         return Workers(config.workers, config.timeout_s)
-    from nemotron_jax.posttraining.ray_workers import RayWorker  # an optional package
+    from nemotron_jax.playing.ray_workers import RayWorker  # an optional package
 
     return Workers(config.workers, config.timeout_s, begin=RayWorker)
 

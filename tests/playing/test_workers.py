@@ -13,9 +13,9 @@ from nemotron_jax.data.messages import oracle_source
 from nemotron_jax.environments.catalogue import task_source
 from nemotron_jax.environments.sandbox import runner
 from nemotron_jax.environments.turns import Turn
-from nemotron_jax.posttraining.players import Here
-from nemotron_jax.posttraining.ray_workers import RayWorker
-from nemotron_jax.posttraining.workers import Workers, make_players
+from nemotron_jax.playing.players import Here
+from nemotron_jax.playing.ray_workers import RayWorker
+from nemotron_jax.playing.workers import Workers, make_players
 
 ENVIRONMENT, LEVEL = oracle_source("oracle:arithmetic/1")
 TASKS = [ENVIRONMENT.split(0, "train", index, level=LEVEL) for index in range(5)]
@@ -157,7 +157,7 @@ def test_signals_that_stop_a_run_stop_no_worker() -> None:
 
 def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
     code = (
-        "from nemotron_jax.posttraining.workers import Workers\n"
+        "from nemotron_jax.playing.workers import Workers\n"
         "made = Workers(1, 60.0)\n"
         "made.start([])\n"
         "made._workers[0].ask([('verify', None)])\n"

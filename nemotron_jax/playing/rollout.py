@@ -21,8 +21,8 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.environments.sound import sound_text, sound_value
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.posttraining.players import Players, Replies
-from nemotron_jax.posttraining.sampler import Conversations, Sampler, SideBySide, Written
+from nemotron_jax.playing.players import Players, Replies
+from nemotron_jax.playing.sampler import Conversations, Sampler, SideBySide, Written
 
 # The part of a verdict on an episode whose prompt, turn or reply has no tokens or no text.
 UNPLAYED = "unplayed"

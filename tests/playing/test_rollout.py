@@ -17,16 +17,16 @@ from nemotron_jax.data.messages import (
     played_conversation,
 )
 from nemotron_jax.environments.base import Verdict
-from nemotron_jax.posttraining import rollout
-from nemotron_jax.posttraining.players import Here, Reply
-from nemotron_jax.posttraining.rollout import (
+from nemotron_jax.playing import rollout
+from nemotron_jax.playing.players import Here, Reply
+from nemotron_jax.playing.rollout import (
     Playing,
     encode_reply,
     is_well_formed,
     play_episodes,
     turn_span,
 )
-from nemotron_jax.posttraining.sampler import Written
+from nemotron_jax.playing.sampler import Written
 from nemotron_jax.posttraining.transcripts import transcript
 
 NO = ChatOptions(enable_thinking=False)

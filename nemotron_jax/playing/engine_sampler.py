@@ -12,7 +12,7 @@ from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.posttraining.sampler import Sampler, SideBySide, Written
+from nemotron_jax.playing.sampler import Sampler, SideBySide, Written
 from nemotron_jax.sharding import make_mesh
 
 _PAGE_TOKENS = 16  # beginnings are known by whole pages: episodes of small models are short

@@ -8,8 +8,8 @@ from nemotron_jax.environments import Draft, Environment, Session, ToolCall, Tur
 from nemotron_jax.environments import registry as all_environments
 from nemotron_jax.environments.base import OutOfTime
 from nemotron_jax.environments.schema import tool
-from nemotron_jax.posttraining import players
-from nemotron_jax.posttraining.players import Here, time_limit
+from nemotron_jax.playing import players
+from nemotron_jax.playing.players import Here, time_limit
 
 ROUNDS = 3  # of an episode below, in which it holds a sandbox
 

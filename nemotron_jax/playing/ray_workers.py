@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nemotron_jax.posttraining.players import Answer, Players, Question, answered
+from nemotron_jax.playing.players import Answer, Players, Question, answered
 
 
 class RayWorker:
