@@ -11,12 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from nemotron_jax.environments.base import SPLITS, Environment, Task, Verdict, play
+from nemotron_jax.environments.cheating import LUCKY, luck, never_right
 from nemotron_jax.environments.fuzz import hostile_turns
 from nemotron_jax.environments.schema import canonical, check_schema
 from nemotron_jax.environments.turns import Turn
 
-# One episode played with known turns takes longer than this only if a verifier blows up.
-SECONDS_PER_VERDICT = 5.0
+# CPU seconds of this process for an episode of known turns; one takes longer only if a verifier
+# blows up on a text of the longest size.
+SECONDS_PER_VERDICT = 1.0
+# Tasks of each level that a constant answer is tried on: fewer say nothing about chance.
+CHANCE_TASKS = 12
 GARBAGE = ("asdf qwer", "?", "0x", "I do not know.", "{}", "[]", "null", "\\boxed{}", "Answer:")
 
 
@@ -51,6 +55,7 @@ def check(environment: Environment, tasks: int = 20, *, seed: int = 0, fuzz: int
     everything = [task for split in SPLITS for task in by_split[split]]
     report.faults += _split_faults(environment, by_split)
     report.faults += _level_faults(environment, seed)
+    report.faults += _luck_faults(environment, seed)
     began = clock()
     verdicts = [play(environment, task, environment.oracle(task)) for task in everything]
     verified = clock() - began
@@ -79,7 +84,8 @@ def task_faults(environment: Environment, task: Task) -> Iterator[str]:
     for number, turns in enumerate(environment.alternatives(task)):
         if (verdict := play(environment, task, turns)).reward != 1.0:
             yield f"{task.id}: right way {number} gets {verdict}: {turns}"
-    for name, turns in (common_cheats(environment, task) | environment.cheats(task)).items():
+    common = common_cheats(environment, task) | never_right(environment, task)
+    for name, turns in (common | environment.cheats(task)).items():
         verdict, faults = watched(environment, task, turns)
         if verdict.reward != 0.0 or verdict.infra_error:
             yield f"{task.id}: the cheat {name!r} gets {verdict}: {turns}"
@@ -117,7 +123,7 @@ def common_cheats(environment: Environment, task: Task) -> dict[str, list[Turn |
 
 def fuzz_faults(environment: Environment, task: Task) -> Iterator[str]:
     """Where a hostile turn gives no verdict, a slow one, or full reward."""
-    clock = _clock(environment)
+    clock = time.process_time  # whatever a sandbox or another process takes
     for name, turns in hostile_turns(environment, task):
         began = clock()
         try:
@@ -189,6 +195,19 @@ def _level_faults(environment: Environment, seed: int) -> Iterator[str]:
             task = environment.split(seed, split, 0, level=level)
             if task.level != level:
                 yield f"{task.id}: level {level} was asked for, {task.level} came"
+
+
+def _luck_faults(environment: Environment, seed: int) -> Iterator[str]:
+    """Constants and sentences of the prompt that earn more than chance at a level."""
+    if environment.rate == "code":  # an answer is a run of the sandbox there
+        return
+    for level in range(environment.levels):
+        tasks = [environment.split(seed, "train", i, level=level) for i in range(CHANCE_TASKS)]
+        for name, agent in LUCKY.items():
+            turns = environment.max_turns
+            rewards = [watched(environment, t, [agent(t)] * turns)[0].reward for t in tasks]
+            if (mean := sum(rewards) / len(rewards)) > luck(len(tasks)):
+                yield f"{environment.name}: {name} earns {mean:.2f} at level {level}"
 
 
 def _clock(environment: Environment) -> Callable[[], float]:

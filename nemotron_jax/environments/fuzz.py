@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemotron_jax.environments.base import MAX_CALLS, MAX_TEXT, Environment, Task
+from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.schema import example
 from nemotron_jax.environments.turns import ToolCall, Turn
 
+# Texts that are drawn for each task; a task draws others than its neighbour.
+DRAWN = 4
 _DEEP = 100_000
 _NINES = "9" * 5000
 # Right-to-left marks, zero-width letters, digits of other scripts, a lone surrogate, a null.
@@ -45,6 +48,10 @@ _TEXTS = {
     "one character under the limit": "x" * (MAX_TEXT - 1),
     "one megabyte": "Answer: 1 " * 100_000,
     "a megabyte of one word": "x" * 1_000_000,
+    "edits that never end": "<<<<<<< SEARCH\nx\n=======\n" * 8000,
+    "edits that only begin": "<<<<<<< SEARCH\n" * 13_000,
+    "fences that never close": "```a\n" * 40_000,
+    "blank lines with blanks": "\n \n" * 66_000,
     "a path": "../" * 100 + "etc/passwd",
     "markup": "<tool_call>{}</tool_call>",
     "a format string": "%s%n{0.__class__}{answer}",
@@ -52,6 +59,30 @@ _TEXTS = {
     "sql": "'; DROP TABLE users; --",
     "reward": '{"reward": 1.0, "infra_error": null}',
 }
+
+
+# What the drawn texts repeat: marks of formats that begin and never end, and letters that break.
+_UNITS = (
+    "<<<<<<< SEARCH\n", "=======\n", ">>>>>>> REPLACE\n", "x\n", "```a\n", "```\n", "~~~\n",
+    "``` ", "```py\nx = 1\n", "\n", "\n \n", " ", "\t", "\r", "\\boxed{", "\\boxed{1}", "\\frac{",
+    "\\text{", "{\"a\":", "[", "]", "}", "\"", "\\", "\ud800", "\udc00", "\0", "\u2028", "\u0301",
+    "\u200b", "<think>", "</think>", "<parameter=a>\n", "</parameter>\n", "<a><b>", "<",
+    "Answer: ", "answer ", "* ", "**", "_", "|", "# ", "$", "1,", "1.", "9e9", "-", "'", "\u2019",
+    "is ", "and ", "the ", "i can't ", "i ", "not ", ", ", ". ", "? ", ": ", "1. ", "(", ")", "a",
+    "a b ", "select ", "--", "/* ",
+)  # fmt: skip
+
+
+def drawn_texts(draws: Draws, count: int) -> Iterator[tuple[str, str]]:
+    """Texts of the longest size: up to three units over and over, and one more at each end."""
+    for _ in range(count):
+        units = [draws.choice(_UNITS) for _ in range(draws.between(1, 3))]
+        first, last, unit = draws.choice(_UNITS), draws.choice(_UNITS), "".join(units)
+        room = MAX_TEXT - len(first) - len(last)
+        yield (
+            f"{first!r}, {unit!r} over and over, {last!r}",
+            (first + unit * (room // len(unit)) + last),
+        )
 
 
 def _deep_object() -> Any:
@@ -84,7 +115,7 @@ def _values() -> dict[str, Any]:
 
 def hostile_turns(environment: Environment, task: Task) -> Iterator[tuple[str, list[Turn | str]]]:
     """Named episodes: each hostile text as the answer, then hostile calls of every tool."""
-    for name, text in _TEXTS.items():
+    for name, text in (*_TEXTS.items(), *drawn_texts(Draws("fuzz", task.id), DRAWN)):
         yield name, [text] * min(environment.max_turns, 3)
         yield f"{name}, reasoned", [Turn(reasoning=text)]
     specs = {spec["function"]["name"]: spec["function"]["parameters"] for spec in task.tools}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.reading import is_prose, lines_of, parts_of, words_of
+from nemotron_jax.environments.reading import LONGEST_REPLY, is_prose, lines_of, parts_of, words_of
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import COLOURS, FILLER, THINGS, ask
 
@@ -66,6 +66,8 @@ def _told(rules: dict) -> str:
 
 class InstructionSession(Session):
     def score(self) -> Verdict:
+        if len(self.text) > LONGEST_REPLY:
+            return Verdict(0.0)
         kept = checks(self.text, self.task.data["rules"])
         return Verdict(float(all(kept.values())), {name: float(ok) for name, ok in kept.items()})
 

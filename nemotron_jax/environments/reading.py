@@ -21,6 +21,8 @@ KNOWN, LEAST_FUNCTION, MOST_FUNCTION = 0.6, 0.08, 0.75
 FEW = 12
 # Content words in a row, as a list without a verb has them.
 LONGEST_RUN = 9
+# Characters of a reply to a short request; a longer one is not read, which bounds the time.
+LONGEST_REPLY = 20_000
 _DETERMINERS = frozenset("a an the my your our their every".split())
 # No noun phrase begins with these, so none stands behind a determiner.
 _NO_NOUN = FUNCTION - frozenset(
@@ -66,9 +68,9 @@ def echoes(text: str, said: Iterable[str], least: int = 4) -> bool:
 
 
 def repeats(text: str, said: Iterable[str]) -> bool:
-    """Whether a sentence of a text is one of those that were said before, and no more."""
-    own = sentences_of(text)
-    return any(sentence in own for one in said for sentence in sentences_of(one))
+    """Whether a sentence of a text has the words of one that was said before, and no others."""
+    own = [sorted(sentence) for sentence in sentences_of(text)]
+    return any(sorted(sentence) in own for one in said for sentence in sentences_of(one))
 
 
 def without_echoes(text: str, said: Iterable[str], least: int = 4) -> str:

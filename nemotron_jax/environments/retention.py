@@ -5,7 +5,7 @@ from collections.abc import Set
 
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.reading import parts_of, repeats, words_of
+from nemotron_jax.environments.reading import LONGEST_REPLY, parts_of, repeats, words_of
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import CITIES, COLOURS, FIRST, THINGS, ask, coined
 
@@ -48,6 +48,8 @@ class RetentionSession(Session):
     def score(self) -> Verdict:
         data = self.task.data
         texts = [turn.text.strip() for turn in self.turns]
+        if any(len(text) > LONGEST_REPLY for text in texts):
+            return Verdict(0.0)
         complete = len(texts) == len(data["after"]) + 1 and all(texts)
         sign = data["sign"]
         kept = [words_of(text)[-1:] == [sign] for text in texts] if sign else []

@@ -5,7 +5,20 @@ import re
 
 import pytest
 
-from nemotron_jax.environments import Task, play, registry
+from nemotron_jax.environments import (
+    Draft,
+    Draws,
+    Environment,
+    Session,
+    Task,
+    Turn,
+    Verdict,
+    play,
+    registry,
+)
+from nemotron_jax.environments.base import MAX_TEXT
+from nemotron_jax.environments.check import check
+from nemotron_jax.environments.fuzz import drawn_texts
 from nemotron_jax.environments.longcontext import listed
 from nemotron_jax.environments.retention import asserted
 
@@ -38,7 +51,8 @@ def test_a_walk_of_which_most_is_found_earns_a_part() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["Ab, Cd", "[Ab, Cd]", "Ab; Cd.", "Answer: {Ab, Cd}", "`Ab` and **Cd**", '["Ab", "Cd"]']
+    "text",
+    ["Ab, Cd", "[Ab, Cd]", "Ab; Cd.", "Answer: {Ab, Cd}", "Answer: `Ab` and `Cd`", '["Ab", "Cd"]'],
 )
 def test_a_list_is_read_with_and_without_brackets(text: str) -> None:
     assert listed(text) == ["Ab", "Cd"]
@@ -83,3 +97,39 @@ def test_the_rules_word_ends_a_reply_whatever_marks_follow() -> None:
         assert play(environment, task, [f"Hm, {end}"] * count + [f"{answer}. {end}"]).reward == 1
     for end in (f"un{sign}", f"{sign}s", f"{sign} now", ""):
         assert play(environment, task, [f"Hm {end}"] * count + [f"{answer} {end}"]).reward == 0
+
+
+def test_drawn_texts_are_long_and_differ_by_task() -> None:
+    one, other = (list(drawn_texts(Draws("fuzz", name), 6)) for name in "ab")
+    assert one == list(drawn_texts(Draws("fuzz", "a"), 6)) and one != other
+    assert all(MAX_TEXT - 60 <= len(text) <= MAX_TEXT for _, text in one + other)
+
+
+class Echoing(Environment):
+    """Pays the prompt's words in any order, or whatever is short."""
+
+    name, summary, reward, counterpart = "echoing", "Say it", "words", "none"
+
+    def __init__(self, pays: str) -> None:
+        self.pays = pays
+
+    class session(Session):  # noqa: N801
+        def score(self) -> Verdict:
+            data, words = self.task.data, self.text.casefold().split()
+            if data["pays"] == "words":
+                return Verdict(float(sorted(words) == sorted(data["word"].split())))
+            return Verdict(float(0 < len(self.text) < 9 and words != ["?"]))
+
+    def draw(self, draws: Draws, level: int) -> Draft:
+        word = f"say {draws.below(10**6)}"
+        return Draft([{"role": "user", "content": word}], {"word": word, "pays": self.pays})
+
+    def oracle(self, task: Task) -> list[Turn | str]:
+        return [task.data["word"][-6:]] if self.pays == "short" else [task.data["word"]]
+
+
+@pytest.mark.parametrize(
+    ("pays", "words"), [("words", "the prompt's words, sorted"), ("short", "always '0' earns 1.00")]
+)
+def test_the_check_finds_what_a_cheat_is_paid(pays: str, words: str) -> None:
+    assert any(words in found for found in check(Echoing(pays), tasks=1, fuzz=0).faults)
