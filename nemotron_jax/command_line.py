@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import os
 import re
 import sys
@@ -32,6 +33,10 @@ def run(program: str, main: Callable[[], int]) -> None:
     Errors that this project raises are sentences for its user, as are those of files and of memory;
     all others keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A reason may quote what a model wrote, and a terminal may know ASCII alone.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.ERROR)  # what config_flags warns of is refused as a sentence
     app.run(
         lambda _: _exit_status(program, main),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -212,7 +213,7 @@ class _Seat:
             if not session.ready(turn) and not (wait and self._wait(turn)):
                 return self.over
             self._played += 1
-            self._last = tuple(self._in_time(session.reply, turn) or ())
+            self._last = self._in_time(functools.partial(_replies, session, turn)) or ()
             if self._session is not None and session.over:
                 self._judge()
         return True
@@ -260,17 +261,18 @@ class _Seat:
 
     def _judge(self) -> None:
         found = self._in_time(self._session.verify)
-        if found is not None and not isinstance(found, Verdict):
+        if isinstance(found, Verdict):
+            self.verdict = found
+        elif self.verdict is None:
             error = TypeError(f"verify gave {type(found).__name__}, which is no Verdict")
-            found = failure(self._task, error)
-        self.verdict = found or self.verdict
+            self.verdict = failure(self._task, error)
         self.close()
 
-    def _in_time(self, step: Callable[..., Any], *arguments: Any) -> Any:
+    def _in_time(self, step: Callable[[], Any]) -> Any:
         """What a step gives; one that takes too long ends the episode with reward 0."""
         try:
             with time_limit(_FOR_ALL * self._timeout_s):
-                return step(*arguments)
+                return step()
         except OutOfTime:
             reason = self._session.infra_error
             self.verdict = Verdict(0.0, {"out_of_time": 1.0}, infra_error=reason)
@@ -278,6 +280,10 @@ class _Seat:
             self.verdict = failure(self._task, error)
         self.close()
         return None
+
+
+def _replies(session: Session, turn: Turn) -> tuple:
+    return tuple(session.reply(turn) or ())
 
 
 def failure(task: Task, error: Exception) -> Verdict:

@@ -313,7 +313,7 @@ class _Unfinished:
             logprobs=np.array(self.logprobs, np.float32),
             turns=tuple(self.turns),
             truncated=self.truncated or not self.over,
-            verdict=verdict if self.failure is None else _unplayed(self.failure),
+            verdict=_sound(verdict) if self.failure is None else _unplayed(self.failure),
             messages=tuple(self.messages),
             low_effort=low_effort,
         )
@@ -346,6 +346,14 @@ def _prompt(
 
 def _unplayed(reason: str) -> Verdict:
     return Verdict(0.0, {UNPLAYED: 1.0}, infra_error=reason)
+
+
+def _sound(verdict: Verdict) -> Verdict:
+    """A verdict of anybody's environment, with a reason that can be shown and parts to look up."""
+    reason = verdict.infra_error
+    reason = None if reason is None else sound_text(str(reason))[:_MAX_REASON] or "no reason given"
+    parts = verdict.parts if isinstance(verdict.parts, dict) else {}
+    return dataclasses.replace(verdict, infra_error=reason, parts=parts)
 
 
 def _reason(what: str, error: Exception) -> str:

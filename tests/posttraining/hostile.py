@@ -166,9 +166,9 @@ class Talker(Session):
         self._fails("verify")
         if self.task.data["kind"] == "verdict":
             return self._draws.choice((None, 1.0, "\ud800", {}))
-        failed = "\ud800 is gone" if self._draws.random() < 0.2 else None
-        answer = self._draws.choice(ANSWERS)
-        return Verdict(self._draws.random(), {"\ud800": 1.0}, answer, failed)
+        failed = self._draws.choice((*(None,) * 16, "\ud800 is gone", "", 7, "\n" * 9000))
+        answer, parts = self._draws.choice(ANSWERS), self._draws.choice(({"\ud800": 1.0}, None, 7))
+        return Verdict(self._draws.random(), parts, answer, failed)
 
     def close(self) -> None:
         self._fails("close")

@@ -14,6 +14,7 @@ from nemotron_jax.environments import registry
 from nemotron_jax.posttraining import policy_batch
 from nemotron_jax.posttraining.rl_loop import Rollouts
 from nemotron_jax.posttraining.transcripts import Transcripts, read_transcripts, write_page
+from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.run_directory import RunDirectory
 from tests.posttraining import hostile
 
@@ -48,6 +49,7 @@ def run_of(config: RunConfig, names, steps: int, *, tokens: int, prompts: int, *
         max_tokens=tokens,
         max_turn_tokens=tokens,
         max_turns=4,
+        workers=rl.pop("workers", 0),
         thinking=bool(rl.pop("thinking", False)),
     )
     rl = {"easy_slip": "", "transcripts": 2 * prompts, "rollout": rollout} | rl
@@ -75,7 +77,8 @@ def played(config: RunConfig, tokenizer, directory: Path, *, large: float, every
             seen.append((number, [(e.tokens, e.counted) for e in episodes], rewards))
             transcripts.add(number, episodes, rewards)
 
-        return Rollouts(config, tokenizer, sampler=model, on_episodes=note)
+        players = make_players(config.rl.rollout)
+        return Rollouts(config, tokenizer, players=players, sampler=model, on_episodes=note)
 
     rollouts, steps = begin(), config.training.steps
     for step in range(1, steps + 1):
