@@ -11,10 +11,10 @@ import pytest
 
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.environments import registry
+from nemotron_jax.playing.workers import make_players
 from nemotron_jax.posttraining import policy_batch
 from nemotron_jax.posttraining.rl_loop import Rollouts
 from nemotron_jax.posttraining.transcripts import Transcripts, read_transcripts, write_page
-from nemotron_jax.posttraining.workers import make_players
 from nemotron_jax.run_directory import RunDirectory
 from tests.posttraining import hostile
 
