@@ -291,6 +291,14 @@ def failure(task: Task, error: Exception) -> Verdict:
     return Verdict(0.0, infra_error=sound_text(f"{task.environment}: {error!r}"[:_MAX_REASON]))
 
 
+def sound_verdict(verdict: Verdict) -> Verdict:
+    """A verdict of anybody's environment, with a reason that can be shown and parts to look up."""
+    reason = verdict.infra_error
+    reason = None if reason is None else sound_text(str(reason))[:_MAX_REASON] or "no reason given"
+    parts = verdict.parts if isinstance(verdict.parts, dict) else {}
+    return dataclasses.replace(verdict, infra_error=reason, parts=parts)
+
+
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise OutOfTime in what runs here for longer, in the main thread; no limit in others.

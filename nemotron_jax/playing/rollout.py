@@ -21,7 +21,7 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.environments.sound import sound_text, sound_value
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.playing.players import Players, Replies
+from nemotron_jax.playing.players import Players, Replies, sound_verdict
 from nemotron_jax.playing.sampler import Conversations, Sampler, SideBySide, Written
 
 # The part of a verdict on an episode whose prompt, turn or reply has no tokens or no text.
@@ -313,7 +313,7 @@ class _Unfinished:
             logprobs=np.array(self.logprobs, np.float32),
             turns=tuple(self.turns),
             truncated=self.truncated or not self.over,
-            verdict=_sound(verdict) if self.failure is None else _unplayed(self.failure),
+            verdict=sound_verdict(verdict) if self.failure is None else _unplayed(self.failure),
             messages=tuple(self.messages),
             low_effort=low_effort,
         )
@@ -346,14 +346,6 @@ def _prompt(
 
 def _unplayed(reason: str) -> Verdict:
     return Verdict(0.0, {UNPLAYED: 1.0}, infra_error=reason)
-
-
-def _sound(verdict: Verdict) -> Verdict:
-    """A verdict of anybody's environment, with a reason that can be shown and parts to look up."""
-    reason = verdict.infra_error
-    reason = None if reason is None else sound_text(str(reason))[:_MAX_REASON] or "no reason given"
-    parts = verdict.parts if isinstance(verdict.parts, dict) else {}
-    return dataclasses.replace(verdict, infra_error=reason, parts=parts)
 
 
 def _reason(what: str, error: Exception) -> str:
