@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Environment, OutOfTime, Session, Task, Verdict
 from nemotron_jax.environments.sandbox import runner
-from nemotron_jax.environments.sound import sound_text
+from nemotron_jax.environments.sound import sound_text, sound_value
 from nemotron_jax.environments.turns import Turn
 
 # Shares of the time for a session's turn. Its calls are begun in the first half; at 0.9 whatever
@@ -262,7 +262,7 @@ class _Seat:
     def _judge(self) -> None:
         found = self._in_time(self._session.verify)
         if isinstance(found, Verdict):
-            self.verdict = found
+            self.verdict = sound_verdict(found)
         elif self.verdict is None:
             error = TypeError(f"verify gave {type(found).__name__}, which is no Verdict")
             self.verdict = failure(self._task, error)
@@ -283,7 +283,7 @@ class _Seat:
 
 
 def _replies(session: Session, turn: Turn) -> tuple:
-    return tuple(session.reply(turn) or ())
+    return tuple(sound_value(session.reply(turn) or ()))  # which a worker can send
 
 
 def failure(task: Task, error: Exception) -> Verdict:
@@ -296,7 +296,8 @@ def sound_verdict(verdict: Verdict) -> Verdict:
     reason = verdict.infra_error
     reason = None if reason is None else sound_text(str(reason))[:_MAX_REASON] or "no reason given"
     parts = verdict.parts if isinstance(verdict.parts, dict) else {}
-    return dataclasses.replace(verdict, infra_error=reason, parts=parts)
+    answer = sound_value(verdict.answer)
+    return dataclasses.replace(verdict, infra_error=reason, parts=parts, answer=answer)
 
 
 @contextlib.contextmanager
