@@ -162,6 +162,7 @@ def test_ten_thousand_turns_end(grpo_config, phrases, tmp_path, judge, capsys) -
         "asynchronous": (run(every, 16, 2000, 40, max_age=1, thinking=True), 0.0),
         "judged": (run(every, 8, 2000, 30, preference=preference), 0.01),
         "large": (run(every, 6, 260_000, 6), 0.3),
+        "workers": (run(FEW, 4, 1500, 12, workers=2), 0.02),
         "boxed": (run(boxed, 3, 3000, 6), 0.0),
     }
     turns = 0
