@@ -6,10 +6,14 @@ from typing import Any
 from nemotron_jax import host
 
 _HOMES = {
+    "Budget": "nemotron_jax.decoding.wanted",
     "Engine": "nemotron_jax.decoding.engine",
+    "EngineConfig": "nemotron_jax.config.engine",
     "Execution": "nemotron_jax.config.execution",
+    "Lockstep": "nemotron_jax.decoding.lockstep",
     "ModelConfig": "nemotron_jax.config.model",
     "Nemotron": "nemotron_jax.model.nemotron",
+    "Wanted": "nemotron_jax.decoding.wanted",
     "for_decoding": "nemotron_jax.decoding.step",
     "generate": "nemotron_jax.decoding.generate",
     "load_pretrained": "nemotron_jax.pretrained",

@@ -1,9 +1,9 @@
 """What an engine takes: sizes that fit something, and requests that will be served one day."""
 
 from nemotron_jax.config.checks import is_integer
-from nemotron_jax.decoding.generate import MOST_DRAFTS
-from nemotron_jax.decoding.request import Wanted
+from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.scheduler import Scheduler
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.model.nemotron import Nemotron
 
 
@@ -15,28 +15,30 @@ class Standstill(RuntimeError):
     """Requests wait, nothing runs, and none can start: the engine's books are wrong."""
 
 
-def check_sizes(sizes: dict[str, int], model: Nemotron, speculative: int) -> None:
-    """Raise ValueError for sizes of an engine that are none, or drafts without an MTP block."""
-    for name, value in sizes.items():
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"Engine: {name}={value!r} must be an integer of at least 1")
-    if not is_integer(speculative) or not 0 <= speculative <= MOST_DRAFTS:
-        raise ValueError(
-            f"Engine: speculative={speculative!r} must be an integer between 0 and {MOST_DRAFTS}"
-        )
+def check_drafts(owner: str, model: Nemotron, speculative: int) -> None:
+    """Raise ValueError for drafts of a model without an MTP block."""
     if speculative and model.mtp_block is None:
         raise ValueError(
-            f"Engine: speculative={speculative} needs an MTP block to draft with, and this model "
+            f"{owner}: speculative={speculative} needs an MTP block to draft with, and this model "
             "has none; use 0"
         )
 
 
+def check_samples(wanted: Wanted, n: int) -> None:
+    """Raise ValueError for a number of samples that there cannot be."""
+    if not is_integer(n) or n < 1:
+        raise ValueError(f"submit: n={n!r} must be an integer of at least 1")
+    if wanted.grammar is not None and n > 1:
+        raise ValueError(
+            f"submit: n={n} samples cannot share a grammar, which follows one text; submit each "
+            "with a grammar of its own"
+        )
+
+
 def check_fits(
-    prompt: tuple[int, ...], wanted: Wanted, n: int, scheduler: Scheduler, max_length: int
+    prompt: tuple[int, ...], wanted: Wanted, scheduler: Scheduler, max_length: int
 ) -> None:
     """Raise ValueError for what would not fit even alone."""
-    if not is_integer(n) or n < 1:
-        raise ValueError(f"Engine.submit: n={n!r} must be an integer of at least 1")
     total = len(prompt) + wanted.max_new_tokens
     need = f"{len(prompt)} prompt tokens and max_new_tokens={wanted.max_new_tokens}"
     if total > max_length:
@@ -48,6 +50,14 @@ def check_fits(
         raise ValueError(
             f"Engine.submit: {need} need {scheduler.pages_for(total)} pages, and the engine "
             f"has {scheduler.pages.count}; ask for fewer, or make the engine with more pages"
+        )
+
+
+def check_texts(wanted: Wanted, tokenizer: Tokenizer | None) -> None:
+    """Raise ValueError for stop strings where nobody knows the tokens' texts."""
+    if wanted.stop_strings and tokenizer is None:
+        raise ValueError(
+            "submit: stop_strings need the tokens' texts; make the engine with a tokenizer"
         )
 
 

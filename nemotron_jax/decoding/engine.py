@@ -10,148 +10,98 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from nemotron_jax.config.cache import CacheConfig
+from nemotron_jax.config.engine import EngineConfig
+from nemotron_jax.config.execution import Execution
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.admission import (
     QueueFull,
     Standstill,
+    check_drafts,
     check_fits,
     check_moves,
     check_queue,
-    check_sizes,
+    check_samples,
+    check_texts,
 )
-from nemotron_jax.decoding.ledger import Gain, Ledger, Stats
+from nemotron_jax.decoding.generator import Stats
+from nemotron_jax.decoding.ledger import Gain, Ledger
 from nemotron_jax.decoding.prefix_cache import PrefixCache, block_hashes
-from nemotron_jax.decoding.request import (
-    Request,
-    StopText,
-    Wanted,
-    checked_prompt,
-    checked_stops,
-)
+from nemotron_jax.decoding.request import Request, checked_prompt
+from nemotron_jax.decoding.rules import rounds_under
 from nemotron_jax.decoding.runner import Runner, programs_compiled
 from nemotron_jax.decoding.scheduler import Group, Job, Scheduler, Slot
 from nemotron_jax.decoding.speculative import Acceptance, count_places
-from nemotron_jax.decoding.step import for_decoding
-from nemotron_jax.decoding.store import Decoded
+from nemotron_jax.decoding.step import for_execution
+from nemotron_jax.decoding.stopping import StopText
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.model.nemotron import Nemotron
 
 __all__ = ["Engine", "QueueFull", "Standstill", "Stats"]
 
-# Rows and tokens of one prefill call. All read about as many tokens, so that those who decode wait
-# about as long for either: many short prompts together, or a piece of a long one.
-PREFILL_SHAPES = ((8, 32), (1, 256))
 # Prefill calls in a row while fewer than half of the slots decode: they fill up first.
 _MOST_PREFILLS = 4
 
 
 class Engine:
-    """Serves many requests with one model.
+    """Serves many requests with one model, on slots and pages; `config` says how many.
 
-    `slots` requests run at a time, each of at most `max_length` tokens, prompt and new ones
-    together; `pages` of `page_tokens` tokens hold their keys and values (by default enough for all
-    slots at full length; with fewer, requests wait for pages). With `prefix_cache` a prompt that
-    begins like an earlier text starts from there; `snapshots` bounds how many beginnings are kept,
-    in pages that nobody else wants. `cache` gives the formats of what is kept. `speculative=k`
-    drafts k tokens a round with the MTP block. Up to `rounds` rounds are decoded between two looks
-    at the queue, one while prompts wait to be read: more are faster, and tokens come in larger
-    pieces. With `max_waiting`, `submit` raises QueueFull where more would wait. A tokenizer is
-    needed for stop strings alone. Not for use from several threads.
+    `execution` is how the model runs: compute dtype, kernels, number formats. A tokenizer is needed
+    for stop strings alone. Not for use from several threads.
 
     An exception in `step`, an interrupt too, loses no token and no request: the next step reads
     the texts of all that ran again, and each goes on as if nothing had been; what the prefix cache
     held is forgotten.
 
-    Raises ValueError for sizes that fit nothing, or drafts without an MTP block.
+    Raises ValueError for drafts without an MTP block.
     """
 
     def __init__(
         self,
         model: Nemotron,
-        *,
-        slots: int = 8,
-        max_length: int = 2048,
-        speculative: int = 0,
-        pages: int | None = None,
-        page_tokens: int = 64,
-        snapshots: int = 4,
-        prefix_cache: bool = False,
-        cache: CacheConfig = CacheConfig(),
-        rounds: int = 8,
-        prefill_shapes: Sequence[tuple[int, int]] = PREFILL_SHAPES,
-        max_waiting: int | None = None,
+        config: EngineConfig = EngineConfig(),
+        execution: Execution = Execution(),
         tokenizer: Tokenizer | None = None,
+        *,
         version: int | str = 0,
     ) -> None:
-        sizes = {"slots": slots, "max_length": max_length, "page_tokens": page_tokens}
-        sizes |= {"pages": 1 if pages is None else pages, "snapshots": snapshots, "rounds": rounds}
-        check_sizes(sizes, model, speculative)
-        # Those of numpy may overflow in a product.
-        slots, max_length, page_tokens = int(slots), int(max_length), int(page_tokens)
-        snapshots, speculative, self._rounds = int(snapshots), int(speculative), int(rounds)
-        self.slots, self.max_length, self.speculative = slots, max_length, speculative
-        self._tokenizer, self._max_waiting = tokenizer, max_waiting
-        self._shapes = tuple(sorted((min(int(n), slots), int(size)) for n, size in prefill_shapes))
-        pages = slots * -(-max_length // page_tokens) if pages is None else int(pages)
-        held = {"slots": slots, "pages": pages, "page_tokens": page_tokens, "snapshots": snapshots}
-        prefix = PrefixCache(page_tokens) if prefix_cache else None
-        self._scheduler = Scheduler(prefix=prefix, drafts=speculative > 0, **held)
-        self._runner = Runner(
-            for_decoding(model),
-            max_length=max_length,
-            speculative=speculative,
-            cache=cache,
-            rounds=self._rounds,
-            prefill_shapes=self._shapes,
-            version=version,
-            **held,
+        check_drafts("EngineConfig", model, config.speculative)
+        self.config, self.execution = config, execution
+        self._tokenizer = tokenizer
+        self._scheduler = Scheduler(
+            slots=config.slots,
+            pages=config.num_pages,
+            page_tokens=config.page_tokens,
+            snapshots=config.snapshots,
+            prefix=PrefixCache(config.page_tokens) if config.prefix_cache else None,
+            drafts=config.speculative > 0,
         )
-        self._ledger = Ledger(places=2 * (speculative + 1))
+        self._runner = Runner(for_execution(model, execution), config, execution, version)
+        self._ledger = Ledger(places=2 * (config.speculative + 1))
         self._prompt_tokens = 0
         # Whether an exception has left books and store in a state that nobody knows.
         self._in_doubt = False
 
-    def submit(
-        self,
-        prompt_tokens: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop_tokens: Sequence[int] | int = (),
-        stop_strings: Sequence[str] | str = (),
-        seed: int = 0,
-        n: int = 1,
-        prompt_logprobs: bool = False,
-    ) -> Request | list[Request]:
-        """A request to continue the prompt, which starts once there is room; with n > 1, a list of
-        n of them, which share the prompt's pages.
+    def submit(self, prompt: Sequence[int], wanted: Wanted, *, n: int = 1) -> list[Request]:
+        """n requests to continue the prompt, which start once there is room and share its pages.
 
         Sample i draws as row i of `generate([prompt] * n, seed=seed)` does. A conversation goes on
         by a prompt of all its tokens so far and the new ones. Raises ValueError for what can never
         be served, and QueueFull.
         """
         vocabulary = self._runner.model.config.vocab_size
-        prompt = checked_prompt(prompt_tokens, vocabulary)
-        wanted = Wanted(
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            checked_stops(stop_tokens, vocabulary),
-            (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings),
-            seed,
-            prompt_logprobs,
-        )
-        check_fits(prompt, wanted, n, self._scheduler, self.max_length)
-        self._check_waits(wanted, n)
+        prompt = checked_prompt(prompt, vocabulary)
+        wanted.check_vocabulary(vocabulary)
+        check_samples(wanted, n)
+        check_fits(prompt, wanted, self._scheduler, self.config.max_length)
+        check_texts(wanted, self._tokenizer)
+        if (most := self.config.max_waiting) is not None:
+            check_queue(n, len(self._scheduler.waiting), most)
         group = Group(waiting=n) if n > 1 else None
         requests = [Request(prompt, wanted, branch, self.step) for branch in range(n)]
         jobs = [self._job(request, group) for request in requests]
         self._ledger.enter(jobs)
         self._scheduler.waiting.extend(jobs)
-        return requests if n > 1 else requests[0]
+        return requests
 
     def step(self) -> bool:
         """Start what can start, read some of the prompts, decode some tokens; whether there is more
@@ -166,7 +116,7 @@ class Engine:
             if not self._scheduler.reading:
                 break
             self._prefill()
-            if 2 * sum(not slot.reading for slot in self._scheduler.running()) >= self.slots:
+            if 2 * sum(not slot.reading for slot in self._scheduler.running()) >= self.config.slots:
                 break
         rows = [slot for slot in self._scheduler.running() if not slot.reading]
         if rows:
@@ -186,7 +136,7 @@ class Engine:
         Requests in flight go on with what their caches hold of the old weights; no other request
         starts from that. Raises ValueError for a model of another shape.
         """
-        model = for_decoding(model)
+        model = for_execution(model, self.execution)
         shapes = lambda model: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)]
         mine = self._runner.model
         if model.config != mine.config or shapes(model) != shapes(mine):
@@ -223,7 +173,7 @@ class Engine:
             free_snapshots=scheduler.free_snapshots,
             programs=programs_compiled(),
             version=self.version,
-            acceptance=Acceptance.of_places(totals.places) if self.speculative else None,
+            acceptance=Acceptance.of_places(totals.places) if self.config.speculative else None,
             **{f"prefix_{name}": count for name, count in prefix.items()},
         )
 
@@ -258,15 +208,6 @@ class Engine:
         self._scheduler.waiting.extend(jobs)
         self._runner.renew()
 
-    def _check_waits(self, wanted: Wanted, n: int) -> None:
-        if wanted.stop_strings and self._tokenizer is None:
-            raise ValueError(
-                "Engine.submit: stop_strings need the tokens' texts; make the engine with a "
-                "tokenizer"
-            )
-        if self._max_waiting is not None:
-            check_queue(n, len(self._scheduler.waiting), self._max_waiting)
-
     def _drop_cancelled(self) -> None:
         for job in [job for job in self._scheduler.waiting if job.request.cancelled]:
             self._scheduler.drop_waiting(job)
@@ -289,7 +230,7 @@ class Engine:
                 self._scheduler.release_group(slot.job.group)
 
     def _prefill(self) -> None:
-        shape, slots = self._scheduler.next_chunk(self._shapes)
+        shape, slots = self._scheduler.next_chunk(self.config.prefill_shapes)
         starts = [slot.length for slot in slots]
         lengths, hidden = self._runner.prefill(slots, shape)
         self._score(slots, starts, hidden)
@@ -343,38 +284,37 @@ class Engine:
                 job.request.prompt_logprobs = list(found)
 
     def _decode(self, slots: list[Slot]) -> None:
-        given, rows = self._runner.decode(slots, 1 if self._scheduler.reading else self._rounds)
-        gains = [self._gain(slot, given, row) for slot, row in zip(slots, rows, strict=True)]
-        counts = [len(gain.tokens) for gain in gains]
-        places = [given.places[row, :count] for row, count in zip(rows, counts, strict=True)]
-        self._ledger.give(gains, count_places(np.concatenate(places), self.speculative))
+        slots = [slot for slot in slots if self._may_go_on(slot)]
+        if not slots:
+            return
+        rounds = 1 if self._scheduler.reading else self.config.rounds
+        rounds = rounds_under([slot.job.request for slot in slots], rounds)
+        decoded, rows = self._runner.decode(slots, rounds)
+        found = zip(slots, rows, strict=True)
+        gains = [Gain.of(slot.job, decoded, row, self.version) for slot, row in found]
+        counts = zip(rows, gains, strict=True)
+        places = [decoded.given.places[row, : len(gain.tokens)] for row, gain in counts]
+        self._ledger.give(gains, count_places(np.concatenate(places), self.config.speculative))
         for slot, row, gain in zip(slots, rows, gains, strict=True):
-            slot.length = int(given.length[row])
+            slot.length = int(decoded.length[row])
             if gain.reason is not None:
                 self._end(slot)
 
-    def _gain(self, slot: Slot, given: Decoded, row: int) -> Gain:
-        """A slot's new tokens for its request, which may end with them."""
+    def _may_go_on(self, slot: Slot) -> bool:
+        """Whether a slot's grammar, if it has one, lets anything follow; ends its request if
+        not."""
         request = slot.job.request
-        count, done = int(given.count[row]), bool(given.done[row])
-        tokens = given.tokens[row, :count].tolist()
-        reason = None
-        if done:
-            stopped = tokens[-1] in request.wanted.stop_tokens
-            reason = "stop" if stopped else "length"
-        if slot.job.stop_text is not None:
-            place = next((n for n, t in enumerate(tokens) if slot.job.stop_text.push(t)), None)
-            if place is not None:
-                count, reason = place + 1, "stop"
-        logprobs = given.logprobs[row, :count].tolist()
-        before = len(request.tokens)
-        return Gain(slot.job, before, tokens[:count], logprobs, self.version, reason)
+        if request.wanted.grammar is None or request.ask_grammar(self._runner.vocabulary):
+            return True
+        self._ledger.give([Gain(slot.job, len(request.tokens), reason="stop")])
+        self._scheduler.leave(slot)
+        return False
 
     def _end(self, slot: Slot) -> None:
         """Keep what the slot of a request that is over holds, and free it."""
         # Once a stop string was looked for, a slot may hold tokens that are not the request's.
         if slot.job.stop_text is None:
-            entry = self._scheduler.remember_turn(slot, complete=self.speculative > 0)
+            entry = self._scheduler.remember_turn(slot, complete=self.config.speculative > 0)
             if entry is not None:
                 self._runner.save(slot, entry)
         self._scheduler.leave(slot)

@@ -3,12 +3,15 @@ nothing twice. All else that an engine holds can be made again from it."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
 from nemotron_jax.decoding.scheduler import Job
-from nemotron_jax.decoding.speculative import Acceptance
+
+if TYPE_CHECKING:
+    from nemotron_jax.decoding.store import Decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +23,48 @@ class Gain:
     before: int  # tokens that the request has
     tokens: Sequence[int] = ()
     logprobs: Sequence[float] = ()
+    forced: Sequence[bool] = ()
+    top_logprobs: Sequence[tuple[tuple[int, float], ...]] = ()
     version: int | str = 0
     reason: str | None = None  # why the request is over; None while it goes on
+
+    @classmethod
+    def of(cls, job: Job, decoded: "Decoded", row: int, version: int | str) -> "Gain":
+        """What a row of a decode call, on the host, is to its request, which may end with it."""
+        request, given = job.request, decoded.given
+        count = int(decoded.count[row])
+        tokens, reason = given.tokens[row, :count].tolist(), None
+        if decoded.done[row]:
+            reason = "stop" if tokens[-1] in request.wanted.stop_tokens else "length"
+        if job.stop_text is not None:
+            place = next((n for n, t in enumerate(tokens) if job.stop_text.push(t)), None)
+            if place is not None:
+                count, reason = place + 1, "stop"
+        wanted, top = request.wanted.top_logprobs, ()
+        if wanted:
+            ids, values = given.top_tokens[row, :count, :wanted], given.top_logprobs[row]
+            pairs = zip(ids.tolist(), values[:count, :wanted].tolist(), strict=True)
+            top = [tuple(zip(*pair, strict=True)) for pair in pairs]
+        return cls(
+            job,
+            before=len(request.tokens),
+            tokens=tokens[:count],
+            logprobs=given.logprobs[row, :count].tolist(),
+            forced=given.forced[row, :count].tolist(),
+            top_logprobs=top,
+            version=version,
+            reason=reason,
+        )
 
     def apply(self) -> None:
         """Give it."""
         request = self.job.request
         request.tokens[self.before :] = self.tokens
         request.logprobs[self.before :] = self.logprobs
+        request.forced[self.before :] = self.forced
         request.versions[self.before :] = [self.version] * len(self.tokens)
+        if request.wanted.top_logprobs:
+            request.top_logprobs[self.before :] = self.top_logprobs
         request.finish_reason = self.reason
 
 
@@ -51,28 +87,6 @@ class Totals:
             finished=self.finished + len(reasons) - cancelled,
             cancelled=self.cancelled + cancelled,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What an engine has done and what it holds."""
-
-    running: int
-    waiting: int
-    finished: int  # cancelled ones not counted
-    cancelled: int
-    new_tokens: int
-    prompt_tokens: int  # that were read; those of shared prompts once
-    pages: int
-    free_pages: int
-    free_snapshots: int
-    programs: int  # compiled so far; stays as it is after the engine was made
-    version: int | str
-    acceptance: Acceptance | None  # of drafted tokens; None without speculation
-    prefix_entries: int = 0
-    prefix_queries: int = 0  # requests that started
-    prefix_hits: int = 0  # those of them that started from an entry
-    prefix_tokens: int = 0  # prompt tokens that were not read again
 
 
 class Ledger:

@@ -6,25 +6,43 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding.rounding import keep_states
-from nemotron_jax.decoding.sampling import Sampling, sample
-from nemotron_jax.decoding.speculative import DRAW, finish_round, keys_at, place_of, run_round
+from nemotron_jax.decoding.rules import NO_BUDGET, Rules, forced, shaped
+from nemotron_jax.decoding.sampling import sample
+from nemotron_jax.decoding.speculative import (
+    DRAW,
+    Given,
+    Standing,
+    finish_round,
+    keys_at,
+    run_round,
+    told,
+)
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a loop is compiled for."""
+
+    capacity: int  # tokens that one call may give a row
+    speculative: int  # drafts a round
+    top: int = 0  # likeliest tokens that are told of each
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What the decode loop carries. Each row's newest token is in `tokens`, not in the cache."""
+    """What the decode loop carries. Each row's newest token is in `given`, not in the cache."""
 
     cache: Cache
     token: Int[Array, "B"]
-    tokens: Int[Array, "B N"]
-    logprobs: Float[Array, "B N"]
+    given: Given  # [B, N]
     lengths: Int[Array, "B"]
     done: Bool[Array, "B"]
-    places: Int[Array, "B N"]  # of each token in its round; -1 for one that no round gave
+    thinking: Bool[Array, "B"]  # its reasoning is open and has a budget
 
     @classmethod
     def create(
@@ -32,122 +50,115 @@ class Loop:
         cache: Cache,
         token: Int[Array, "B"],
         done: Bool[Array, "B"],
-        *,
-        capacity: int,
-        speculative: int,
-        pad: int,
+        rules: Rules,
+        sizes: Sizes,
     ) -> "Loop":
-        """A loop that has given nothing yet, with room for `capacity` tokens a row."""
+        """A loop that has given nothing yet."""
         # Room for a last round's tokens past the limit, which are not kept.
-        shape = (len(token), capacity + speculative + 1)
+        room = sizes.capacity + sizes.speculative + 1
         return cls(
             cache=cache,
             token=token,
-            tokens=jnp.full(shape, pad, jnp.int32),
-            logprobs=jnp.zeros(shape, jnp.float32),
+            given=Given.blank(len(token), room, top=sizes.top, pad=rules.pad),
             lengths=jnp.zeros(len(token), jnp.int32),
             done=done,
-            places=jnp.full(shape, -1, jnp.int8),
+            thinking=rules.asked.budget != NO_BUDGET,
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """How rows are sampled and when they stop; a row's stop tokens are its own or everyone's."""
+def begin(
+    model: Nemotron,
+    loop: Loop,
+    hidden: Float[Array, "B D"],
+    fresh: Bool[Array, "B"],
+    rules: Rules,
+    *,
+    execution: Execution = Execution(),
+) -> Loop:
+    """The loop after the first token of the rows whose prompts have just been read."""
 
-    sampling: Sampling
-    row_keys: Array
-    stops: Int[Array, "*B S"]  # -1, which no token equals, fills a table up
-    limit: Int[Array, "*B"]  # tokens that a row may give
-    pad: int = dataclasses.field(metadata={"static": True})
-    # How SSM states are rounded that the cache keeps in fewer bits than they are computed in.
-    rounding: str = dataclasses.field(default="stochastic", metadata={"static": True})
+    def drawn(loop: Loop) -> Loop:
+        return first_tokens(loop, model.logits(hidden, execution=execution), fresh, rules)
+
+    return jax.lax.cond(jnp.any(fresh), drawn, lambda loop: loop, loop)
 
 
 def first_tokens(
     loop: Loop, logits: Float[Array, "B V"], rows: Bool[Array, "B"], rules: Rules
 ) -> Loop:
     """The loop after the given rows' first token, which is drawn from the prompt's own logits."""
-    token = sample(logits, keys_at(rules.row_keys, loop.cache.length, DRAW), rules.sampling)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
-    logprob = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    none = jnp.full_like(token[:, None], -1)
-    loop = emit(loop, token[:, None], logprob, none, rows.astype(jnp.int32), rules)
-    return dataclasses.replace(loop, token=jnp.where(rows, token, loop.token))
+    given, plain = rules.asked.given + loop.lengths, logits[:, None]
+    likely = shaped(plain, rules, given[:, None])
+    keys = keys_at(rules.row_keys, loop.cache.length, DRAW)
+    token = sample(likely[:, 0], keys, rules.sampling)[:, None]
+    token, _, put = forced(token, jnp.zeros_like(given), rules, given, loop.thinking)
+    top = loop.given.top_tokens.shape[-1]
+    found = told(token, put, (plain, likely), rules, top)
+    loop = emit(loop, found, rows.astype(jnp.int32), rules)
+    return dataclasses.replace(loop, token=jnp.where(rows, token[:, 0], loop.token))
 
 
 def run_rounds(
     model: Nemotron,
     loop: Loop,
     rules: Rules,
+    sizes: Sizes,
     *,
-    speculative: int,
-    most_rounds: Int[Array, ""] | None = None,
-    resting: bool = False,
+    most_rounds: Int[Array, ""],
+    execution: Execution = Execution(),
 ) -> Loop:
     """The loop after rounds until every row is done, or after `most_rounds` of them.
 
-    With `resting` the states of a row that is done stay as they were when it was; without, they
-    mean nothing.
+    The states of a row that is done stay as they were when it was.
     """
 
     def run(carried: tuple[Loop, Array]) -> tuple[Loop, Array]:
         loop, rounds = carried
-        round = run_round(
-            model,
-            loop.cache,
-            loop.token,
-            speculative,
-            sampling=rules.sampling,
-            row_keys=rules.row_keys,
-        )
-        places = place_of(jnp.arange(speculative + 1), round.accepted[:, None])
+        at = Standing(loop.cache, loop.token, rules.asked.given + loop.lengths, loop.thinking)
+        round = run_round(model, at, sizes.speculative, rules, top=sizes.top, execution=execution)
         active = ~loop.done
-        after = dataclasses.replace(
-            emit(loop, round.tokens, round.logprobs, places, round.accepted + 1, rules),
-            token=jnp.take_along_axis(round.tokens, round.accepted[:, None], axis=1)[:, 0],
-        )
+        after = emit(loop, round.given, round.accepted + 1, rules)
+        newest = jnp.take_along_axis(round.given.tokens, round.accepted[:, None], axis=1)[:, 0]
         # A row that this round has finished grows no more: the others may go on for long.
-        cache = finish_round(model, round, ~after.done)
+        cache = finish_round(model, round, ~after.done, execution=execution)
         cache = keep_states(cache, loop.cache, rules.rounding)
-        if resting:
-            # Without drafts the round has fed the newest token, so the states are those after it.
-            moved = ~after.done if speculative else active
-            cache = cache.where(moved, loop.cache)
-            after = dataclasses.replace(after, token=jnp.where(active, after.token, loop.token))
-        return dataclasses.replace(after, cache=cache), rounds + 1
+        # Without drafts the round has fed the newest token, so the states are those after it.
+        cache = cache.where(~after.done if sizes.speculative else active, loop.cache)
+        token = jnp.where(active, newest, loop.token)
+        return dataclasses.replace(after, cache=cache, token=token), rounds + 1
 
     def goes_on(carried: tuple[Loop, Array]) -> Bool[Array, ""]:
         loop, rounds = carried
-        left = True if most_rounds is None else rounds < most_rounds
-        return ~jnp.all(loop.done) & left
+        return ~jnp.all(loop.done) & (rounds < most_rounds)
 
     return jax.lax.while_loop(goes_on, run, (loop, jnp.int32(0)))[0]
 
 
-def emit(
-    loop: Loop,
-    tokens: Int[Array, "B n"],
-    logprobs: Float[Array, "B n"],
-    places: Int[Array, "B n"],
-    count: Int[Array, "B"],
-    rules: Rules,
-) -> Loop:
-    """Rows with the first `count` tokens added, up to a stop token and to the limit."""
-    stop = jnp.any(tokens[..., None] == jnp.expand_dims(rules.stops, -2), axis=-1)
+def emit(loop: Loop, new: Given, count: Int[Array, "B"], rules: Rules) -> Loop:
+    """Rows with the first `count` of the new tokens added, up to a stop token and to the limit."""
+    tokens, width = new.tokens, new.tokens.shape[1]
+    stop = jnp.any(tokens[..., None] == jnp.expand_dims(rules.asked.stops, -2), axis=-1)
     # The place of a row's first stop token, or one that no count reaches.
-    first = jnp.where(jnp.any(stop, axis=1), jnp.argmax(stop, axis=1), tokens.shape[1])
-    room = jnp.where(loop.done, 0, rules.limit - loop.lengths)
+    first = jnp.where(jnp.any(stop, axis=1), jnp.argmax(stop, axis=1), width)
+    room = jnp.where(loop.done, 0, rules.asked.limit - loop.lengths)
     kept = jnp.minimum(jnp.minimum(count, first + 1), room)
-    inside = jnp.arange(tokens.shape[1]) < kept[:, None]
-    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
+    inside = jnp.arange(width) < kept[:, None]
+    top = new.top_tokens.shape[-1]
+    blank = Given.blank(*tokens.shape, top=top, pad=rules.pad)
+
+    def written(all_of: Array, some: Array, nothing: Array) -> Array:
+        mask = inside.reshape(*inside.shape, *(1,) * (some.ndim - 2))
+        at = lambda row, new, place: jax.lax.dynamic_update_slice(
+            row, new, (place, *(0,) * (row.ndim - 1))
+        )
+        return jax.vmap(at)(all_of, jnp.where(mask, some, nothing), loop.lengths)
+
     lengths = loop.lengths + kept
+    closed = jnp.any((tokens == rules.asked.closing[:, None]) & inside, axis=1)
     return dataclasses.replace(
         loop,
-        tokens=write(loop.tokens, jnp.where(inside, tokens, rules.pad), loop.lengths),
-        logprobs=write(loop.logprobs, jnp.where(inside, logprobs, 0.0), loop.lengths),
-        places=write(loop.places, jnp.where(inside, places, -1).astype(jnp.int8), loop.lengths),
+        given=jax.tree.map(written, loop.given, new, blank),
         lengths=lengths,
-        done=loop.done | (lengths >= rules.limit) | (first < kept),
+        done=loop.done | (lengths >= rules.asked.limit) | (first < kept),
+        thinking=loop.thinking & ~closed,
     )

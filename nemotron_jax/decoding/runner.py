@@ -1,7 +1,6 @@
 """The engine's device side: what to compile, and calls of whole slots into arrays and back."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,12 +11,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from nemotron_jax.config.cache import CacheConfig
+from nemotron_jax.config.engine import EngineConfig
+from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding import store as programs
+from nemotron_jax.decoding.loop import Sizes
 from nemotron_jax.decoding.prefix_cache import Entry
-from nemotron_jax.decoding.request import MOST_STOP_TOKENS
+from nemotron_jax.decoding.rules import Asked, Free
 from nemotron_jax.decoding.scheduler import Slot
 from nemotron_jax.decoding.store import Decoded, DecodeRows, FlatModel, PrefillRows, Store
+from nemotron_jax.decoding.wanted import MOST_TOP
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.sharding import MESH_AXES, current_mesh, replicated
 
@@ -43,39 +45,20 @@ class Runner:
     """A model and its store, and the handful of programs that serve every mix of slots."""
 
     def __init__(
-        self,
-        model: Nemotron,
-        *,
-        slots: int,
-        snapshots: int,
-        pages: int,
-        page_tokens: int,
-        max_length: int,
-        speculative: int,
-        cache: CacheConfig,
-        rounds: int,
-        prefill_shapes: Sequence[tuple[int, int]],
-        version: int | str,
+        self, model: Nemotron, config: EngineConfig, execution: Execution, version: int | str
     ) -> None:
         self._mesh, self._loaded = _mesh_of(model), None
         self.put_model(model, version)
-        self.slots, self.rounds = slots, rounds
-        self.speculative, self._page_tokens = speculative, page_tokens
-        self._decode_widths = self._widths(max_length + speculative + 1)
+        self._config, self._execution = config, execution
+        self._sizes = Sizes(config.capacity, config.speculative, min(MOST_TOP, self.vocabulary))
+        self._free = Free(model.config.vocab_size)
+        self._decode_widths = self._widths(config.max_length + config.speculative + 1)
+        slots = config.slots
         few = [max(slots // _FEW_ROWS, 1)] if slots > _MOST_SLOTS_WHOLE else []
         self._decode_rows = [*few, slots]
         self._prefill_widths = {
-            shape: self._widths(max_length + shape[1]) for shape in prefill_shapes
+            shape: self._widths(config.max_length + shape[1]) for shape in config.prefill_shapes
         }
-        self._empty_store = functools.partial(
-            Store.create,
-            formats=cache,
-            slots=slots,
-            snapshots=snapshots,
-            pages=pages + 1,
-            page_tokens=page_tokens,
-            mtp=speculative > 0,
-        )
         self.renew()
         self._compile()
 
@@ -83,6 +66,11 @@ class Runner:
     def model(self) -> Nemotron:
         """The model that runs."""
         return self._loaded.model
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens it has."""
+        return self.model.config.vocab_size
 
     @property
     def version(self) -> int | str:
@@ -100,14 +88,16 @@ class Runner:
         """Make the store anew: all that it held is lost."""
         self._store = None  # frees the old one first
         with self._on_mesh():
-            self._store = self._empty_store(self.model)
+            self._store = Store.create(self.model, self._config)
 
     def prefill(
         self, slots: Sequence[Slot], shape: tuple[int, int]
     ) -> tuple[Int[np.ndarray, "B"], Float[Array, "B T D"]]:
         """Read the slots' next chunks: how many tokens of each, and the hidden states."""
         rows, chunk = shape
-        numbers, start, lengths = (np.full(rows, fill, np.int32) for fill in (self.slots, 0, 0))
+        numbers, start, lengths = (
+            np.full(rows, fill, np.int32) for fill in (self._config.slots, 0, 0)
+        )
         tokens = np.zeros((rows, chunk), np.int32)
         for row, slot in enumerate(slots):
             piece = slot.prompt[slot.length : slot.length + chunk]
@@ -122,21 +112,29 @@ class Runner:
     def decode(self, slots: Sequence[Slot], rounds: int) -> tuple[Decoded, list[int]]:
         """Decode for these slots, at most `rounds` rounds, while the others rest: what was given,
         on the host, and each slot's row in it."""
-        grown = rounds * (self.speculative + 1)
+        grown = rounds * (self._config.speculative + 1)
         longest = max(slot.length + min(grown, slot.left - 1) for slot in slots)
-        width = self._width(longest + self.speculative + 1, self._decode_widths)
+        width = self._width(longest + self._config.speculative + 1, self._decode_widths)
         count = next(rows for rows in self._decode_rows if rows >= len(slots))
-        every = count == self.slots
+        every = count == self._config.slots
         rows = [slot.number if every else row for row, slot in enumerate(slots)]
         told = self._told(slots, rows, (count, width))
-        return jax.device_get(self._decode(told, rounds)), rows
+        found = self._decode(told, rounds)
+        if not any(slot.job.request.wanted.top_logprobs for slot in slots):
+            # They lie on the device as nothing; bringing them would take as long as all the rest.
+            none = dict.fromkeys(("top_tokens", "top_logprobs"))
+            given = dataclasses.replace(found.given, **none)
+            found = dataclasses.replace(found, given=given)
+        return jax.device_get(found), rows
 
     def score(
         self, hidden: Float[Array, "B T D"], targets: Int[np.ndarray, "B T"]
     ) -> Float[np.ndarray, "B T"]:
         """Log-probability of the token that follows each hidden state."""
         with self._on_mesh():
-            return np.asarray(programs.score(self._loaded.weights, hidden, targets))
+            return np.asarray(
+                programs.score(self._loaded.weights, hidden, targets, execution=self._execution)
+            )
 
     def save(self, slot: Slot, entry: Entry) -> None:
         """Keep the slot's states in the entry's snapshot."""
@@ -151,7 +149,9 @@ class Runner:
 
     def _prefill(self, rows: PrefillRows) -> Float[Array, "B T D"]:
         with self._on_mesh():
-            store, hidden = programs.prefill(self._loaded.weights, self._without_snapshots(), rows)
+            store, hidden = programs.prefill(
+                self._loaded.weights, self._without_snapshots(), rows, execution=self._execution
+            )
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return hidden
 
@@ -167,9 +167,8 @@ class Runner:
                 self._without_snapshots(),
                 rows,
                 np.int32(rounds),
-                speculative=self.speculative,
-                # The most that one call gives a row: a first token, and all drafts accepted.
-                capacity=1 + self.rounds * (self.speculative + 1),
+                sizes=self._sizes,
+                execution=self._execution,
             )
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
         return given
@@ -191,39 +190,31 @@ class Runner:
         self, slots: Sequence[Slot], rows: Sequence[int], shape: tuple[int, int]
     ) -> DecodeRows:
         """What the decode program is told of the slots in these rows, with tables of this shape."""
-        count = shape[0]
-        integers = lambda fill=0: np.full(count, fill, np.int32)
+        count, empty = shape[0], lambda fill=0: np.full(shape[0], fill, np.int32)
+        requests = {row: slot.job.request for row, slot in zip(rows, slots, strict=True)}
         told = DecodeRows(
-            slot=integers(self.slots),
+            slot=empty(self._config.slots),
             table=_table(slots, rows, shape),
-            length=integers(),
-            token=integers(),
+            length=empty(),
+            token=empty(),
             fresh=np.zeros(count, bool),
             active=np.zeros(count, bool),
-            limit=integers(1),
-            stops=np.full((count, MOST_STOP_TOKENS), -1, np.int32),
-            seed=np.zeros(count, np.uint32),
-            branch=integers(),
-            temperature=np.zeros(count, np.float32),
-            top_k=integers(),
-            top_p=np.ones(count, np.float32),
+            asked=Asked.of(requests, count, self._free),
         )
         for row, slot in zip(rows, slots, strict=True):
             request = slot.job.request
-            wanted = request.wanted
-            told.slot[row], told.length[row], told.limit[row] = slot.number, slot.length, slot.left
+            told.slot[row], told.length[row] = slot.number, slot.length
             told.active[row], told.fresh[row] = True, not request.tokens
             told.token[row] = request.tokens[-1] if request.tokens else 0
-            told.stops[row, : len(wanted.stop_tokens)] = wanted.stop_tokens
-            told.seed[row], told.branch[row] = wanted.seed, request.branch
-            told.temperature[row] = wanted.temperature
-            told.top_k[row], told.top_p[row] = wanted.top_k, wanted.top_p
         return told
 
     def _compile(self) -> None:
         """Run every program once, on slots that do not exist."""
         for shape, widths in self._prefill_widths.items():
-            rows, zeros = np.full(shape[0], self.slots, np.int32), np.zeros(shape[0], np.int32)
+            rows, zeros = (
+                np.full(shape[0], self._config.slots, np.int32),
+                np.zeros(shape[0], np.int32),
+            )
             tokens = np.zeros(shape, np.int32)
             for width in widths:
                 table = np.zeros((shape[0], width), np.int32)
@@ -237,13 +228,15 @@ class Runner:
 
     def _widths(self, tokens: int) -> list[int]:
         """Table widths in pages, of which the widest holds so many tokens."""
-        widths = [-(-tokens // self._page_tokens)]
-        while widths[-1] * self._page_tokens > _SMALLEST_CONTEXT and len(widths) < _MOST_WIDTHS:
+        widths = [-(-tokens // self._config.page_tokens)]
+        while (
+            widths[-1] * self._config.page_tokens > _SMALLEST_CONTEXT and len(widths) < _MOST_WIDTHS
+        ):
             widths.append(-(-widths[-1] // _WIDTHS_FACTOR))
         return widths[::-1]
 
     def _width(self, tokens: int, widths: Sequence[int]) -> int:
-        return next(width for width in widths if width * self._page_tokens >= tokens)
+        return next(width for width in widths if width * self._config.page_tokens >= tokens)
 
 
 def programs_compiled() -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 _LARGEST = np.iinfo(np.int32).max
 # The smallest normal float32: a CPU takes smaller ones for 0, and logits over 0 are no numbers.
@@ -16,18 +16,16 @@ _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature, then top-k, then top-p; temperature 0 is greedy, top_k 0 and top_p 1 keep every
-    token.
+    """Temperature, then min-p, then top-k, then top-p; temperature 0 is greedy, top_k 0, top_p 1
+    and min_p 0 keep every token.
 
-    Each value is one for all rows, or one a row. Whether any row samples and whether any filters is
-    fixed when compiled; the values are not.
+    Each value is one for all rows, or one a row. None of them is fixed when compiled.
     """
 
     temperature: Float[Array, "*B"]
     top_k: Int[Array, "*B"]
     top_p: Float[Array, "*B"]
-    greedy: bool = dataclasses.field(metadata={"static": True})  # every row
-    filtered: bool = dataclasses.field(metadata={"static": True})  # any row
+    min_p: Float[Array, "*B"]
 
     @classmethod
     def create(
@@ -35,19 +33,32 @@ class Sampling:
         temperature: float | Sequence[float] = 1.0,
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
     ) -> "Sampling":
         """Raises ValueError for a value out of range."""
-        t, k, p = checked_sampling(temperature, top_k, top_p)
-        greedy = bool(np.all(t < _SMALLEST_TEMPERATURE))
-        filtered = bool(np.any(k > 0) or np.any(p < 1))
-        return cls(*(jnp.asarray(value) for value in (t, k, p)), greedy=greedy, filtered=filtered)
+        return cls(*map(jnp.asarray, checked_sampling(temperature, top_k, top_p, min_p)))
+
+    @property
+    def greedy(self) -> Bool[Array, "*B"]:
+        """Which rows take the likeliest token."""
+        return self.temperature < _SMALLEST_TEMPERATURE
+
+    @property
+    def filters(self) -> Bool[Array, ""]:
+        """Whether any row leaves tokens out."""
+        some = jnp.any(self.top_k > 0) | jnp.any(self.top_p < 1)
+        return some | jnp.any(self.min_p > 0)
 
 
 def checked_sampling(
-    temperature: float | Sequence[float], top_k: int | Sequence[int], top_p: float | Sequence[float]
-) -> tuple[Float[np.ndarray, "*B"], Int[np.ndarray, "*B"], Float[np.ndarray, "*B"]]:
-    """The three as float32, int32 and float32. Raises ValueError for a value out of range."""
-    t, k, p = _numbers("temperature", temperature), np.asarray(top_k), _numbers("top_p", top_p)
+    temperature: float | Sequence[float],
+    top_k: int | Sequence[int],
+    top_p: float | Sequence[float],
+    min_p: float | Sequence[float] = 0.0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """As float32, int32, float32 and float32. Raises ValueError for a value out of range."""
+    t, k = _numbers("temperature", temperature), np.asarray(top_k)
+    p, least = _numbers("top_p", top_p), _numbers("min_p", min_p)
     if not np.all((t >= 0) & (t < np.inf)):
         raise ValueError(
             f"Sampling: temperature={temperature} must be at least 0, and finite; 0 is greedy"
@@ -58,9 +69,11 @@ def checked_sampling(
         raise ValueError(f"Sampling: top_k={top_k} must be at least 0; 0 keeps every token")
     if not np.all((p > 0) & (p <= 1)):
         raise ValueError(f"Sampling: top_p={top_p} must lie in (0, 1]; 1 keeps every token")
+    if not np.all((least >= 0) & (least <= 1)):
+        raise ValueError(f"Sampling: min_p={min_p} must lie in [0, 1]; 0 keeps every token")
     t = np.minimum(t, np.finfo(np.float32).max).astype(np.float32)
     k = np.minimum(k.astype(np.float64), _LARGEST).astype(np.int32)  # int8 has no such number
-    return t, k, p.astype(np.float32)
+    return t, k, p.astype(np.float32), least.astype(np.float32)
 
 
 def _numbers(name: str, value: object) -> np.ndarray:
@@ -76,20 +89,19 @@ def distribution(logits: Float[Array, "B *T V"], sampling: Sampling) -> Float[Ar
     def by_row(values: Array) -> Array:
         return values.reshape(*values.shape, *(1,) * (logits.ndim - values.ndim))
 
-    temperature = by_row(sampling.temperature)
-    greedy = temperature < _SMALLEST_TEMPERATURE
+    greedy = by_row(sampling.greedy)
     # From the largest down: a small temperature makes large logits infinite, but never these.
     scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
-    scaled = scaled / jnp.where(greedy, 1.0, temperature)
-    if sampling.filtered:
-        top_k, top_p = by_row(sampling.top_k), by_row(sampling.top_p)
-        # Rows come and go where a program is compiled for any: without filters, none sorts.
-        scaled = jax.lax.cond(
-            jnp.any(sampling.top_k > 0) | jnp.any(sampling.top_p < 1),
-            lambda scaled: keep_likely(scaled, top_k, top_p),
-            lambda scaled: scaled,
-            scaled,
-        )
+    scaled = scaled / jnp.where(greedy, 1.0, by_row(sampling.temperature))
+    least, top_k, top_p = map(by_row, (sampling.min_p, sampling.top_k, sampling.top_p))
+
+    def filtered(scaled: Array) -> Array:
+        # The likeliest token's logit is 0 now: log(min_p) is the least that stays.
+        kept = jnp.where(scaled >= jnp.log(least), scaled, -jnp.inf)
+        return keep_likely(kept, top_k, top_p)
+
+    # Rows come and go where a program is compiled for any: without filters, none sorts.
+    scaled = jax.lax.cond(sampling.filters, filtered, lambda scaled: scaled, scaled)
     likeliest = jnp.argmax(logits, axis=-1)[..., None] == jnp.arange(logits.shape[-1])
     certain = jnp.where(likeliest, 0.0, -jnp.inf)
     return jnp.where(greedy, certain, jax.nn.log_softmax(scaled, axis=-1))
@@ -102,12 +114,9 @@ def draw(log_probabilities: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]
 
 def sample(logits: Float[Array, "B V"], keys: Array, sampling: Sampling) -> Int[Array, "B"]:
     """One token a row of what `sampling` makes of its logits."""
-    likeliest = lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if sampling.greedy:
-        return likeliest(logits)
     return jax.lax.cond(
-        jnp.all(sampling.temperature < _SMALLEST_TEMPERATURE),
-        likeliest,
+        jnp.all(sampling.greedy),
+        lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.int32),
         lambda logits: draw(distribution(logits, sampling), keys),
         logits,
     )

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nemotron_jax.decoding.prefix_cache import Entry, PrefixCache, block_hashes
-from nemotron_jax.decoding.request import Request, StopText
+from nemotron_jax.decoding.request import Request
+from nemotron_jax.decoding.stopping import StopText
 
 
 class Pages:

@@ -11,9 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from nemotron_jax.decoding.sampling import Sampling, distribution, draw, sample
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.decoding.rules import Rules, forced, shaped
+from nemotron_jax.decoding.sampling import distribution, draw, sample
 from nemotron_jax.decoding.step import commit, decode_step, verify_step
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
@@ -60,15 +62,51 @@ def count_places(places: Int[np.ndarray, "*N"], speculative: int) -> Int[np.ndar
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Given:
+    """Tokens of rows with what is said of each; arrays of one shape, [B, n] or [B, n, top]."""
+
+    tokens: Int[Array, "B n"]
+    logprobs: Float[Array, "B n"]  # float32, as the row asked
+    places: Int[Array, "B n"]  # in its round, as `place_of` says; -1 for one that no round gave
+    forced: Bool[Array, "B n"]
+    top_tokens: Int[Array, "B n top"]
+    top_logprobs: Float[Array, "B n top"]  # of the model
+
+    @classmethod
+    def blank(cls, rows: int, tokens: int, *, top: int, pad: int) -> "Given":
+        """What stands where nothing was given."""
+        fill = lambda value, dtype, *last: jnp.full((rows, tokens, *last), value, dtype)
+        return cls(
+            tokens=fill(pad, jnp.int32),
+            logprobs=fill(0, jnp.float32),
+            places=fill(-1, jnp.int8),
+            forced=fill(False, bool),
+            top_tokens=fill(pad, jnp.int32, top),
+            top_logprobs=fill(0, jnp.float32, top),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Round:
     """What one round gave: the first `accepted` + 1 tokens of each row count."""
 
     cache: Cache  # with the state after each of the tokens that were fed; at rest without drafts
     fed: Int[Array, "B k+1"]  # the newest token and the drafts
     hidden: Float[Array, "B k+1 D"] | None  # None without drafts
-    tokens: Int[Array, "B k+1"]  # those that follow: accepted drafts, then the model's own
-    logprobs: Float[Array, "B k+1"]  # float32 log-softmax of the untempered logits
+    given: Given  # those that follow: accepted drafts, then the model's own
     accepted: Int[Array, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where rows stand before a round."""
+
+    cache: Cache
+    token: Int[Array, "B"]  # the newest, which the cache does not hold
+    given: Int[Array, "B"]  # tokens of the continuation so far
+    thinking: Bool[Array, "B"]  # whose reasoning is open and has a budget
 
 
 def keys_at(row_keys: Array, position: Int[Array, "B"], use: int) -> Array:
@@ -79,33 +117,32 @@ def keys_at(row_keys: Array, position: Int[Array, "B"], use: int) -> Array:
 
 def draft(
     model: Nemotron,
-    cache: Cache,
-    token: Int[Array, "B"],
+    at: Standing,
     count: int,
+    rules: Rules,
     *,
-    sampling: Sampling,
-    row_keys: Array,
+    execution: Execution = Execution(),
 ) -> tuple[Cache, Int[Array, "B k"], Float[Array, "B k V"]]:
-    """`count` tokens after `token`, which the cache does not hold yet, and the logits they are of.
+    """`count` tokens after the newest one, and the logits they are of, shaped by the rules.
 
-    The first MTP step embeds `token` beside the backbone's state of the token before; each later
-    one embeds the fresh draft beside the previous step's state. The cache comes back with their
-    entries, which `commit` discards. Source: vLLM's proposer for this family (nemotron_h_mtp).
+    The first MTP step embeds the newest token beside the backbone's state of the token before; each
+    later one embeds the fresh draft beside the previous step's state. The cache comes back with
+    their entries, which `commit` discards. Source: vLLM's proposer for this family
+    (nemotron_h_mtp).
     """
+    cache = at.cache
 
     def step(carry: tuple, number: Array) -> tuple[tuple, tuple]:
         mtp, hidden, token = carry
-        output = model.mtp_step(hidden[:, None], token[:, None], cache=mtp)
+        output = model.mtp_step(hidden[:, None], token[:, None], cache=mtp, execution=execution)
         hidden = output.hidden[:, 0]
-        logits = model.logits(hidden)
-        if sampling.greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            keys = keys_at(row_keys, cache.length + 1 + number, DRAFT)
-            token = draw(distribution(logits, sampling), keys)
+        logits = model.logits(output.hidden, execution=execution)
+        logits = shaped(logits, rules, (at.given + number)[:, None])[:, 0]
+        keys = keys_at(rules.row_keys, cache.length + 1 + number, DRAFT)
+        token = sample(logits, keys, rules.sampling)
         return (output.cache, hidden, token), (token, logits)
 
-    start = (cache.mtp, cache.hidden, token)
+    start = (cache.mtp, cache.hidden, at.token)
     (mtp, _, _), (tokens, logits) = jax.lax.scan(step, start, jnp.arange(count))
     cache = dataclasses.replace(cache, mtp=mtp)
     return cache, jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(logits, 0, 1)
@@ -116,28 +153,49 @@ def accept(
     drafts: Int[Array, "B k"],
     draft_logits: Float[Array, "B k V"],
     position: Int[Array, "B"],
-    *,
-    sampling: Sampling,
-    row_keys: Array,
+    rules: Rules,
 ) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
     """How many drafts of each row stand, and the token that follows them.
 
     `position` is that of the first draft in its text. A draft of probability q that the model gives
     p stands with probability min(1, p / q); after the first that falls the next token is drawn from
-    what p has over q, and after all of them from p. Both are after temperature and filters.
+    what p has over q, and after all of them from p. Both are after temperature and filters. A row
+    with a grammar takes no draft: the mask is known of its next token alone.
     """
-    count = drafts.shape[1]
-    if sampling.greedy:
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        accepted = _leading(likeliest[:, :count] == drafts)
-        return accepted, jnp.take_along_axis(likeliest, accepted[:, None], axis=1)[:, 0]
-    p = distribution(logits, sampling)
-    q = distribution(draft_logits, sampling)
+    grammar = rules.asked.grammar
+
+    def likeliest(logits: Array) -> tuple[Array, Array]:
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        stands = (best[:, : drafts.shape[1]] == drafts) & ~grammar[:, None]
+        accepted = _leading(stands)
+        return accepted, jnp.take_along_axis(best, accepted[:, None], axis=1)[:, 0]
+
+    return jax.lax.cond(
+        jnp.all(rules.sampling.greedy),
+        likeliest,
+        lambda logits: _drawn(logits, drafts, draft_logits, position, rules),
+        logits,
+    )
+
+
+def _drawn(
+    logits: Float[Array, "B k+1 V"],
+    drafts: Int[Array, "B k"],
+    draft_logits: Float[Array, "B k V"],
+    position: Int[Array, "B"],
+    rules: Rules,
+) -> tuple[Int[Array, "B"], Int[Array, "B"]]:
+    """`accept` of rows that are sampled."""
+    count, row_keys, grammar = drafts.shape[1], rules.row_keys, rules.asked.grammar
+    p = distribution(logits, rules.sampling)
+    q = distribution(draft_logits, rules.sampling)
     place = position[:, None] + jnp.arange(count)
     ratio = _of_tokens(p[:, :count], drafts) - _of_tokens(q, drafts)
     uniform = jax.vmap(lambda at: jax.vmap(jax.random.uniform)(keys_at(row_keys, at, ACCEPT)))
-    accepted = _leading(jnp.log(jnp.moveaxis(uniform(place.T), 0, 1)) < ratio)
+    stands = jnp.log(jnp.moveaxis(uniform(place.T), 0, 1)) < ratio
+    accepted = _leading(stands & ~grammar[:, None])
     # Past the last draft nothing was drafted, so that what p has over q is all of p.
+    q = jnp.where(grammar[:, None, None], -jnp.inf, q)
     q = jnp.concatenate([q, jnp.full_like(q[:, :1], -jnp.inf)], axis=1)
     at = lambda values: jnp.take_along_axis(values, accepted[:, None, None], axis=1)[:, 0]
     p, q = at(p), at(q)
@@ -149,31 +207,82 @@ def accept(
 
 def run_round(
     model: Nemotron,
-    cache: Cache,
-    token: Int[Array, "B"],
+    at: Standing,
     count: int,
+    rules: Rules,
     *,
-    sampling: Sampling,
-    row_keys: Array,
+    top: int = 0,
+    execution: Execution = Execution(),
 ) -> Round:
     """Draft, verify, accept; `finish_round` brings the cache to rest. A count of 0 drafts none."""
-    position = cache.length + 1  # `token` stands before it
-    options = {"sampling": sampling, "row_keys": row_keys}
+    position = at.cache.length + 1  # the newest token stands before it
+    number = at.given[:, None] + jnp.arange(count + 1)
     if count == 0:
-        cache, logits = decode_step(model, cache, token)
-        tokens = sample(logits, keys_at(row_keys, position, DRAW), sampling)[:, None]
-        logprobs = _logprobs(logits[:, None], tokens)
-        return Round(cache, token[:, None], None, tokens, logprobs, jnp.zeros_like(token))
-    cache, drafts, draft_logits = draft(model, cache, token, count, **options)
-    fed = jnp.concatenate([token[:, None], drafts], axis=1)
-    cache, hidden, logits = verify_step(model, cache, fed)
-    accepted, own = accept(logits, drafts, draft_logits, position, **options)
-    tokens = jnp.concatenate([drafts, own[:, None]], axis=1)
-    tokens = jnp.where(jnp.arange(count + 1) < accepted[:, None], tokens, own[:, None])
-    return Round(cache, fed, hidden, tokens, _logprobs(logits, tokens), accepted)
+        cache, logits = decode_step(model, at.cache, at.token, execution=execution)
+        fed, hidden, logits = at.token[:, None], None, logits[:, None]
+        likely = shaped(logits, rules, number)
+        keys = keys_at(rules.row_keys, position, DRAW)
+        tokens = sample(likely[:, 0], keys, rules.sampling)[:, None]
+        accepted = jnp.zeros_like(at.token)
+    else:
+        cache, drafts, draft_logits = draft(model, at, count, rules, execution=execution)
+        fed = jnp.concatenate([at.token[:, None], drafts], axis=1)
+        cache, hidden, logits = verify_step(model, cache, fed, execution=execution)
+        likely = shaped(logits, rules, number)
+        accepted, own = accept(likely, drafts, draft_logits, position, rules)
+        tokens = jnp.concatenate([drafts, own[:, None]], axis=1)
+        tokens = jnp.where(jnp.arange(count + 1) < accepted[:, None], tokens, own[:, None])
+    tokens, accepted, put = forced(tokens, accepted, rules, at.given, at.thinking)
+    places = place_of(jnp.arange(count + 1), accepted[:, None])
+    given = told(tokens, put, (logits, likely), rules, top)
+    given = dataclasses.replace(given, places=places.astype(jnp.int8))
+    return Round(cache, fed, hidden, given, accepted)
 
 
-def finish_round(model: Nemotron, round: Round, active: Array) -> Cache:
+def told(
+    tokens: Int[Array, "B n"],
+    put: Bool[Array, "B n"],
+    logits: tuple[Float[Array, "B n V"], Float[Array, "B n V"]],
+    rules: Rules,
+    top: int,
+) -> Given:
+    """What is said of tokens, given the model's logits and those after the rules; of no round.
+
+    `put` are those that no chance had a part in: their log-probability is the model's.
+    """
+    plain, likely = logits
+    own = jax.nn.logsumexp(plain, axis=-1)
+    logprobs = _of_tokens(plain, tokens) - own
+    drawn = rules.asked.drawn[:, None] & ~put
+    logprobs = jax.lax.cond(
+        jnp.any(drawn),
+        lambda model: jnp.where(
+            drawn, _of_tokens(distribution(likely, rules.sampling), tokens), model
+        ),
+        lambda model: model,
+        logprobs,
+    )
+    blank = Given.blank(*tokens.shape, top=top, pad=rules.pad)
+    best = blank.top_logprobs, blank.top_tokens
+    if top:
+        best = jax.lax.cond(
+            jnp.any(rules.asked.top > 0),
+            lambda: tuple(jax.lax.top_k(plain - own[..., None], top)),
+            lambda: best,
+        )
+    return dataclasses.replace(
+        blank,
+        tokens=tokens,
+        logprobs=logprobs,
+        forced=put,
+        top_tokens=best[1],
+        top_logprobs=best[0],
+    )
+
+
+def finish_round(
+    model: Nemotron, round: Round, active: Array, *, execution: Execution = Execution()
+) -> Cache:
     """The cache at rest: it holds all of a row's tokens but the newest.
 
     After drafts, rows that are not active keep their length; a single token is added to all.
@@ -181,16 +290,12 @@ def finish_round(model: Nemotron, round: Round, active: Array) -> Cache:
     if round.hidden is None:
         return round.cache
     count = jnp.where(active, round.accepted + 1, 0)
-    return commit(model, round.cache, round.hidden, round.fed, count)
+    return commit(model, round.cache, round.hidden, round.fed, count, execution=execution)
 
 
 def _leading(stands: Array) -> Int[Array, "B"]:
     """How many stand before the first that does not."""
     return jnp.sum(jnp.cumprod(stands.astype(jnp.int32), axis=1), axis=1)
-
-
-def _logprobs(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    return _of_tokens(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _of_tokens(values: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, "B T"]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nemotron_jax.config.execution import Execution
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import abstract_model
@@ -34,16 +35,28 @@ def for_decoding(model: Nemotron, dtype: str | None = None) -> Nemotron:
     return model if model.is_split else model.split_layers()
 
 
+def for_execution(model: Nemotron, execution: Execution) -> Nemotron:
+    """The model as decoding with `execution` reads it: split, and its matrices in the compute dtype
+    where it is not split already."""
+    wanted = execution.compute_dtype
+    return for_decoding(model, None if wanted == "auto" or model.is_split else wanted)
+
+
 def prefill_chunk(
-    model: Nemotron, cache: Cache, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+    model: Nemotron,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    *,
+    execution: Execution = Execution(),
 ) -> tuple[Cache, Float[Array, "B T D"]]:
     """The cache after `lengths` tokens of each row, and the hidden states of all.
 
     A row of length 0 keeps its states; hidden states past the lengths mean nothing.
     """
-    output = model(tokens, cache=cache, lengths=lengths)
-    cache = _with_mtp(model, cache, output.cache, output.hidden, tokens, lengths)
-    return cache, output.hidden
+    output = model(tokens, cache=cache, lengths=lengths, execution=execution)
+    fed = _Fed(output.hidden, tokens, lengths)
+    return _with_mtp(model, cache, output.cache, fed, execution), output.hidden
 
 
 def last_hidden(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
@@ -52,24 +65,24 @@ def last_hidden(hidden: Float[Array, "B T D"], lengths: Int[Array, "B"]) -> Floa
 
 
 def decode_step(
-    model: Nemotron, cache: Cache, token: Int[Array, "B"]
+    model: Nemotron, cache: Cache, token: Int[Array, "B"], *, execution: Execution = Execution()
 ) -> tuple[Cache, Float[Array, "B V"]]:
     """The cache after one more token of each row, and the float32 logits of the next."""
-    output = model(token[:, None], cache=cache)
-    ones = jnp.ones_like(token)
-    cache = _with_mtp(model, cache, output.cache, output.hidden, token[:, None], ones)
-    return cache, model.logits(output.hidden[:, 0])
+    output = model(token[:, None], cache=cache, execution=execution)
+    fed = _Fed(output.hidden, token[:, None], jnp.ones_like(token))
+    cache = _with_mtp(model, cache, output.cache, fed, execution)
+    return cache, model.logits(output.hidden[:, 0], execution=execution)
 
 
 def verify_step(
-    model: Nemotron, cache: Cache, tokens: Int[Array, "B T"]
+    model: Nemotron, cache: Cache, tokens: Int[Array, "B T"], *, execution: Execution = Execution()
 ) -> tuple[Cache, Float[Array, "B T D"], Float[Array, "B T V"]]:
     """A cache with the state after each of a few tokens, their hidden states and their logits.
 
     Weights are read once for all of them. `commit` turns the cache into one at rest.
     """
-    output = model(tokens, cache=cache, every_state=True)
-    return output.cache, output.hidden, model.logits(output.hidden)
+    output = model(tokens, cache=cache, every_state=True, execution=execution)
+    return output.cache, output.hidden, model.logits(output.hidden, execution=execution)
 
 
 def commit(
@@ -78,6 +91,8 @@ def commit(
     hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
+    *,
+    execution: Execution = Execution(),
 ) -> Cache:
     """The cache at rest after the first `count` of the tokens just verified.
 
@@ -90,24 +105,30 @@ def commit(
         return chosen
     mtp = cache.mtp.truncate(jnp.maximum(cache.start - 1, 0))
     before = dataclasses.replace(cache, length=cache.start, start=None, mtp=mtp)
-    return _with_mtp(model, before, chosen, hidden, tokens, count)
+    return _with_mtp(model, before, chosen, _Fed(hidden, tokens, count), execution)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fed:
+    """Tokens that the model has just been fed: `count` of each row, and their hidden states."""
+
+    hidden: Float[Array, "B T D"]
+    tokens: Int[Array, "B T"]
+    count: Int[Array, "B"]
 
 
 def _with_mtp(
-    model: Nemotron,
-    before: Cache,
-    after: Cache,
-    hidden: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    model: Nemotron, before: Cache, after: Cache, fed: _Fed, execution: Execution
 ) -> Cache:
     """`after`, its MTP cache fed with the tokens of this call but a row's very first."""
     if before.mtp is None:
         return after
-    known = jnp.concatenate([before.hidden[:, None], hidden[:, :-1]], axis=1)
+    known = jnp.concatenate([before.hidden[:, None], fed.hidden[:, :-1]], axis=1)
     first = before.length == 0  # nothing stands before the row's first token
     moved = lambda a: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), jnp.roll(a, -1, 1), a)
-    count = jnp.maximum(lengths - first, 0)
-    mtp = model.mtp_step(moved(known), moved(tokens), cache=before.mtp, lengths=count).cache
-    last = jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), before.hidden)
+    count = jnp.maximum(fed.count - first, 0)
+    options = {"cache": before.mtp, "lengths": count, "execution": execution}
+    mtp = model.mtp_step(moved(known), moved(fed.tokens), **options).cache
+    last = last_hidden(fed.hidden, fed.count)
+    last = jnp.where((fed.count > 0)[:, None], last, before.hidden)
     return dataclasses.replace(after, mtp=mtp, hidden=last)

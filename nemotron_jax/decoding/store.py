@@ -14,10 +14,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from nemotron_jax.config.cache import CacheConfig
-from nemotron_jax.decoding.loop import Loop, Rules, first_tokens, run_rounds
+from nemotron_jax.config.engine import EngineConfig
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.decoding.loop import Loop, Sizes, begin, run_rounds
 from nemotron_jax.decoding.rounding import keep_states
-from nemotron_jax.decoding.sampling import Sampling
+from nemotron_jax.decoding.rules import Asked, Rules
+from nemotron_jax.decoding.speculative import Given
 from nemotron_jax.decoding.step import last_hidden, prefill_chunk
 from nemotron_jax.layers.attention import PagedKV
 from nemotron_jax.layers.mamba2 import MambaState
@@ -89,26 +91,17 @@ class Store:
     rounding: str = dataclasses.field(metadata={"static": True})  # of states in few bits
 
     @classmethod
-    def create(
-        cls,
-        model: Nemotron,
-        formats: CacheConfig,
-        *,
-        slots: int,
-        snapshots: int,
-        pages: int,
-        page_tokens: int,
-        mtp: bool,
-    ) -> "Store":
-        """An empty store; `pages` counts the one that belongs to nobody."""
+    def create(cls, model: Nemotron, engine: EngineConfig) -> "Store":
+        """An empty store; its pages are one more than the engine's, which belongs to nobody."""
         config, dtype = model.config, model.embedding[...].dtype
+        formats, sizes = engine.cache, (engine.num_pages + 1, engine.page_tokens)
         kv = dtype if formats.kv == "auto" else jnp.dtype(formats.kv)
         ssm, _, rounding = formats.states.partition("_")
 
         def pools(pattern: str) -> tuple[Pool | None, ...]:
             def new() -> Pool:
                 heads = (config.attention.num_kv_heads, config.attention.head_dim)
-                return Pool(*(jnp.zeros((pages, page_tokens, *heads), kv) for _ in "kv"))
+                return Pool(*(jnp.zeros((*sizes, *heads), kv) for _ in "kv"))
 
             return tuple(new() if letter == "*" else None for letter in pattern)
 
@@ -120,8 +113,8 @@ class Store:
             layers = tuple(one() if letter == "M" else None for letter in config.pattern)
             return States(layers, jnp.zeros((rows, config.width), dtype))
 
-        mtp_pools = pools(config.mtp.pattern) if mtp else None
-        kept = states(slots), states(snapshots)
+        mtp_pools = pools(config.mtp.pattern) if engine.speculative else None
+        kept = states(engine.slots), states(engine.snapshots)
         empty = cls(pools(config.pattern), mtp_pools, *kept, rounding or "stochastic")
         if current_mesh() is not None:
             return jax.jit(_placed)(empty)
@@ -159,13 +152,7 @@ class DecodeRows:
     token: Int[np.ndarray, "B"]  # the newest, which the cache does not hold
     fresh: Bool[np.ndarray, "B"]  # its prompt has just been read: no token yet
     active: Bool[np.ndarray, "B"]
-    limit: Int[np.ndarray, "B"]  # tokens it may still give
-    stops: Int[np.ndarray, "B S"]
-    seed: Int[np.ndarray, "B"]
-    branch: Int[np.ndarray, "B"]
-    temperature: Float[np.ndarray, "B"]
-    top_k: Int[np.ndarray, "B"]
-    top_p: Float[np.ndarray, "B"]
+    asked: Asked
 
 
 @jax.tree_util.register_dataclass
@@ -173,17 +160,15 @@ class DecodeRows:
 class Decoded:
     """What a decode call gave each row."""
 
-    tokens: Int[Array, "B N"]
-    logprobs: Float[Array, "B N"]
+    given: Given  # [B, N]
     count: Int[Array, "B"]
     done: Bool[Array, "B"]
     length: Int[Array, "B"]  # tokens in its cache now
-    places: Int[Array, "B N"]  # of each token in its round, as in `Loop`
 
 
-@functools.partial(jax.jit, donate_argnums=1)
+@functools.partial(jax.jit, static_argnames="execution", donate_argnums=1)
 def prefill(
-    weights: FlatModel, store: Store, rows: PrefillRows
+    weights: FlatModel, store: Store, rows: PrefillRows, *, execution: Execution = Execution()
 ) -> tuple[Store, Float[Array, "B T D"]]:
     """The store after one chunk of a few slots' prompts, and the hidden states of its tokens.
 
@@ -193,7 +178,8 @@ def prefill(
     taken = _taken(store.slots, rows.slot)
     empty = lambda a: jnp.where((start == 0).reshape(-1, *(1,) * (a.ndim - 1)), 0, a)
     before = _cache(store, jax.tree.map(empty, taken), rows.table, start)
-    cache, hidden = prefill_chunk(weights.model(), before, rows.tokens, lengths)
+    model = weights.model()
+    cache, hidden = prefill_chunk(model, before, rows.tokens, lengths, execution=execution)
     cache = keep_states(cache, before, store.rounding)
     states = States(
         _mamba_states(cache), jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), 0)
@@ -201,48 +187,30 @@ def prefill(
     return _stored(store, cache, _put(store.slots, rows.slot, states)), hidden
 
 
-@functools.partial(jax.jit, static_argnames=("speculative", "capacity"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("sizes", "execution"), donate_argnums=1)
 def decode(
     weights: FlatModel,
     store: Store,
     rows: DecodeRows,
     rounds: Int[Array, ""],
     *,
-    speculative: int,
-    capacity: int,
+    sizes: Sizes,
+    execution: Execution = Execution(),
 ) -> tuple[Store, Decoded]:
     """The store after first tokens where they are due and then at most `rounds` rounds, and what
-    they gave: at most `capacity` tokens a row."""
+    they gave."""
     model = weights.model()
     whole = len(rows.slot) == len(store.slots.hidden)
     states = store.slots if whole else _taken(store.slots, rows.slot)
     cache = _cache(store, states, rows.table, rows.length)
-    sampling = Sampling(rows.temperature, rows.top_k, rows.top_p, greedy=False, filtered=True)
-    keys = jax.vmap(lambda seed, branch: jax.random.fold_in(jax.random.key(seed), branch))
-    pad = model.config.pad_token
-    rules = Rules(
-        sampling, keys(rows.seed, rows.branch), rows.stops, rows.limit, pad, store.rounding
-    )
-    sizes = {"capacity": capacity, "speculative": speculative}
-    loop = Loop.create(cache, rows.token, ~rows.active, pad=pad, **sizes)
-    loop = jax.lax.cond(
-        jnp.any(rows.fresh),
-        lambda loop: first_tokens(loop, model.logits(states.hidden), rows.fresh, rules),
-        lambda loop: loop,
-        loop,
-    )
-    loop = run_rounds(model, loop, rules, speculative=speculative, most_rounds=rounds, resting=True)
+    rules = Rules.create(rows.asked, model.config.pad_token, store.rounding)
+    loop = Loop.create(cache, rows.token, ~rows.active, rules, sizes)
+    loop = begin(model, loop, states.hidden, rows.fresh, rules, execution=execution)
+    loop = run_rounds(model, loop, rules, sizes, most_rounds=rounds, execution=execution)
     hidden = states.hidden if loop.cache.hidden is None else loop.cache.hidden
     states = States(_mamba_states(loop.cache), hidden)
     slots = states if whole else _put(store.slots, rows.slot, states)
-    given = Decoded(
-        loop.tokens,
-        loop.logprobs,
-        loop.lengths,
-        loop.done,
-        loop.cache.length,
-        loop.places,
-    )
+    given = Decoded(loop.given, loop.lengths, loop.done, loop.cache.length)
     return _stored(store, loop.cache, slots), given
 
 
@@ -269,12 +237,16 @@ def load_snapshot(
     return _placed(dataclasses.replace(store, pools=pools, mtp_pools=mtp_pools, slots=slots))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="execution")
 def score(
-    weights: FlatModel, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+    weights: FlatModel,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    *,
+    execution: Execution = Execution(),
 ) -> Float[Array, "B T"]:
     """Log-probability of the token that follows each hidden state."""
-    logits = weights.model().logits(hidden)
+    logits = weights.model().logits(hidden, execution=execution)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -12,10 +12,19 @@ from jaxtyping import Array, Float, Int
 
 from nemotron_jax.data.corpus import Corpus
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
-from nemotron_jax.decoding.generate import generate, prefill
-from nemotron_jax.decoding.sampling import Sampling, sample
-from nemotron_jax.decoding.speculative import accept, finish_round, run_round
-from nemotron_jax.decoding.step import commit, decode_step, for_decoding, verify_step
+from nemotron_jax.decoding.generate import generate
+from nemotron_jax.decoding.reading import prefill
+from nemotron_jax.decoding.request import Request
+from nemotron_jax.decoding.rules import Asked, Free, Rules
+from nemotron_jax.decoding.sampling import sample
+from nemotron_jax.decoding.speculative import Standing, accept, finish_round, run_round
+from nemotron_jax.decoding.step import (
+    commit,
+    decode_step,
+    for_decoding,
+    verify_step,
+)
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.evaluation.evaluator import Plot, Result, Subject, Table
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
@@ -192,23 +201,24 @@ def measure_costs(
 
     Every round keeps one token, so that caches grow alike whatever the model accepts.
     """
-    sampling = Sampling.create(1.0)
-    keys = jax.random.split(jax.random.key(0), len(prompts))
-    options = {"sampling": sampling, "row_keys": keys}
+    drawn = Wanted(max_new_tokens=1, temperature=1.0)
+    requests = {n: Request(tuple(row), drawn, n, lambda: False) for n, row in enumerate(prompts)}
+    asked = Asked.of(requests, len(prompts), Free(model.config.vocab_size))
+    rules, never = Rules.create(asked, model.config.pad_token), jnp.zeros(len(prompts), bool)
 
     def plain(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
         cache, logits = decode_step(model, cache, token)
-        return cache, sample(logits, keys, sampling)
+        return cache, sample(logits, rules.row_keys, rules.sampling)
 
     def whole(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
-        round = run_round(model, cache, token, k, **options)
+        round = run_round(model, Standing(cache, token, 0 * token, never), k, rules)
         kept = dataclasses.replace(round, accepted=0 * round.accepted)
-        return finish_round(model, kept, round.accepted >= 0), round.tokens[:, 0]
+        return finish_round(model, kept, round.accepted >= 0), round.given.tokens[:, 0]
 
     def verified(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
         fed = (token[:, None] + jnp.arange(k + 1)) % model.config.vocab_size
         checked, hidden, logits = verify_step(model, cache, fed)
-        accepted, own = accept(logits, fed[:, 1:], logits[:, :k], cache.length, **options)
+        accepted, own = accept(logits, fed[:, 1:], logits[:, :k], cache.length, rules)
         return commit(model, checked, hidden, fed, jnp.minimum(accepted, 0) + 1), own
 
     works = {"step": plain, "round": whole, "verify": verified}

@@ -6,9 +6,11 @@ import math
 import numpy as np
 
 from nemotron_jax.config.cache import KV_FORMATS, STATE_FORMATS, CacheConfig
+from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.data.corpus import Corpus
 from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.decoding.step import for_decoding
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.evaluation.evaluator import Result, Subject, Table
 from nemotron_jax.evaluation.perplexity import ratio_over_documents
 from nemotron_jax.model.nemotron import Nemotron
@@ -64,10 +66,10 @@ class CacheFormats:
     def _bits(self, model: Nemotron, texts: list, formats: CacheConfig) -> np.ndarray:
         """Bits that each text's tokens take after its first."""
         longest = max(map(len, texts)) + 1
-        options = {"max_length": longest, "prefill_shapes": ((_ROWS, 1),), "cache": formats}
-        engine = Engine(model, slots=_ROWS, **options)
-        ask = {"max_new_tokens": 1, "temperature": 0.0, "prompt_logprobs": True}
-        requests = [engine.submit(text, **ask) for text in texts]
+        shapes = ((_ROWS, 1),)
+        engine = Engine(model, EngineConfig(_ROWS, longest, prefill_shapes=shapes, cache=formats))
+        wanted = Wanted(max_new_tokens=1, prompt_logprobs=True)
+        requests = [request for text in texts for request in engine.submit(text, wanted)]
         engine.run()
         return np.array([-sum(request.prompt_logprobs) / math.log(2) for request in requests])
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.decoding.generate import generate
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.step import for_decoding
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.evaluation.evaluator import Table
 from nemotron_jax.model.nemotron import Nemotron
 
@@ -48,8 +50,8 @@ class ServingSpeed:
         """Values `serving_*`, and a table of concurrency and context."""
         model = for_decoding(model)
         longest = max(self.contexts) + self.new_tokens + _MORE
-        sizes = {"slots": max(self.concurrency), "max_length": longest}
-        engine = Engine(model, **sizes)
+        sizes = EngineConfig(max(self.concurrency), longest)
+        engine = Engine(model, sizes)
         programs, rows, values = engine.stats().programs, [], {}
         for context in self.contexts:
             for count in self.concurrency:
@@ -59,7 +61,8 @@ class ServingSpeed:
                 rows.append((count, context, *best.figures()))
                 values[f"serving_{count}x{context}_tokens_per_second"] = rows[-1][2]
         values |= self._ratios(model, engine)
-        known = Engine(model, prefix_cache=True, **sizes)  # in the same programs
+        # In the same programs.
+        known = Engine(model, dataclasses.replace(sizes, prefix_cache=True))
         values["serving_first_token_of_a_known_prefix"] = self._known_prefix(model, known)
         values["serving_compiled_later"] = engine.stats().programs - programs
         return values, Table("Serving", COLUMNS, tuple(rows))
@@ -100,8 +103,8 @@ class ServingSpeed:
 
     def _serve(self, engine: Engine, prompts: Sequence[Sequence[int]]) -> "Run":
         start = time.perf_counter()
-        options = {"max_new_tokens": self.new_tokens, "temperature": 0.0}
-        requests = [engine.submit(prompt, **options) for prompt in prompts]
+        wanted = Wanted(self.new_tokens)
+        requests = [request for prompt in prompts for request in engine.submit(prompt, wanted)]
         first: dict[Request, float] = {}
         last: dict[Request, float] = {}
         going = True

@@ -15,7 +15,8 @@ from jaxtyping import Int
 
 from nemotron_jax.config.run import RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data.packing import Row, lookahead_of, make_batch
-from nemotron_jax.decoding.generate import generate, prefill
+from nemotron_jax.decoding.generate import generate
+from nemotron_jax.decoding.reading import prefill
 from nemotron_jax.evaluation.evaluator import Result, Subject, Table
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.model.adapters import merge_adapters

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.decoding.request import Request
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.playing.sampler import Sampler, SideBySide, Written
 from nemotron_jax.sharding import make_mesh
@@ -59,25 +61,23 @@ class EngineSampler:
             if self._engine is not None:
                 self._engine.replace_weights(model, self._version)
                 return
-            self._engine = Engine(
-                model,
+            config = EngineConfig(
                 slots=self._slots,
                 max_length=max_tokens,
                 page_tokens=_PAGE_TOKENS,
                 prefix_cache=True,
                 snapshots=4 * self._slots,
-                version=self._version,
             )
+            self._engine = Engine(model, config, version=self._version)
 
     @functools.cached_property
     def _mesh(self) -> Mesh:
         return make_mesh(MeshConfig(), jax.devices()[:1])
 
-    def submit(self, prompt: Sequence[int], **wanted: object) -> list[Request]:
+    def submit(self, prompt: Sequence[int], *, n: int = 1, **wanted: object) -> list[Request]:
         """Requests to continue a prompt."""
         with jax.set_mesh(self._mesh):
-            made = self._engine.submit(prompt, **wanted)
-        return made if isinstance(made, list) else [made]
+            return self._engine.submit(prompt, Wanted(**wanted), n=n)
 
     def run(self) -> None:
         """Serve every request."""

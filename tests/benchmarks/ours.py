@@ -144,7 +144,7 @@ def _prefill(
 ) -> Callable[[], measure.Duration]:
     import jax
 
-    from nemotron_jax.decoding.generate import prefill
+    from nemotron_jax.decoding.reading import prefill
 
     rows = tokens.tolist()
 
@@ -159,34 +159,33 @@ def _decode(
     model: Any, tokens: Any, case: Case, result: dict[str, Any]
 ) -> Callable[[], measure.Duration]:
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
-    from nemotron_jax.decoding import generate
-    from nemotron_jax.decoding.sampling import Sampling
+    from nemotron_jax.config.execution import Execution
+    from nemotron_jax.decoding import lockstep
+    from nemotron_jax.decoding.loop import Sizes
+    from nemotron_jax.decoding.reading import prefill
+    from nemotron_jax.decoding.request import Request
+    from nemotron_jax.decoding.rules import Asked, Free
     from nemotron_jax.decoding.step import for_decoding
+    from nemotron_jax.decoding.store import FlatModel
+    from nemotron_jax.decoding.wanted import Wanted
 
-    rows, sampling = tokens.tolist(), Sampling.create(0.0, 0, 1.0)
-    options = {
-        "stops": jnp.array([-1], jnp.int32),
-        "key": jax.random.key(0),
-        "real": jnp.ones(len(rows), bool),
-        "speculative": 0,
-    }
-    model = for_decoding(model)
+    rows, model = tokens.tolist(), for_decoding(model)
+    weights, sizes = FlatModel.of(model), Sizes(case.new_tokens, 0)
+    wanted = Wanted(case.new_tokens)
+    requests = {n: Request((0,), wanted, n, lambda: False) for n in range(len(rows))}
+    asked = Asked.of(requests, len(rows), Free(model.config.vocab_size))
+    flags = np.ones(len(rows), bool)
+    rounds = np.int32(case.new_tokens - 1)
 
     def run() -> measure.Duration:
-        cache, logits = jax.block_until_ready(generate.prefill(model, rows, extra=case.new_tokens))
+        cache, logits = jax.block_until_ready(prefill(model, rows, extra=case.new_tokens + 1))
         result["state_bytes"] = _state_bytes(cache)
+        hidden = jax.numpy.zeros((len(rows), model.config.width), logits.dtype)
+        told = lockstep._DecodeRows(hidden, asked.given, flags, flags, asked)
         decode = lambda: jax.block_until_ready(  # noqa: E731
-            generate._decode(
-                model,
-                cache,
-                logits,
-                sampling,
-                limit=case.new_tokens,
-                capacity=case.new_tokens,
-                **options,
-            )
+            lockstep._decode(weights, cache, told, rounds, sizes=sizes, execution=Execution())
         )
         return measure.timed(decode)
 
@@ -214,7 +213,7 @@ def _attention(config: Any, case: Case, result: dict[str, Any]) -> Callable[[], 
     import jax
     import numpy as np
 
-    from nemotron_jax.decoding.generate import PREFILL_CHUNK
+    from nemotron_jax.decoding.reading import PREFILL_CHUNK
     from nemotron_jax.model.accounting import forward_flops
     from pallas_kernels import attention
 

@@ -3,18 +3,21 @@ programs are compiled once."""
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 import pytest
 
 import nemotron_jax as nj
-from nemotron_jax.decoding import generate as generate_module
-from nemotron_jax.decoding import store
+from nemotron_jax.config.engine import EngineConfig
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.decoding import lockstep, reading, store
 from nemotron_jax.decoding.engine import Engine
+from nemotron_jax.decoding.generator import Generator
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.step import for_decoding
+from nemotron_jax.decoding.wanted import Wanted
 from tests.decoding.test_speculative import agreeing
 from tests.tiny_models import quick_jit, random_tokens, randomised, tiny_model
 
@@ -24,18 +27,17 @@ LENGTHS = (16, 1, 9, 13, 7, 2, 8, 15)
 PROMPTS = [random_tokens(n, n).tolist() for n in LENGTHS]
 GREEDY = {"temperature": 0.0}
 WAYS = [GREEDY, *({"temperature": 0.8, "top_p": 0.95, "seed": seed} for seed in (3, 4))]
-_SIZES = ("speculative", "capacity")
 _OPTIONS = {
     store: {
-        "prefill": {"donate_argnums": 1},
-        "decode": {"static_argnames": _SIZES, "donate_argnums": 1},
+        "prefill": {"static_argnames": "execution", "donate_argnums": 1},
+        "decode": {"static_argnames": ("sizes", "execution"), "donate_argnums": 1},
         "save_snapshot": {"donate_argnums": 0},
         "load_snapshot": {"donate_argnums": 0},
-        "score": {},
+        "score": {"static_argnames": "execution"},
     },
-    generate_module: {
-        "_prefill_chunk": {"donate_argnums": 1},
-        "_decode": {"static_argnames": _SIZES, "donate_argnums": 1},
+    reading: {"_read_chunk": {"static_argnames": "execution", "donate_argnums": 1}},
+    lockstep: {
+        "_decode": {"static_argnames": ("sizes", "execution"), "donate_argnums": 1},
     },
 }
 _PROGRAMS = {
@@ -76,12 +78,28 @@ def alone(
     return found.tokens[0].tolist(), found.logprobs[0]
 
 
-def make(model: nj.Nemotron, speculative: int = 0, **options: object) -> Engine:
+def make(
+    model: nj.Nemotron,
+    speculative: int = 0,
+    *,
+    tokenizer: Tokenizer | None = None,
+    version: int | str = "old",
+    **sizes: object,
+) -> Engine:
     """An engine of the common shapes."""
-    sizes = {"slots": 4, "max_length": 40, "page_tokens": 8, "rounds": 3, "snapshots": 4}
-    sizes["pages"] = 14  # two of the longest requests fill ten: some must wait
-    options = {"prefill_shapes": ((2, 8),), "version": "old", **sizes, **options}
-    return Engine(model, speculative=speculative, **options)
+    common = {"slots": 4, "max_length": 40, "page_tokens": 8, "rounds": 3, "snapshots": 4}
+    common["pages"] = 14  # two of the longest requests fill ten: some must wait
+    common |= {"prefill_shapes": ((2, 8),), "speculative": speculative}
+    config = EngineConfig(**{**common, **sizes})
+    return Engine(model, config, tokenizer=tokenizer, version=version)
+
+
+def submit(
+    generator: Generator, prompt: Sequence[int], *, n: int = 1, **wanted: object
+) -> Request | list[Request]:
+    """A request to continue a prompt, or several."""
+    found = generator.submit(prompt, Wanted(**wanted), n=n)
+    return found if n > 1 else found[0]
 
 
 @functools.cache

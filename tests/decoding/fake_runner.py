@@ -49,9 +49,10 @@ class FakeRunner:
     """Does what `Runner` does, without programs. `fault` is called with each program's name before
     and after it has its store, and may raise."""
 
-    def __init__(self, model, *, slots, page_tokens, speculative, rounds, version, **_) -> None:
-        self.slots, self._page, self.speculative = slots, page_tokens, speculative
-        self._rounds, self.fault = rounds, lambda *_: None
+    def __init__(self, model, config, execution, version) -> None:
+        self._page, self.speculative = config.page_tokens, config.speculative
+        self._rounds, self.fault = config.rounds, lambda *_: None
+        self.vocabulary = VOCABULARY
         self.put_model(model, version)
         self.renew()
 
@@ -109,9 +110,12 @@ class FakeRunner:
     def decode(self, slots, rounds) -> tuple[SimpleNamespace, list[int]]:
         size = (len(slots), 1 + self._rounds * (self.speculative + 1))
         given = SimpleNamespace(
-            tokens=np.zeros(size, int),
-            logprobs=np.zeros(size),
-            places=np.full(size, -1, np.int8),
+            given=SimpleNamespace(
+                tokens=np.zeros(size, int),
+                logprobs=np.zeros(size),
+                places=np.full(size, -1, np.int8),
+                forced=np.zeros(size, bool),
+            ),
             count=np.zeros(len(slots), int),
             done=np.zeros(len(slots), bool),
             length=np.zeros(len(slots), int),
@@ -137,8 +141,8 @@ class FakeRunner:
                 state = self._feed(store, slot, state, token)
             for place, token in enumerate(found):
                 own = place_of(np.array([place]), np.array([len(found) - 1]))[0]
-                given.places[row, len(new)] = -1 if first else own
-                given.logprobs[row, len(new)] = logprob(text)
+                given.given.places[row, len(new)] = -1 if first else own
+                given.given.logprobs[row, len(new)] = logprob(text)
                 text, newest = (*text, token), [token]
                 new.append(token)
                 if token in request.wanted.stop_tokens or len(new) == left:
@@ -146,7 +150,7 @@ class FakeRunner:
                     break
                 if place + 1 < len(found):
                     state = self._feed(store, slot, state, token)
-        given.tokens[row, : len(new)], given.count[row] = new, len(new)
+        given.given.tokens[row, : len(new)], given.count[row] = new, len(new)
         given.length[row], store.slots[slot.number] = len(state), state
 
     def _feed(self, store, slot, state: tuple, token: int) -> tuple:

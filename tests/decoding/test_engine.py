@@ -1,6 +1,5 @@
 """Whatever runs beside a request, its tokens are those of `generate` for it alone."""
 
-import asyncio
 import logging
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 import nemotron_jax as nj
 from nemotron_jax.data.tokenizer import train_tokenizer
 from nemotron_jax.decoding.engine import QueueFull
-from nemotron_jax.decoding.request import StopText
+from nemotron_jax.decoding.stopping import StopText
 from tests.decoding import engines
 from tests.decoding.engines import (
     GREEDY,
@@ -25,6 +24,7 @@ from tests.decoding.engines import (
     log_probabilities,
     make,
     quick_programs,  # noqa: F401  # for all of this file
+    submit,
 )
 from tests.decoding.fake_runner import expected
 from tests.tiny_models import VOCABULARY, quick_jit, tiny_model
@@ -48,7 +48,7 @@ def test_each_request_is_as_if_alone(model, speculative, caplog):
         programs = engine.stats().programs
         asked = [(n, n % len(WAYS), NEW - n) for n in range(len(PROMPTS))]
         requests = [
-            engine.submit(PROMPTS[n], max_new_tokens=new, **WAYS[way]) for n, way, new in asked
+            submit(engine, PROMPTS[n], max_new_tokens=new, **WAYS[way]) for n, way, new in asked
         ]
         engine.run()
         assert engine.stats().programs == programs
@@ -68,8 +68,8 @@ def test_each_request_is_as_if_alone(model, speculative, caplog):
 @pytest.mark.parametrize("speculative", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_samples_of_one_prompt_read_it_once(model, speculative):
     engine = make(model, speculative)
-    beside = engine.submit(PROMPTS[0], max_new_tokens=20, temperature=0.0)
-    samples = engine.submit(PROMPTS[3], max_new_tokens=NEW, n=4, prompt_logprobs=True, **WAYS[1])
+    beside = submit(engine, PROMPTS[0], max_new_tokens=20, temperature=0.0)
+    samples = submit(engine, PROMPTS[3], max_new_tokens=NEW, n=4, prompt_logprobs=True, **WAYS[1])
     engine.run()
     rows = nj.generate(model, [PROMPTS[3]] * 4, NEW, speculative=speculative, **WAYS[1])
     for row, sample in enumerate(samples):
@@ -91,12 +91,12 @@ def test_stop_tokens_and_stop_strings_end_a_request(model):
     place = next(n for n in range(4, NEW) if tokens[n] >= 16 and tokens[n - 1] >= 16)
     string = tokenizer.decode(tokens[place - 1 : place + 1])
     first = next(n for n in range(NEW) if string in tokenizer.decode(tokens[: n + 1]))
-    by_string = engine.submit(
-        PROMPTS[0], max_new_tokens=NEW, stop_strings=("never", string), **GREEDY
+    by_string = submit(
+        engine, PROMPTS[0], max_new_tokens=NEW, stop_strings=("never", string), **GREEDY
     )
     unused = next(token for token in range(VOCABULARY) if token not in tokens)
-    by_token = engine.submit(
-        PROMPTS[0], max_new_tokens=NEW, stop_tokens=(tokens[5], unused), **GREEDY
+    by_token = submit(
+        engine, PROMPTS[0], max_new_tokens=NEW, stop_tokens=(tokens[5], unused), **GREEDY
     )
     engine.run()
     assert by_string.tokens == tokens[: first + 1] and by_string.finish_reason == "stop"
@@ -151,40 +151,32 @@ def test_numbers_of_numpy_are_taken_as_those_of_python(fake, kind):
     most = int(np.iinfo(kind).max)
     sizes = {"slots": kind(3), "max_length": kind(100), "page_tokens": kind(4), "rounds": kind(100)}
     engine = fake(kind(2), pages=None, prefill_shapes=((kind(2), kind(120)),), **sizes)
-    request = engine.submit(np.arange(9, dtype=kind), max_new_tokens=kind(91), seed=kind(7))
+    request = submit(engine, np.arange(9, dtype=kind), max_new_tokens=kind(91), seed=kind(7))
     assert (request.wanted.max_new_tokens, request.wanted.seed) == (91, 7)
     assert {type(request.wanted.max_new_tokens), type(request.wanted.seed)} == {int}
     assert len(request.wait().tokens) == 91 and engine.stats().pages == 75
     with pytest.raises(ValueError, match="exceed max_length=100|must be an integer from 1"):
-        engine.submit([5], max_new_tokens=kind(most))
-    engine.submit([5], max_new_tokens=kind(2), top_k=kind(most), stop_tokens=kind(5), n=kind(2))
+        submit(engine, [5], max_new_tokens=kind(most))
+    submit(engine, [5], max_new_tokens=kind(2), top_k=kind(most), stop_tokens=kind(5), n=kind(2))
     engine.run()
 
 
 def test_tokens_come_while_others_still_run(model):
     engine = make(model)
-    first, second = (engine.submit(PROMPTS[n], max_new_tokens=NEW, **GREEDY) for n in (1, 2))
+    first, second = (submit(engine, PROMPTS[n], max_new_tokens=NEW, **GREEDY) for n in (1, 2))
     stream = iter(first)
     head = [next(stream) for _ in range(2)]
     assert not second.done
     assert head + list(stream) == alone(1, 0, 0)[0]
-
-    async def collect(request) -> list[int]:
-        return [token async for token in request]
-
-    async def both() -> list[list[int]]:
-        third = engine.submit(PROMPTS[3], max_new_tokens=NEW, **GREEDY)
-        return await asyncio.gather(collect(second), collect(third))
-
-    assert asyncio.run(both()) == [alone(2, 0, 0)[0], alone(3, 0, 0)[0]]
-    assert engine.submit([5], max_new_tokens=1).wait().finish_reason == "length"
+    assert second.wait().tokens == alone(2, 0, 0)[0]
+    assert submit(engine, [5], max_new_tokens=1).wait().finish_reason == "length"
 
 
 def test_what_must_wait_waits_until_the_queue_is_full(model):
     engine = make(model, max_waiting=3)
-    requests = [engine.submit(PROMPTS[0], max_new_tokens=NEW) for _ in range(3)]
+    requests = [submit(engine, PROMPTS[0], max_new_tokens=NEW) for _ in range(3)]
     with pytest.raises(QueueFull, match="3 requests wait and 1 more would exceed max_waiting=3"):
-        engine.submit(PROMPTS[0], max_new_tokens=NEW)
+        submit(engine, PROMPTS[0], max_new_tokens=NEW)
     engine.step()
     assert engine.stats().running == 2, "each needs 5 of the 14 pages"
     engine.run()
@@ -194,9 +186,9 @@ def test_what_must_wait_waits_until_the_queue_is_full(model):
 
 def test_what_can_never_fit_is_refused(fake):
     with pytest.raises(ValueError, match="16 prompt tokens and max_new_tokens=25 exceed .*=40"):
-        fake().submit(PROMPTS[0], max_new_tokens=25)
+        submit(fake(), PROMPTS[0], max_new_tokens=25)
     with pytest.raises(ValueError, match="need 4 pages, and the engine has 3"):
-        fake(pages=3).submit(PROMPTS[0], max_new_tokens=9)
+        submit(fake(pages=3), PROMPTS[0], max_new_tokens=9)
 
 
 @pytest.mark.parametrize(
@@ -207,15 +199,15 @@ def test_what_can_never_fit_is_refused(fake):
         ([1.5], {}, "row of at least one integer"),
         ([1, VOCABULARY], {}, f"token {VOCABULARY}, outside .* {VOCABULARY}"),
         ([1, -1], {}, "token -1, outside"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens=0 must be"),
-        ([1], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens=0: must be"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens=2.5: must be"),
         ([1], {"temperature": float("nan")}, "temperature=nan"),
-        ([1], {"temperature": [1.0, 2.0]}, "one value each"),
+        ([1], {"temperature": [1.0, 2.0]}, "must be one value"),
         ([1], {"top_p": 0}, "top_p=0"),
         ([1], {"top_k": -1}, "top_k=-1"),
-        ([1], {"seed": -1}, "seed=-1 must be"),
+        ([1], {"seed": -1}, "seed=-1: must be"),
         ([1], {"n": 0}, "n=0 must be"),
-        ([1], {"stop_tokens": list(range(17))}, "at most 16 tokens"),
+        ([1], {"stop_tokens": list(range(17))}, "at most 16 token ids"),
         ([1], {"stop_tokens": (VOCABULARY,)}, f"vocabulary of {VOCABULARY}"),
         ([1], {"stop_strings": ("",)}, "not empty"),
         ([1], {"stop_strings": ("a", "\ud800")}, "half of a surrogate pair"),
@@ -226,7 +218,7 @@ def test_what_can_never_fit_is_refused(fake):
 def test_bad_requests_are_errors(fake, prompt, options, message):
     engine = fake()
     with pytest.raises(ValueError, match=message):
-        engine.submit(prompt, **{"max_new_tokens": 4, **options})
+        submit(engine, prompt, **{"max_new_tokens": 4, **options})
     assert_empty(engine)
 
 
@@ -235,7 +227,7 @@ def test_bad_requests_are_errors(fake, prompt, options, message):
     [
         ({"slots": 0}, "slots=0"),
         ({"page_tokens": 2.5}, "page_tokens=2.5"),
-        ({"speculative": 99}, "integer between 0 and 32"),
+        ({"speculative": 99}, "speculative=99: must be at most 32"),
     ],
     ids=str,
 )
@@ -246,7 +238,7 @@ def test_bad_engines_are_errors(fake, options, message):
 
 def test_new_weights_go_on_from_the_old_caches(model, other_model):
     engine = make(model)
-    request = engine.submit(PROMPTS[0], max_new_tokens=20, **GREEDY)
+    request = submit(engine, PROMPTS[0], max_new_tokens=20, **GREEDY)
     while len(request.tokens) < 6:
         engine.step()
     engine.replace_weights(other_model, "new")

@@ -22,6 +22,7 @@ from tests.decoding.engines import (
     programs,
     quick_programs,  # noqa: F401  # for all of this file
     sample,
+    submit,
 )
 
 
@@ -43,7 +44,7 @@ def test_nothing_is_compiled_after_the_engine_is_made(model, speculative, prefix
             engine.replace_weights(one, "next")
             for n in range(3):
                 options = {"n": 1 + n, "prompt_logprobs": n % 2 == 0, **WAYS[n % len(WAYS)]}
-                engine.submit(PROMPTS[n], max_new_tokens=7, **options)
+                submit(engine, PROMPTS[n], max_new_tokens=7, **options)
             engine.step()
             engine._in_doubt = True  # as after an exception: the store is made anew
             engine.run()
@@ -63,7 +64,7 @@ def test_nothing_is_compiled_after_it_on_a_mesh(model, fsdp):
     for engine in (inside, make(on_mesh, 2, prefix_cache=True)):
         made = programs()
         for weights in (on_mesh, model):
-            requests = engine.submit(PROMPTS[3], max_new_tokens=NEW, n=4, **WAYS[1])
+            requests = submit(engine, PROMPTS[3], max_new_tokens=NEW, n=4, **WAYS[1])
             engine.run()
             assert programs() == made
             for branch, request in enumerate(requests):
@@ -107,7 +108,7 @@ def test_programs_cut_off_anywhere_cost_no_token(model, speculative, prefix):
             patch.setattr(engine._runner, name, method(getattr(engine._runner, name)))
         sampled = 4 if speculative else 1
         for n, way, count in 2 * ((0, 0, 3), (3, 1, sampled), (4, 2, 1), (1, 0, 2)):
-            found = engine.submit(PROMPTS[n], max_new_tokens=NEW, n=count, **WAYS[way])
+            found = submit(engine, PROMPTS[n], max_new_tokens=NEW, n=count, **WAYS[way])
             asked += [(n, way, request) for request in (found if count > 1 else [found])]
         interrupts = 0
         while not all(request.done for *_, request in asked):
@@ -130,12 +131,12 @@ def serve(engine: Engine, count: int, seed: int, groups: tuple[int, ...] = (0, 1
     while submitted < count or living:
         if submitted < count and draw.random() < 0.4 and len(living) < 60:
             n, way = draw.randrange(len(PROMPTS)), draw.randrange(len(WAYS))
-            new = draw.randint(1, min(NEW, engine.max_length - len(PROMPTS[n])))
+            new = draw.randint(1, min(NEW, engine.config.max_length - len(PROMPTS[n])))
             options = {
                 "n": draw.randint(1, 4 if way in groups else 1),
                 "prompt_logprobs": draw.random() < 0.1,
             }
-            found = engine.submit(PROMPTS[n], max_new_tokens=new, **options, **WAYS[way])
+            found = submit(engine, PROMPTS[n], max_new_tokens=new, **options, **WAYS[way])
             found = found if options["n"] > 1 else [found]
             living += [(n, way, new, request) for request in found]
             submitted += len(found)
@@ -145,7 +146,7 @@ def serve(engine: Engine, count: int, seed: int, groups: tuple[int, ...] = (0, 1
             assert steps < 40 * count, "it stands still"
         for n, way, new, request in [one for one in living if one[-1].done]:
             assert len(request.tokens) == new
-            assert_alone(request, sample(n, way, engine.speculative, request.branch))
+            assert_alone(request, sample(n, way, engine.config.speculative, request.branch))
         living = [one for one in living if not one[-1].done]
     assert_empty(engine)
 

@@ -24,6 +24,7 @@ from tests.decoding.engines import (
     assert_empty,
     make,
     quick_programs,  # noqa: F401  # for all of this file
+    submit,
 )
 
 
@@ -40,7 +41,9 @@ def other_model():
 @pytest.mark.parametrize("speculative", [0, 2])
 def test_a_prefix_is_read_once_and_changes_no_answer(model, speculative):
     engine = make(model, speculative, prefix_cache=True)
-    ask = lambda prompt, **options: engine.submit(prompt, **{"max_new_tokens": 10} | options).wait()
+    ask = lambda prompt, **options: submit(
+        engine, prompt, **{"max_new_tokens": 10} | options
+    ).wait()
     first = ask(PROMPTS[0], **GREEDY)
     assert (engine.stats().prefix_queries, engine.stats().prefix_hits) == (1, 0)
     again = ask(PROMPTS[0], **WAYS[1])  # the whole prompt is known, its first token drawn anew
@@ -53,7 +56,7 @@ def test_a_prefix_is_read_once_and_changes_no_answer(model, speculative):
     known = engine.stats().prompt_tokens - read
     # With drafts the last round's tokens were never in the cache.
     assert len(PROMPTS[4]) < known <= len(PROMPTS[4]) + 1 + speculative
-    plain = make(model, speculative).submit(turn, max_new_tokens=6, **WAYS[1]).wait()
+    plain = submit(make(model, speculative), turn, max_new_tokens=6, **WAYS[1]).wait()
     assert third.tokens == plain.tokens
     np.testing.assert_allclose(third.logprobs, plain.logprobs, atol=2e-5)
     scored = ask(PROMPTS[0], prompt_logprobs=True)
@@ -64,9 +67,9 @@ def test_a_prefix_is_read_once_and_changes_no_answer(model, speculative):
 def test_texts_that_go_on_differently_from_a_full_page_keep_their_own_drafts(model):
     engine = make(model, 2, prefix_cache=True)
     assert len(PROMPTS[0]) % 8 == 0
-    engine.submit(PROMPTS[0], max_new_tokens=1, **GREEDY).wait()
+    submit(engine, PROMPTS[0], max_new_tokens=1, **GREEDY).wait()
     ways = (1, 2, 0)
-    requests = [engine.submit(PROMPTS[0], max_new_tokens=NEW, **WAYS[way]) for way in ways]
+    requests = [submit(engine, PROMPTS[0], max_new_tokens=NEW, **WAYS[way]) for way in ways]
     engine.run()
     assert engine.stats().prefix_hits == 3
     for way, request in zip(ways, requests, strict=True):
@@ -78,7 +81,7 @@ def test_formats_of_the_cache_change_little_and_not_nothing(model):
     """Of pages in 8 bits and states in 16; the exact engine's figures are `alone`'s."""
     formats = CacheConfig(kv="float8_e4m3fn", states="float16")
     engine = make(model, cache=formats, prefix_cache=True)
-    first, again = (engine.submit(PROMPTS[0], max_new_tokens=NEW, **GREEDY).wait() for _ in "ab")
+    first, again = (submit(engine, PROMPTS[0], max_new_tokens=NEW, **GREEDY).wait() for _ in "ab")
     assert engine.stats().prefix_hits == 1
     assert first.tokens == again.tokens and first.logprobs == again.logprobs
     tokens, logprobs = alone(0, 0, 0)
@@ -94,14 +97,14 @@ def test_formats_of_the_cache_change_little_and_not_nothing(model):
 
 def test_new_weights_make_known_prefixes_void(model, other_model):
     engine = make(model, 2, prefix_cache=True)
-    engine.submit(PROMPTS[0], max_new_tokens=4, **GREEDY).wait()
-    running = engine.submit(PROMPTS[3], max_new_tokens=NEW, **GREEDY)
+    submit(engine, PROMPTS[0], max_new_tokens=4, **GREEDY).wait()
+    running = submit(engine, PROMPTS[3], max_new_tokens=NEW, **GREEDY)
     engine.step()
     engine.replace_weights(other_model, "new")
     assert engine.stats().prefix_entries == 0
     running.wait()
     assert engine.stats().prefix_entries == 0, "its beginning is of the old weights"
-    again = engine.submit(PROMPTS[0], max_new_tokens=NEW, **GREEDY).wait()
+    again = submit(engine, PROMPTS[0], max_new_tokens=NEW, **GREEDY).wait()
     assert_alone(again, alone(0, 0, 2, "new"))
     assert engine.stats().prefix_hits == 0 and engine.stats().prefix_entries > 0
     assert_empty(engine)
@@ -115,14 +118,14 @@ def test_broken_weights_are_gone_with_their_requests(model, speculative, value):
     engine = make(model, speculative, prefix_cache=True)
     engine.replace_weights(broken, "broken")
     for _ in range(4):
-        engine.submit(PROMPTS[0], max_new_tokens=3, **GREEDY)
+        submit(engine, PROMPTS[0], max_new_tokens=3, **GREEDY)
     engine.run()
-    beside = engine.submit(PROMPTS[0], max_new_tokens=NEW, **GREEDY)  # keeps what it has of them
+    beside = submit(engine, PROMPTS[0], max_new_tokens=NEW, **GREEDY)  # keeps what it has of them
     engine.step()
     assert not np.isfinite(beside.logprobs).any()
     engine.replace_weights(model, "old")
     asked = [(n, n % len(WAYS)) for n in (1, 4, 5, 6, 3)]
-    requests = [engine.submit(PROMPTS[n], max_new_tokens=NEW, **WAYS[way]) for n, way in asked]
+    requests = [submit(engine, PROMPTS[n], max_new_tokens=NEW, **WAYS[way]) for n, way in asked]
     engine.run()
     for request, (n, way) in zip(requests, asked, strict=True):
         assert_alone(request, alone(n, way, speculative))
@@ -136,10 +139,10 @@ def interleave(models: dict, seed: int, moves: int) -> None:
     engine = make(models["old"], 2, prefix_cache=True)
     living: list[tuple] = []
 
-    def submit() -> None:
+    def come() -> None:
         n, way, new = draw.randrange(len(PROMPTS)), draw.randrange(len(WAYS)), draw.randint(1, NEW)
         count = draw.choice((1, 1, 3))
-        found = engine.submit(PROMPTS[n], max_new_tokens=new, n=count, **WAYS[way])
+        found = submit(engine, PROMPTS[n], max_new_tokens=new, n=count, **WAYS[way])
         living.extend((r, n, way, swaps) for r in (found if count > 1 else [found]))
 
     def cancel() -> None:
@@ -162,7 +165,7 @@ def interleave(models: dict, seed: int, moves: int) -> None:
                 assert_alone(request, alone(n, way, 2, version))
 
     for _ in range(moves):
-        draw.choices((submit, engine.step, cancel, swap), (6, 12, 2, 1))[0]()
+        draw.choices((come, engine.step, cancel, swap), (6, 12, 2, 1))[0]()
         settle()
     while engine.step():
         settle()
@@ -189,9 +192,9 @@ def test_a_model_that_devices_share_is_served_as_it_is(model, data, fsdp):
         )
         engine = make(placed, 2, prefix_cache=True)
         programs = engine.stats().programs
-        requests = [engine.submit(PROMPTS[n], max_new_tokens=NEW, **WAYS[n % 3]) for n in range(6)]
+        requests = [submit(engine, PROMPTS[n], max_new_tokens=NEW, **WAYS[n % 3]) for n in range(6)]
         engine.run()
-        again = engine.submit(PROMPTS[5], max_new_tokens=NEW, **WAYS[2])  # the newest prefix
+        again = submit(engine, PROMPTS[5], max_new_tokens=NEW, **WAYS[2])  # the newest prefix
         requests.append(again.wait())
         assert engine.stats().programs == programs and engine.stats().prefix_hits == 1
     for n, request in zip((*range(6), 5), requests, strict=True):
@@ -215,7 +218,7 @@ def test_two_thousand_requests_leave_nothing_behind(model):
         prompt = [5] * draw.randint(1, 60 if bad else 16)
         options = {"temperature": draw.choice((0.0, 1.0, -1.0 if bad else 0.5)), "seed": number}
         try:
-            request = engine.submit(prompt, max_new_tokens=draw.randint(1, NEW), **options)
+            request = submit(engine, prompt, max_new_tokens=draw.randint(1, NEW), **options)
             requests.append(request)
         except (ValueError, QueueFull):
             refused += 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nemotron_jax as nj
-from nemotron_jax.decoding import generate as generate_module
+from nemotron_jax.decoding import lockstep, reading
 from nemotron_jax.decoding.generate import default_stop_tokens
 from nemotron_jax.types import Origin
 from tests.tiny_models import VOCABULARY, quick_jit, random_tokens, tiny_model
@@ -70,7 +70,7 @@ def test_greedy_tokens_are_the_likeliest_of_one_forward_pass(model, greedy):
 
 
 def test_a_prompt_of_several_prefill_chunks_changes_nothing(model, monkeypatch):
-    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(reading, "PREFILL_CHUNK", 16)
     assert_greedy(model, ROWS, nj.generate(model, ROWS, NEW))
 
 
@@ -147,7 +147,7 @@ def test_nothing_is_compiled_again_within_a_bucket(model, greedy, caplog):
 @pytest.mark.slow
 def test_fifty_calls_compile_once_a_bucket():
     """Rows, prompts and new tokens are rounded up to powers of two, of at least 1, 16 and 64."""
-    model, generator, decode = tiny_model("*-"), np.random.default_rng(0), generate_module._decode
+    model, generator, decode = tiny_model("*-"), np.random.default_rng(0), lockstep._decode
     power = lambda count: 1 << (count - 1).bit_length()  # noqa: E731
     before, buckets = decode._cache_size(), set()
     for _ in range(50):
@@ -167,19 +167,19 @@ def test_fifty_calls_compile_once_a_bucket():
         ([[1, -1]], {}, "prompt 0 holds token -1"),
         ([[1], [1.5]], {}, r"prompt 1 is \[1.5\]; .* row of integer"),
         ([1, 2], {}, "prompt 0 is 1; .* row of integer"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be an integer from 1 to 16777216"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: must be an integer from 1 to 16777216"),
         ([[1]], {"temperature": -1.0}, "temperature=-1.0"),
         ([[1]], {"top_p": 2.0}, "top_p=2.0"),
         ([[1]], {"top_k": -3}, "top_k=-3"),
         (7, {}, "prompt_tokens=7 must be rows"),
         ([[True]], {}, r"prompt 0 is \[True\]"),
-        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens=1.5 must be an integer from 1"),
+        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens=1.5: must be an integer from 1"),
         ([[1]], {"max_new_tokens": None}, "max_new_tokens=None"),
         ([[1]], {"max_new_tokens": 10**12}, "max_new_tokens=1000000000000"),
-        ([[1]], {"stop_tokens": VOCABULARY}, f"holds {VOCABULARY}, outside"),
-        ([[1]], {"stop_tokens": (2, 1.5)}, r"stop_tokens=\(2, 1.5\) must be"),
-        ([[1]], {"stop_tokens": "eos"}, "stop_tokens='eos' must be"),
-        ([[1]], {"stop_tokens": (VOCABULARY,)}, f"holds {VOCABULARY}, outside"),
+        ([[1]], {"stop_tokens": VOCABULARY}, f"outside the model's vocabulary of {VOCABULARY}"),
+        ([[1]], {"stop_tokens": (2, 1.5)}, r"stop_tokens=\(2, 1.5\): must be"),
+        ([[1]], {"stop_tokens": "eos"}, "stop_tokens='eos': must be"),
+        ([[1]], {"stop_tokens": (VOCABULARY,)}, f"outside the model's vocabulary of {VOCABULARY}"),
         ([[1]], {"seed": -1}, "seed=-1.*0 to 4294967295"),
         ([[1]], {"seed": 10**20}, "seed=10"),
         ([[1]], {"seed": 0.5}, "seed=0.5"),

@@ -9,7 +9,7 @@ import pytest
 
 from nemotron_jax.decoding import engine as engine_module
 from nemotron_jax.decoding.engine import Engine
-from tests.decoding.engines import assert_empty
+from tests.decoding.engines import assert_empty, submit
 from tests.decoding.fake_runner import VOCABULARY, expected
 
 KINDS = [(k, prefix) for k in (0, 2) for prefix in (False, True)]
@@ -25,14 +25,14 @@ def ask(engine: Engine, seed: int = 0) -> list:
     for n, length, new in ((3, 13, 9), (1, 20, 12), (2, 16, 11), (1, 1, 15), (1, 13, 7)):
         prompt = [draw.randrange(3, VOCABULARY) for _ in range(length)]
         wanted = {"seed": draw.randrange(9), "stop_tokens": (draw.randrange(3, VOCABULARY),)}
-        found = engine.submit(prompt, max_new_tokens=new, n=n, prompt_logprobs=n == 2, **wanted)
+        found = submit(engine, prompt, max_new_tokens=new, n=n, prompt_logprobs=n == 2, **wanted)
         requests += found if isinstance(found, list) else [found]
     return requests
 
 
 def assert_as_if_alone(engine: Engine, requests: list) -> None:
     for request in requests:
-        tokens, logprobs, reason = expected(request, engine.speculative)
+        tokens, logprobs, reason = expected(request, engine.config.speculative)
         assert (request.tokens, request.finish_reason) == (tokens, reason)
         assert request.logprobs == logprobs
         assert request.versions == ["old"] * len(tokens)
@@ -100,7 +100,7 @@ def interrupt_every(fake, speculative: int, prefix: bool, step: int) -> int:
     for number in itertools.count():
         engine = fake(speculative, prefix_cache=prefix)
         requests = ask(engine)
-        requests.append(engine.submit([9] * 5, max_new_tokens=9))
+        requests.append(submit(engine, [9] * 5, max_new_tokens=9))
         requests[-1].cancel()
         place = number * step + number % step  # not always the same lines of a loop
         if not interrupted_at(place, engine.run):

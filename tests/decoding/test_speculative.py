@@ -1,15 +1,20 @@
 """Speculation changes the speed alone: greedy tokens stay, samples keep their distribution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import nemotron_jax as nj
-from nemotron_jax.decoding import generate as generate_module
-from nemotron_jax.decoding.sampling import Sampling, distribution
+from nemotron_jax.decoding import lockstep, reading
+from nemotron_jax.decoding.request import Request
+from nemotron_jax.decoding.rules import Asked, Free, Rules
+from nemotron_jax.decoding.sampling import distribution
 from nemotron_jax.decoding.speculative import Acceptance, accept, count_places, place_of
 from nemotron_jax.decoding.step import for_decoding
+from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.model.parameters import flatten, unflatten
 from tests.tiny_models import quick_jit, random_tokens, tiny_model
 
@@ -69,7 +74,7 @@ def teacher_forced(model, rows, result):
 def test_greedy_tokens_are_those_without_speculation(
     model, plain, monkeypatch, count, batch, chunk
 ):
-    monkeypatch.setattr(generate_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(reading, "PREFILL_CHUNK", chunk)
     stops = tuple(int(plain.tokens[row, 9 + row]) for row in range(0, batch, 2))
     for options in ({}, {"stop_tokens": stops}):
         result = nj.generate(model, ROWS[:batch], NEW, speculative=count, **options)
@@ -113,6 +118,16 @@ def test_rows_are_sampled_each_by_its_own_values(model, plain):
         np.testing.assert_array_equal(mixed.tokens[1], alone.tokens[1])
 
 
+def rules_of(rows: int, vocabulary: int, **wanted: float) -> Rules:
+    """The rules of rows that all want the same; of small tables, since there are many rows."""
+    request = Request((0,), Wanted(1, **wanted), 0, lambda: False)
+    asked = Asked.of({0: request}, 1, Free(vocabulary))
+    tables = {name: getattr(asked, name)[:, :1] for name in ("bias_tokens", "bias_values")}
+    asked = dataclasses.replace(asked, **tables)
+    asked = jax.tree.map(lambda values: jnp.repeat(jnp.asarray(values), rows, axis=0), asked)
+    return Rules.create(asked, pad=0)
+
+
 @pytest.mark.parametrize(
     "options", [{"temperature": 1.0}, {"temperature": 1.3, "top_k": 4, "top_p": 0.8}], ids=str
 )
@@ -120,7 +135,8 @@ def test_what_comes_out_follows_the_models_distribution(options):
     """Tokens after acceptance or rejection, and pairs of them, against the plain distribution."""
     draws, vocabulary = 40_000, 6
     generator = np.random.default_rng(0)
-    sampling = Sampling.create(**options)
+    rules = rules_of(draws, vocabulary, **options)
+    sampling = rules.sampling
     # The next token's logits hang on the token before, as a model's do.
     target = jnp.asarray(generator.normal(0, 1.2, (vocabulary, vocabulary)), jnp.float32)
     proposal = target + jnp.asarray(generator.normal(0, 1, target.shape), jnp.float32)
@@ -129,6 +145,7 @@ def test_what_comes_out_follows_the_models_distribution(options):
     @quick_jit
     def run(key):
         keys = jax.random.split(key, (3, draws))
+        own_keys = dataclasses.replace(rules, row_keys=keys[2])
         draft = []
         token = jnp.full(draws, first)
         for place in range(2):
@@ -141,8 +158,7 @@ def test_what_comes_out_follows_the_models_distribution(options):
             jnp.stack(draft, axis=1),
             proposal[fed[:, :-1]],
             jnp.zeros(draws, jnp.int32),
-            sampling=sampling,
-            row_keys=keys[2],
+            own_keys,
         )
         return (
             accepted,
@@ -151,6 +167,7 @@ def test_what_comes_out_follows_the_models_distribution(options):
         )
 
     accepted, one, two = (np.asarray(a) for a in run(jax.random.key(5)))
+    sampling = rules_of(vocabulary, vocabulary, **options).sampling
     p = np.exp(np.asarray(distribution(target, sampling), np.float64))
     assert_follows(one, p[first])
     for token in np.flatnonzero(p[first] > 0.05):
@@ -198,13 +215,17 @@ def test_generated_samples_follow_the_plain_samplers(forks):
 
 def test_rows_that_finish_early_grow_no_more(model, monkeypatch):
     """They are run along until the last one is done, and must not pass their cache's end."""
-    ends, result_of = [], generate_module._result
-    keep = lambda end, *rest: ends.append(end) or result_of(end, *rest)
-    monkeypatch.setattr(generate_module, "_result", keep)
+    ends, decode = [], lockstep._decode
+
+    def kept(*given, **options):
+        ends.append(decode(*given, **options))
+        return ends[-1]
+
+    monkeypatch.setattr(lockstep, "_decode", kept)
     plain, drafted = (nj.generate(model, ROWS, NEW, speculative=k) for k in (0, 5))
     np.testing.assert_array_equal(drafted.tokens, plain.tokens)
     # The newest token of a row is not in its cache.
-    assert (np.asarray(ends[1].cache.length) < np.array(LENGTHS) + NEW).all()
+    assert (np.asarray(ends[1][1].length) < np.array(LENGTHS) + NEW).all()
 
 
 def test_acceptance_counts_what_was_given():
@@ -229,8 +250,8 @@ def test_rounds_give_the_tokens_that_acceptance_says(limit):
 @pytest.mark.parametrize(
     "mtp, count, message",
     [
-        ("*E", -1, "speculative=-1 must be an integer between 0 and 32"),
-        ("*E", 33, "speculative=33 must be an integer between 0 and 32"),
+        ("*E", -1, "speculative=-1: must be an integer from 0 to 32"),
+        ("*E", 33, "speculative=33: must be an integer from 0 to 32"),
         (None, 2, "speculative=2 needs an MTP block"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from nemotron_jax.decoding.admission import QueueFull, Standstill
 from nemotron_jax.decoding.engine import Engine
 from tests.decoding import engines
-from tests.decoding.engines import assert_empty
+from tests.decoding.engines import assert_empty, submit
 from tests.decoding.fake_runner import VOCABULARY, expected
 
 # Slots, pages, tokens of a page, the longest text, snapshots: each is short of something.
@@ -29,10 +29,10 @@ def ends(engine: Engine, most_steps: int = 3000) -> bool:
 @pytest.mark.parametrize("length", [1, 10, 16, 33, 48, 63])
 def test_samples_end_where_one_fills_the_pages(fake, options, slots, pages, n, length):
     engine = fake(slots=slots, pages=pages, max_length=64, page_tokens=16, **options)
-    samples = engine.submit([5] * length, max_new_tokens=64 - length, n=n, prompt_logprobs=True)
+    samples = submit(engine, [5] * length, max_new_tokens=64 - length, n=n, prompt_logprobs=True)
     assert ends(engine) and all(sample.done for sample in samples)
     for sample in samples:
-        assert sample.tokens == expected(sample, engine.speculative)[0]
+        assert sample.tokens == expected(sample, engine.config.speculative)[0]
         assert len(sample.prompt_logprobs) == length - 1
     assert_empty(engine)
 
@@ -46,13 +46,13 @@ def traffic(engine: Engine, seed: int, count: int) -> None:
     while count or living:
         move = draw.random()
         if move < 0.3 and count:
-            length = draw.randint(1, engine.max_length - 1)
-            new = draw.randint(1, engine.max_length - length)
+            length = draw.randint(1, engine.config.max_length - 1)
+            new = draw.randint(1, engine.config.max_length - length)
             wanted = {"seed": draw.randrange(99), "stop_tokens": draw.randrange(3, VOCABULARY)}
             options = {"n": draw.choice((1, 2, 3, 5)), "prompt_logprobs": draw.random() < 0.2}
             try:
-                found = engine.submit(
-                    draw.choice(bases)[:length], max_new_tokens=new, **options, **wanted
+                found = submit(
+                    engine, draw.choice(bases)[:length], max_new_tokens=new, **options, **wanted
                 )
                 living += [(one, version) for one in (found if options["n"] > 1 else [found])]
                 count -= 1
@@ -69,7 +69,7 @@ def traffic(engine: Engine, seed: int, count: int) -> None:
         living = [pair for pair in living if not pair[0].done]
         engine._scheduler.check_sums()
     for request, began in over:
-        tokens = expected(request, engine.speculative, began)[0]
+        tokens = expected(request, engine.config.speculative, began)[0]
         if set(request.versions) <= {began}:
             assert request.tokens == tokens[: len(request.tokens)]
             assert request.finish_reason == "cancelled" or request.tokens == tokens
@@ -93,7 +93,7 @@ def test_random_groups_end_where_something_is_short(fake, shape, prefix, specula
 def test_a_standstill_is_an_error_that_names_the_request_and_what_it_needs(fake):
     engine = fake(pages=6)
     lost = engine._scheduler.pages.take(3)  # as a fault of the books would
-    request = engine.submit([5] * 20, max_new_tokens=12)
+    request = submit(engine, [5] * 20, max_new_tokens=12)
     with pytest.raises(Standstill, match=r"Request\(20 prompt .*needs 4 pages, and 3 of 6 are"):
         engine.run()
     assert lost and not request.done
@@ -103,7 +103,7 @@ def test_a_standstill_is_an_error_that_names_the_request_and_what_it_needs(fake)
 
 def test_a_request_that_its_engine_has_lost_is_an_error(fake):
     engine = fake()
-    request = engine.submit([5], max_new_tokens=3)
+    request = submit(engine, [5], max_new_tokens=3)
     engine._scheduler.waiting.clear()
     with pytest.raises(RuntimeError, match="serves it no more"):
         request.wait()
@@ -112,7 +112,7 @@ def test_a_request_that_its_engine_has_lost_is_an_error(fake):
 def test_more_samples_than_ever_wait_together_are_refused_for_good(fake):
     engine = fake(max_waiting=3)
     with pytest.raises(ValueError, match="n=4 samples never wait together where max_waiting=3"):
-        engine.submit([5], max_new_tokens=1, n=4)
-    engine.submit([5], max_new_tokens=1, n=3)
+        submit(engine, [5], max_new_tokens=1, n=4)
+    submit(engine, [5], max_new_tokens=1, n=3)
     with pytest.raises(QueueFull):
-        engine.submit([5], max_new_tokens=1)
+        submit(engine, [5], max_new_tokens=1)

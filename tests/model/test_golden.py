@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import nemotron_jax as nj
-from nemotron_jax.decoding.sampling import Sampling
-from nemotron_jax.decoding.speculative import draft
+from nemotron_jax.decoding.rules import Asked, Free, Rules
+from nemotron_jax.decoding.speculative import Standing, draft
 from nemotron_jax.decoding.step import prefill_chunk
 from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
@@ -150,9 +150,9 @@ def test_mtp_drafts_equal_the_reference(case):
         cache = model.init_cache(batch, length + count, mtp=True)
         for piece in (prompt[:, :3], prompt[:, 3:]):  # an MTP entry spans their border
             cache, _ = prefill_chunk(model, cache, piece, jnp.full(batch, piece.shape[1]))
-        return draft(
-            model, cache, first, count, sampling=Sampling.create(0.0), row_keys=jax.random.key(0)
-        )
+        asked = Asked.of({}, batch, Free(model.config.vocab_size))  # of rows that are greedy
+        at = Standing(cache, first, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool))
+        return draft(model, at, count, Rules.create(asked, pad=0))
 
     _, drafts, logits = quick_jit(drafted)(model(case), expected["prompt_ids"].astype(np.int32))
     np.testing.assert_array_equal(drafts, expected["mtp/draft_tokens"])
