@@ -42,6 +42,7 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
     from nemotron_jax.run_directory import RunDirectory
     from nemotron_jax.sharding import make_mesh
     from nemotron_jax.training import limits, loop
+    from nemotron_jax.training.prepared import prepare_run
     from nemotron_jax.training.summary import summary
 
     mesh = make_mesh(config.mesh, jax.devices())
@@ -52,15 +53,15 @@ def train(config: RunConfig, workdir: Path, *, schedule_follows: bool = False) -
         return reinforce.run(config, workdir, mesh, fine_tune=train, schedules_follow=follow)
     directory = RunDirectory(workdir)
     config = directory.with_saved_schedule(config) if schedule_follows else config
-    directory.check(config)
+    run = prepare_run(config, directory)
     limits.check_kernels(config)
     limits.check_memory(config)
-    prepare = _conversations if config.stage == "sft" else _text
-    prepared = dataclasses.replace(config, data=data_of(config, directory))
-    corpus, parts = prepare(prepared, workdir)
+    read = _conversations if config.stage == "sft" else _text
+    given = dataclasses.replace(config, data=data_of(config, directory))
+    corpus, parts = read(given, workdir)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     with contextlib.closing(loader), jax.set_mesh(mesh):
-        outcome = loop.run(config, directory, data=loader, begin=begin_run, **parts)
+        outcome = loop.run(run, data=loader, begin=begin_run, **parts)
     if outcome.finished:
         print(summary(outcome.records, directory))
     return 0

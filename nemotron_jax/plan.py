@@ -100,12 +100,13 @@ def compile_step(config: RunConfig, mesh: "jax.sharding.Mesh") -> tuple:
     """The compiled step, or None and the compiler's sentence why not; and the abstract state."""
     import jax
 
-    from nemotron_jax.training.state import abstract_state
+    from nemotron_jax.training.prepared import abstract_state, prepare_run
     from nemotron_jax.training.step import make_train_step
 
-    state = abstract_state(config, mesh)
+    run = prepare_run(config)
+    state = abstract_state(run, mesh)
     with jax.set_mesh(mesh):
-        lowered = make_train_step(config).lower(state, _abstract_batch(config, mesh))
+        lowered = make_train_step(run).lower(state, _abstract_batch(config, mesh))
     try:
         return lowered.compile(), "", state
     except jax.errors.JaxRuntimeError as error:

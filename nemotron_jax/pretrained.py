@@ -5,7 +5,6 @@ import os
 import warnings
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -24,7 +23,8 @@ from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.run_directory import TOKENIZER, RunDirectory
 from nemotron_jax.sharding import current_mesh
 from nemotron_jax.training.checkpoint import load_parameters
-from nemotron_jax.training.state import TrainState, abstract_state, first_state, place_state
+from nemotron_jax.training.prepared import Prepared, place_state
+from nemotron_jax.training.state import TrainState
 from nemotron_jax.types import Origin
 
 
@@ -54,27 +54,26 @@ def load_pretrained(
     return load_hub(Path(path), dtype, mtp=mtp, mesh=mesh)
 
 
-def begin_run(config: RunConfig) -> TrainState:
-    """A run's first state: random parameters, or those of `config.init_from`.
+def begin_run(run: Prepared, start: str | None = None) -> TrainState:
+    """A run's first state: random parameters, or those of `start`, its `init_from` by default.
 
     Raises ValueError when that directory holds another model than the run's. Warns of adapters that
     other libraries will not load.
     """
+    config, start = run.config, run.config.init_from if start is None else start
     _warn_of_targets(config)
-    if not config.init_from:
-        return place_state(config)
-    model = load_pretrained(config.init_from, mesh=current_mesh())
+    if not start:
+        return place_state(run)
+    model = load_pretrained(start, mesh=current_mesh())
     if model.config != config.model:
         names = [field.name for field in dataclasses.fields(config.model)]
         wrong = [n for n in names if getattr(model.config, n) != getattr(config.model, n)]
         raise ValueError(
-            f"RunConfig.init_from={config.init_from!r}: its model differs from the run's in "
+            f"RunConfig.init_from={start!r}: its model differs from the run's in "
             f"{', '.join(wrong)}; give the run the same model"
         )
     model.origin = None  # the run's own files say where it comes from
-    placed = abstract_state(config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, placed)
-    return jax.jit(lambda model: first_state(config, model), out_shardings=shardings)(model)
+    return place_state(run, model)
 
 
 def _warn_of_targets(config: RunConfig) -> None:
@@ -147,11 +146,10 @@ def _load_run(
     config = run.model
     if drop_mtp:
         config = dataclasses.replace(config, mtp=None)
-        parameters = {n: p for n, p in parameters.items() if not n.startswith("mtp_block.")}
     model = abstract_adapted(config, run.lora, dtype or "float32")  # runs store float32
     dtypes = {name: leaf.dtype for name, leaf in flatten(model).items()}
     loaded = unflatten(
-        model, {name: jnp.asarray(leaf, dtypes[name]) for name, leaf in parameters.items()}
+        model, {name: jnp.asarray(parameters[name], dtype) for name, dtype in dtypes.items()}
     )
     stops = companions.stop_tokens(directory.companions, config.vocab_size)
     loaded.origin = Origin(

@@ -31,6 +31,7 @@ from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_to
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
 from nemotron_jax.training.metrics import read_records
+from nemotron_jax.training.prepared import prepare_run
 
 SFT, GRPO = "sft", "grpo"
 
@@ -223,13 +224,12 @@ def _reinforce(
         pools=make_pools(config, play, directory),
         on_episodes=Transcripts(directory, config.rl.transcripts, thinking=rollout.thinking).add,
     )
+    objective = functools.partial(grpo_objective, config.rl, config.training.loss_chunk)
     with contextlib.closing(rollouts):
         loop.run(
-            config,
-            directory,
+            prepare_run(config, directory, objective=objective),
             data=rollouts,
             evaluators=[rl_loop.success_of_tasks(tokenizer, config)],
-            begin=lambda config: begin_run(dataclasses.replace(config, init_from=start)),
-            objective=grpo_objective,
+            begin=lambda run: begin_run(run, start),
         )
     write_page(directory)

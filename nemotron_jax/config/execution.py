@@ -45,6 +45,10 @@ class Execution:
         check(self, "kernels", known, f"must be {rule}, separated by commas")
         one_of(self, "aux_loss", AUX_LOSS)
 
+    def at_step(self, step: int) -> "Execution":
+        """How the step after `step` others is computed: with that step's precision."""
+        return dataclasses.replace(self, precision=self.precision.at_step(step))
+
     def kernel(self, op: str) -> str:
         """The implementation that `kernels` names for an op; what names the op itself wins."""
         pairs = [item.rpartition("=") for item in self.kernels.split(",")]

@@ -204,12 +204,6 @@ class RunConfig:
     seed: int = 0
     init_from: str = ""  # a hub's or a run's directory whose parameters the run begins with
 
-    def at_step(self, step: int) -> "RunConfig":
-        """The run as its step after `step` others computes it: with that step's precision."""
-        precision = self.execution.precision.at_step(step)
-        execution = dataclasses.replace(self.execution, precision=precision)
-        return dataclasses.replace(self, execution=execution)
-
     def __post_init__(self) -> None:
         one_of(self, "stage", STAGES)
         local_path("RunConfig", "init_from", self.init_from)

@@ -21,7 +21,8 @@ from nemotron_jax.evaluation.evaluator import Result, Subject, Table
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.model.adapters import merge_adapters
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.training.state import TrainState, first_state
+from nemotron_jax.training.prepared import Prepared, first_state, prepare_run
+from nemotron_jax.training.state import TrainState
 from nemotron_jax.training.step import make_train_step
 
 COLUMNS = ("what", "rows", "tokens a row", "best tokens/s", "median tokens/s", "compile s")
@@ -94,8 +95,9 @@ class Speed:
         length = data.sequence_length
         tokens = self._tokens(model, data.batch_size, length + lookahead_of(depths))
         batch = make_batch([Row(row, np.ones_like(row)) for row in tokens], depths)
-        step = make_train_step(config)
-        box = [_fresh_state(model, config)]
+        prepared = prepare_run(config)
+        step = make_train_step(prepared)
+        box = [_fresh_state(prepared, model)]
 
         def run() -> float:
             start = time.perf_counter()
@@ -160,7 +162,7 @@ def _config_of(model: Nemotron, config: RunConfig | None) -> RunConfig:
     return RunConfig(model=model.config, training=training)
 
 
-def _fresh_state(model: Nemotron, config: RunConfig) -> TrainState:
+def _fresh_state(run: Prepared, model: Nemotron) -> TrainState:
     """A run's first state with its own copy of the parameters: the step takes the state over."""
-    model = model if config.lora is None else merge_adapters(model)  # the state has its own
-    return first_state(config, jax.tree.map(jnp.copy, model))
+    model = model if run.config.lora is None else merge_adapters(model)  # the state has its own
+    return first_state(run, jax.tree.map(jnp.copy, model))

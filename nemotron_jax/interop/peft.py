@@ -146,8 +146,8 @@ def load_adapter(model: Nemotron, path: str | os.PathLike) -> Nemotron:
     for name, (a, b) in new.items():
         adapter = getattr(sites[name].module, sites[name].adapter)
         if adapter.a is not None:
-            adapter.a = nnx.Param(jnp.asarray(a), axes=adapter.a.axes)
-        adapter.b = nnx.Param(jnp.asarray(b), axes=adapter.b.axes)
+            adapter.a = Adapter(jnp.asarray(a), axes=adapter.a.axes)
+        adapter.b = Adapter(jnp.asarray(b), axes=adapter.b.axes)
     warn_of_other_base(config.base, model.origin, directory)
     return model
 

@@ -7,6 +7,10 @@ from jaxtyping import Array, Float
 from nemotron_jax.types import Weight
 
 
+class Adapter(nnx.Param):
+    """A factor of an adapter: its type tells what a run of adapters moves."""
+
+
 class LowRank(nnx.Module):
     """`scale · a b`, what an adapter adds to a matrix; `a` is None where a neighbour's serves."""
 
@@ -21,8 +25,8 @@ class LowRank(nnx.Module):
         """`axes` are those of the matrix; leading ones are shared by both factors. `dropout` is the
         share of inputs that training leaves out."""
         *leading, rows, columns = axes
-        self.a = None if a is None else nnx.Param(a, axes=(*leading, rows, "rank"))
-        self.b = nnx.Param(b, axes=(*leading, "rank", columns))
+        self.a = None if a is None else Adapter(a, axes=(*leading, rows, "rank"))
+        self.b = Adapter(b, axes=(*leading, "rank", columns))
         self.scale = scale
         self.dropout = dropout
 

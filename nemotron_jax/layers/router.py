@@ -18,13 +18,17 @@ class SelectionBias(nnx.Variable):
     """
 
 
+class RouterWeight(nnx.Param):
+    """What scores the experts: its type tells the optimizer what a run of frozen routers leaves."""
+
+
 class Router(nnx.Module):
     """Chooses each token's experts and their weights."""
 
     def __init__(self, config: MoEConfig, width: int, *, std: float, rngs: nnx.Rngs) -> None:
         self.config = config
         shape = (width, config.num_experts)
-        self.weight = nnx.Param(
+        self.weight = RouterWeight(
             normal(rngs, shape, std, "float32"), axes=("width", "router_experts")
         )
         self.selection_bias = SelectionBias(

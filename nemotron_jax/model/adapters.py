@@ -11,9 +11,9 @@ from jaxtyping import Array
 
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
-from nemotron_jax.layers.low_rank import LowRank
+from nemotron_jax.layers.low_rank import Adapter, LowRank
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import abstract_model
+from nemotron_jax.model.parameters import abstract_model, variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +92,9 @@ def has_adapters(model: Nemotron) -> bool:
     return any(getattr(site.module, site.adapter) for site in adapter_sites(model))
 
 
-def is_adapter(name: str) -> bool:
-    """Whether the parameter of a dotted name is a factor of an adapter."""
-    return name.endswith(("adapter.a", "adapter.b"))
+def adapter_names(model: Nemotron) -> set[str]:
+    """The dotted names of the factors of adapters."""
+    return {name for name, one in variables(model).items() if isinstance(one, Adapter)}
 
 
 def adapter_sites(model: Nemotron) -> Iterator[Site]:

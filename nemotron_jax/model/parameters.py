@@ -5,8 +5,10 @@ from collections.abc import Mapping
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.sharding import parameter_sharding
 
@@ -36,11 +38,28 @@ def unflatten(like: Nemotron, parameters: Mapping[str, jax.Array]) -> Nemotron:
     return jax.tree_util.tree_unflatten(structure, [parameters[name] for name in names])
 
 
-def model_axes(model: Nemotron) -> dict[str, tuple[str, ...]]:
-    """The logical axes of every parameter by dotted name; stacked layers have one more in front."""
+def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every parameter as the variable that holds it, whose type and axes say what it is."""
     is_variable = lambda node: isinstance(node, nnx.Variable)
     leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]
-    return {_dotted(path): variable.axes for path, variable in leaves}
+    return {_dotted(path): variable for path, variable in leaves}
+
+
+def model_axes(model: Nemotron) -> dict[str, tuple[str, ...]]:
+    """The logical axes of every parameter by dotted name; stacked layers have one more in front."""
+    return {name: variable.axes for name, variable in variables(model).items()}
+
+
+def load_by_bias(
+    model: Nemotron, load: Float[Array, "layers E"], *, mtp: bool = False
+) -> dict[str, Array]:
+    """`Output.router_load` of the trunk, or of the MTP block, under the dotted name of the
+    selection bias that balances it: one of all layers of the trunk, one of each of the block's."""
+    blocks = model.mtp_block.blocks if mtp else [model.moe] if model.moe is not None else []
+    routers = [block.mixer.router for block in blocks if isinstance(block.mixer, LatentMoE)]
+    names = {id(variable): name for name, variable in variables(model).items()}
+    parts = load if mtp else [load] * len(routers)
+    return {names[id(r.selection_bias)]: part for r, part in zip(routers, parts, strict=True)}
 
 
 def model_shardings(model: Nemotron, mesh: Mesh) -> dict[str, NamedSharding]:

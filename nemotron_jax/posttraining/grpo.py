@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nemotron_jax.config.rl import ObjectiveConfig
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.rl import ObjectiveConfig, RLConfig
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.parameters import load_by_bias
 from nemotron_jax.training.losses import Objective, Sums, token_nll
 
 # Keeps a quotient finite; a spread this small comes from rounding alone.
@@ -124,10 +125,9 @@ def turn_advantages(
     return advantages, weights
 
 
-def grpo_objective(config: RunConfig) -> Objective:
+def grpo_objective(rl: RLConfig, loss_chunk: int, execution: Execution) -> Objective:
     """The objective of a run's stage `grpo`; a whole batch is divided by its counted tokens."""
-    settings, chunk = config.rl.objective, config.training.loss_chunk
-    temperature = config.rl.rollout.temperature
+    settings, temperature = rl.objective, rl.rollout.temperature
 
     def totals(batch: PolicyBatch) -> Float[Array, ""]:
         return jnp.maximum(jnp.sum(batch.weights), 1.0)
@@ -138,11 +138,12 @@ def grpo_objective(config: RunConfig) -> Objective:
             segment_ids=part.segment_ids,
             key=key,
             numbers=part.numbers,
-            execution=config.execution,
+            execution=execution,
         )
-        logprobs = token_logprobs(model, output.hidden, part.targets, chunk, temperature)
+        logprobs = token_logprobs(model, output.hidden, part.targets, loss_chunk, temperature)
         total, sums = policy_loss(logprobs, part, settings, totals)
-        return total, sums | {"router_load": jax.lax.stop_gradient(output.router_load)}
+        load = load_by_bias(model, output.router_load)
+        return total, sums | {"router_load": jax.lax.stop_gradient(load)}
 
     return Objective(totals, loss)
 

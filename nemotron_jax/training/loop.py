@@ -18,14 +18,14 @@ from nemotron_jax.model.parameters import unflatten
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.sharding import place_batch
 from nemotron_jax.training.checkpoint import Checkpoints, load_parameters
-from nemotron_jax.training.losses import Objective, pretrain_objective
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
 from nemotron_jax.training.plots import draw_curves
+from nemotron_jax.training.prepared import Prepared, place_state
 from nemotron_jax.training.progress import Progress
 from nemotron_jax.training.signals import StopSignal, sole_owner
-from nemotron_jax.training.state import TrainState, abstract_state, place_state
-from nemotron_jax.training.step import Metrics, batch_tokens, compile_train_step
+from nemotron_jax.training.state import TrainState
+from nemotron_jax.training.step import Metrics, compile_train_step
 from nemotron_jax.types import Batch
 
 Evaluator = Callable[[Nemotron, Execution], Mapping[str, float]]
@@ -70,42 +70,39 @@ class TrainingStopped(FloatingPointError):
 
 
 def run(
-    config: RunConfig,
-    directory: RunDirectory,
+    run: Prepared,
     *,
     data: Loader | ModelLoader,
     evaluators: Sequence[Evaluator] = (),
     sampler: Sampler | None = None,
     final: Evaluator | None = None,
-    begin: Callable[[RunConfig], TrainState] = place_state,
-    objective: Callable[[RunConfig], Objective] = pretrain_objective,
+    begin: Callable[[Prepared], TrainState] = place_state,
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
     `evaluators` give values of the model, run as the step runs it, for the record of every
     evaluation, `sampler` a text; `final` gives values of the last model, which its record holds as
     `whole_…`; `begin` makes the first state, where there is no checkpoint;
-    `objective` is what the steps minimise.
     Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
     SIGINT ends the run after the step, saved. A run stopped in any way and begun again takes the
     same steps and leaves the same records as one that was never stopped. Raises
     ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
     checkpoint cannot be saved.
     """
-    directory.check(config)
+    config, directory = run.config, run.directory
     directory.path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_owner(directory.path))
         checkpoints = stack.enter_context(Checkpoints(directory, config.logging.keep_checkpoints))
-        state, step = _begin(config, checkpoints, data, begin)
+        state, step = _begin(run, checkpoints, data, begin)
         files = _files(config, directory)
         with atomic_writer(directory.config) as out:
             out.write(files[directory.config.name].encode())
         companions.keep(config, directory)
-        reporter = stack.enter_context(_Reporter(config, directory, step, evaluators, sampler))
+        reporter = stack.enter_context(_Reporter(run, step, evaluators, sampler))
         stop = stack.enter_context(StopSignal())
-        parts = _Parts(data, checkpoints, files, reporter, stop, objective)
-        state, step = _train(config, state, step, parts)
+        parts = _Parts(data, checkpoints, files, reporter, stop)
+        state, step = _train(run, state, step, parts)
         checkpoints.wait()
         finished = step >= config.training.steps
         if finished:
@@ -115,15 +112,15 @@ def run(
 
 
 def _begin(
-    config: RunConfig,
+    run: Prepared,
     checkpoints: Checkpoints,
     data: Loader | ModelLoader,
-    begin: Callable[[RunConfig], TrainState],
+    begin: Callable[[Prepared], TrainState],
 ) -> tuple[TrainState, int]:
     """The state to go on from and the steps it has behind it; `data` is brought to its place."""
-    restored = checkpoints.restore(abstract_state(config))
+    restored = checkpoints.restore(run.shapes)
     if restored is None:
-        return begin(config), 0
+        return begin(run), 0
     data.restore(restored.data_position)
     return restored.state, restored.step
 
@@ -137,7 +134,6 @@ class _Parts:
     files: dict[str, str]  # that every checkpoint keeps
     reporter: "_Reporter"
     stop: StopSignal
-    objective: Callable[[RunConfig], Objective]
 
     def next(self, model: Nemotron) -> Any:
         """The next batch, placed on the mesh."""
@@ -149,18 +145,17 @@ class _Parts:
         return self.data.report() if isinstance(self.data, ModelLoader) else {}
 
 
-def _train(
-    config: RunConfig, state: TrainState, step: int, parts: _Parts
-) -> tuple[TrainState, int]:
-    steps, logging, reporter = config.training.steps, config.logging, parts.reporter
+def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[TrainState, int]:
+    config, reporter = run.config, parts.reporter
+    steps, logging = config.training.steps, config.logging
     current = train_step = None
     while step < steps and not parts.stop.requested:
         batch = parts.next(state.model)
-        compiles = current != (wanted := config.at_step(step))
+        compiles = current != (wanted := config.execution.at_step(step))
         if compiles:
             current = wanted
             reporter.progress.note("compiling the training step")
-            train_step = compile_train_step(current, state, batch, parts.objective(current))
+            train_step = compile_train_step(run, state, batch, run.objective(current))
         state, metrics = train_step(state, batch)
         step += 1
         if compiles:
@@ -208,13 +203,12 @@ class _Reporter:
 
     def __init__(
         self,
-        config: RunConfig,
-        directory: RunDirectory,
+        run: Prepared,
         step: int,
         evaluators: Sequence[Evaluator],
         sampler: Sampler | None,
     ) -> None:
-        self._config, self._directory = config, directory
+        self._run, config, directory = run, run.config, run.directory
         self._evaluators, self._sampler = evaluators, sampler
         self.log = MetricsLog(directory.metrics, step)
         self._samples = None if sampler is None else SamplesLog(directory.samples, step)
@@ -242,7 +236,7 @@ class _Reporter:
             name: getattr(value, "item", lambda v=value: v)() for name, value in values.items()
         }
         del values["skipped_in_a_row"]
-        record = {"step": step, "tokens": step * batch_tokens(self._config), **values}
+        record = {"step": step, "tokens": step * self._run.tokens_per_step, **values}
         record |= self.speed.read(step)
         self.speed.pause()
         if evaluates:
@@ -263,21 +257,21 @@ class _Reporter:
         if final is None or not records or "whole_held_out_loss" in records[-1]:
             return
         step = records[-1]["step"]
-        values = final(model, self._config.at_step(step - 1).execution)
+        values = final(model, self._run.config.execution.at_step(step - 1))
         self.log.extend_last({f"whole_{name}": value for name, value in values.items()})
 
     def merged(self, model: Nemotron) -> None:
         """Compare the merged newest checkpoints with the last one, where the config asks for it."""
-        window = self._config.logging.merge_window
-        steps = self._directory.steps()[-window:] if window else []
+        window = self._run.config.logging.merge_window
+        steps = self._run.directory.steps()[-window:] if window else []
         done = not self.log.records or "merged_steps" in self.log.records[-1]
         if len(steps) < 2 or not self._evaluators or done:
             return
-        schedule = self._config.training.schedule
+        schedule = self._run.config.training.schedule
         weights = minus_sqrt_weights(
             steps, schedule.final_learning_rate / schedule.peak_learning_rate
         )
-        tables = (load_parameters(self._directory.at(step))[-1] for step in steps)
+        tables = (load_parameters(self._run.directory.at(step))[-1] for step in steps)
         last = self.log.records[-1]
         values = self._evaluate(unflatten(model, merge(tables, weights)), last["step"])
         self.log.extend_last(
@@ -293,12 +287,12 @@ class _Reporter:
         )
 
     def _evaluate(self, model: Nemotron, step: int) -> dict[str, float]:
-        execution = self._config.at_step(step - 1).execution
+        execution = self._run.config.execution.at_step(step - 1)
         values = (evaluate(model, execution) for evaluate in self._evaluators)
         return {name: value for found in values for name, value in found.items()}
 
     def _illustrate(self, step: int, model: Nemotron) -> None:
-        draw_curves(self.log.records, self._directory)
+        draw_curves(self.log.records, self._run.directory)
         if self._sampler is not None:
             text = self._sampler(model)
             self._samples.append(step, text)

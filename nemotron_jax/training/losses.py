@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.config.run import RunConfig, TrainingConfig
+from nemotron_jax.config.run import TrainingConfig
 from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.nemotron import Nemotron, number_documents
+from nemotron_jax.model.parameters import load_by_bias
 from nemotron_jax.sharding import cut_axis, gathered, local, scattered
 from nemotron_jax.types import Batch, Weight
 
-Sums = dict[str, Array]
+Sums = dict[str, Array | dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Objective:
     `totals` are of the whole batch, so that the losses of its parts, each divided by them, add up
     to the whole's. `loss(model, part, totals, key)` gives the scalar and named sums to report:
     `loss` always, and where a model routes `router_load` and `mtp_router_load`, tokens of every
-    expert by layer.
+    expert by the name of the selection bias that balances them.
     """
 
     totals: Callable[[Batch], Any]
@@ -42,9 +43,8 @@ class PretrainTotals:
     sequences: Float[Array, ""]  # of the balance loss
 
 
-def pretrain_objective(config: RunConfig) -> Objective:
-    """The pre-training loss of a run."""
-    training, execution = config.training, config.execution
+def pretrain_objective(training: TrainingConfig, execution: Execution) -> Objective:
+    """The pre-training loss of a run, computed as a step is."""
 
     def totals(batch: Batch) -> PretrainTotals:
         return PretrainTotals(jnp.sum(batch.weights, axis=(0, 1)), _sequences(batch, execution))
@@ -80,7 +80,7 @@ def pretrain_loss(
     )
     loss = _mean_nll(model, output.hidden, batch, 0, totals, config.loss_chunk)
     aux_loss, hidden, mtp_loss = output.aux_loss, output.hidden, jnp.zeros(())
-    mtp_load = jnp.zeros((0, 0))
+    mtp_load: dict[str, Array] = {}
     for depth in range(1, config.mtp_depths + 1):
         step = model.mtp_step(
             hidden, batch.mtp_tokens[..., depth - 1], batch.segment_ids, execution=execution
@@ -89,11 +89,13 @@ def pretrain_loss(
         nll = _mean_nll(model, hidden, batch, depth, totals, config.loss_chunk)
         mtp_loss += nll / config.mtp_depths
         aux_loss += step.aux_loss
-        mtp_load = step.router_load if depth == 1 else mtp_load + step.router_load
+        load = load_by_bias(model, step.router_load, mtp=True)
+        mtp_load = {name: mtp_load.get(name, 0) + one for name, one in load.items()}
     aux_loss *= _sequences(batch, execution) / jnp.maximum(totals.sequences, 1)
     total = loss + config.mtp_loss_scale * mtp_loss + config.aux_loss_scale * aux_loss
     sums = {"loss": loss, "mtp_loss": mtp_loss, "aux_loss": aux_loss}
-    sums |= {"router_load": output.router_load, "mtp_router_load": mtp_load}
+    load = load_by_bias(model, output.router_load)
+    sums |= {"router_load": load, "mtp_router_load": mtp_load}
     return total, jax.lax.stop_gradient(sums)
 
 

@@ -1,61 +1,59 @@
 """AdamW over a table of named parameters: decay on matrices only, selection biases left alone."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax
 import optax
-from flax import nnx
 
 from nemotron_jax.config.run import OptimizerConfig, TrainingConfig
-from nemotron_jax.layers.router import SelectionBias
-from nemotron_jax.model.adapters import is_adapter
+from nemotron_jax.layers.low_rank import Adapter
+from nemotron_jax.layers.router import RouterWeight, SelectionBias
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import flatten
+from nemotron_jax.model.parameters import variables
 
 
-def trained_parameters(
-    model: Nemotron, config: TrainingConfig | None = None
-) -> dict[str, jax.Array]:
-    """The parameters that a gradient moves: never the routers' selection biases.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Which of a model's parameters a run moves, by dotted name; what they are their types say."""
 
-    With a config those alone that its `trains` names, and the MTP block only where it has a loss:
-    a parameter without a gradient does not decay either.
-    """
-    frozen = _names(model, lambda variable: isinstance(variable, SelectionBias))
-    if config is not None and config.freeze_routers:
-        frozen |= {name for name in flatten(model) if ".router." in name}
-    wanted = lambda name: name not in frozen and (config is None or is_trained(name, config))
-    return {name: leaf for name, leaf in flatten(model).items() if wanted(name)}
+    parameters: frozenset[str]  # by their gradients
+    biases: frozenset[str]  # selection biases, by the load of their experts
+    decayed: frozenset[str]  # with at least two axes of their own; stacking layers adds none
+
+    @classmethod
+    def of(cls, model: Nemotron, config: TrainingConfig) -> "Trained":
+        """Those that `trains` names, and the MTP block only where it has a loss: a parameter
+        without a gradient does not decay either."""
+        found = variables(model)
+        drafts = {id(variable) for variable in variables(model.mtp_block).values()}
+        if config.trains == "lora":
+            moved = {name for name, one in found.items() if isinstance(one, Adapter)}
+        elif config.trains == "mtp":
+            moved = {name for name, one in found.items() if id(one) in drafts}
+        else:
+            left = drafts if config.mtp_depths == 0 else set()
+            moved = {name for name, one in found.items() if id(one) not in left}
+        biases = {name for name in moved if isinstance(found[name], SelectionBias)}
+        frozen = {
+            name
+            for name in moved
+            if config.freeze_routers and isinstance(found[name], RouterWeight)
+        }
+        matrices = {name for name, variable in found.items() if len(variable.axes) >= 2}
+        return cls(frozenset(moved - biases - frozen), frozenset(biases), frozenset(matrices))
+
+    def select(self, table: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Those of a table that a gradient moves, in its order."""
+        return {name: leaf for name, leaf in table.items() if name in self.parameters}
 
 
-def is_trained(name: str, config: TrainingConfig) -> bool:
-    """Whether a run moves the parameter, or the selection bias, of this dotted name."""
-    if config.trains == "lora":
-        return is_adapter(name)
-    is_mtp = name.startswith("mtp_block.")
-    if config.trains == "mtp":
-        return is_mtp
-    return config.mtp_depths > 0 or not is_mtp
-
-
-def make_optimizer(config: OptimizerConfig, model: Nemotron) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled decay; the learning rate is applied by the step.
-
-    Decay reaches parameters with at least two axes of their own; stacking layers adds none.
-    """
-    matrices = _names(model, lambda variable: len(variable.axes) >= 2)
+def make_optimizer(config: OptimizerConfig, trained: Trained) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled decay; the learning rate is applied by the step."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(
-            config.weight_decay, mask=lambda tree: {name: name in matrices for name in tree}
+            config.weight_decay, mask=lambda tree: {name: name in trained.decayed for name in tree}
         ),
     )
-
-
-def _names(model: Nemotron, wanted) -> set[str]:
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    flags = jax.tree.map(
-        lambda variable: jax.tree.map(lambda _: wanted(variable), variable),
-        model,
-        is_leaf=is_variable,
-    )
-    return {name for name, flag in flatten(flags).items() if flag}

@@ -87,7 +87,7 @@ def _train(
         TrainingConfig,
     )
     from nemotron_jax.sharding import make_mesh, place_batch
-    from nemotron_jax.training.state import abstract_state, first_state
+    from nemotron_jax.training.prepared import place_state, prepare_run
     from nemotron_jax.training.step import compile_train_step
 
     batch, length = tokens.shape
@@ -101,11 +101,11 @@ def _train(
         mesh=MeshConfig(data=devices),
     )
     with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
-        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config))
-        state = jax.jit(lambda model: first_state(config, model), out_shardings=placed)(model)
+        prepared = prepare_run(config)
+        state = place_state(prepared, model)
         rows = place_batch(_whole_rows(tokens))
         start = time.perf_counter()
-        step = compile_train_step(config, state, rows)
+        step = compile_train_step(prepared, state, rows)
     result["compile_s"] = time.perf_counter() - start
     result["compile_peak_mb"] = measure.peak_mb()
     result["temporary_mb"] = step.memory_analysis().temp_size_in_bytes / 2**20

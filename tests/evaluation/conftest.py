@@ -11,7 +11,7 @@ from nemotron_jax.data.corpus import prepare
 from nemotron_jax.pretrained import load_pretrained
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.checkpoint import Checkpoints
-from nemotron_jax.training.state import init_state
+from nemotron_jax.training.prepared import init_state, prepare_run
 from tests.training.runs import write_texts
 
 MODEL = ModelConfig(
@@ -52,7 +52,8 @@ def run_directory(run_config, tmp_path_factory):
     tokenizer, corpus = prepare(run_config.data, 320, directory, progress=lambda line: None)
     (directory / "config.json").write_text(to_json(run_config))
     with Checkpoints(RunDirectory(directory), keep=1) as checkpoints:
-        checkpoints.save(init_state(run_config), {}, {"config.json": to_json(run_config)})
+        state = init_state(prepare_run(run_config))
+        checkpoints.save(state, {}, {"config.json": to_json(run_config)})
         checkpoints.wait()
     return directory
 

@@ -11,7 +11,7 @@ from nemotron_jax.data.corpus import prepare
 from nemotron_jax.data.loader import held_out_batches
 from nemotron_jax.evaluation.held_out import held_out_evaluator, held_out_nats
 from nemotron_jax.evaluation.samples import PROMPTS, make_sampler
-from nemotron_jax.training.state import init_state
+from nemotron_jax.training.prepared import init_state, prepare_run
 from tests.training.runs import changed, small_run, write_texts
 
 
@@ -26,7 +26,7 @@ def setting(tmp_path_factory):
         logging={"evaluate_rows": 10**6},
     )
     tokenizer, corpus = prepare(config.data, config.model.vocab_size, root / "run")
-    return config, tokenizer, corpus, init_state(config).model
+    return config, tokenizer, corpus, init_state(prepare_run(config)).model
 
 
 def test_loss_and_bits_are_those_of_plain_logits(setting):

@@ -12,7 +12,7 @@ from nemotron_jax.config.model import MTPConfig
 from nemotron_jax.evaluation import speed
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.training.state import abstract_state
+from nemotron_jax.training.prepared import abstract_state, prepare_run
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,9 @@ def test_the_timed_state_is_the_one_that_the_run_trains(run_config, change):
     training = dataclasses.replace(run_config.training, **{"mtp_depths": 1} | change)
     lora = LoRAConfig(rank=2) if training.trains == "lora" else None
     config = dataclasses.replace(run_config, model=sizes, training=training, lora=lora)
-    expected = abstract_state(config)
-    timed = jax.eval_shape(lambda model: speed._fresh_state(model, config), expected.model)
+    run = prepare_run(config)
+    expected = abstract_state(run)
+    timed = jax.eval_shape(lambda model: speed._fresh_state(run, model), expected.model)
     assert jax.tree.structure(timed) == jax.tree.structure(expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 import nemotron_jax as nj
 from nemotron_jax.config.lora import TARGETS, LoRAConfig
 from nemotron_jax.interop.peft import load_adapter, save_adapter
-from nemotron_jax.model.adapters import add_adapters, is_adapter, merge_adapters
+from nemotron_jax.model.adapters import adapter_names, add_adapters, merge_adapters
 from nemotron_jax.model.parameters import flatten, unflatten
 from tests.tiny_models import VOCABULARY, tiny_model
 
@@ -40,10 +40,10 @@ def exported(base, tmp_path_factory):
 def adapted(base, targets):
     """The model with adapters that change much: no factor is near zero."""
     model = add_adapters(base, LoRAConfig(rank=3, alpha=5.0, targets=targets), jax.random.key(2))
-    draw = np.random.default_rng(3)
+    draw, names = np.random.default_rng(3), adapter_names(model)
     table = {
         name: jnp.asarray(0.3 * draw.normal(size=leaf.shape), jnp.float32)
-        if is_adapter(name)
+        if name in names
         else leaf
         for name, leaf in flatten(model).items()
     }

@@ -15,7 +15,7 @@ from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.interop.peft import TENSOR_FILE, load_adapter, save_adapter
 from nemotron_jax.interop.peft_checks import warn_of_other_base
 from nemotron_jax.interop.peft_config import CONFIG_FILE, read_adapter_config
-from nemotron_jax.model.adapters import add_adapters, is_adapter, merge_adapters
+from nemotron_jax.model.adapters import adapter_names, add_adapters, merge_adapters
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.types import Origin
 from tests.tiny_models import tiny_model
@@ -31,9 +31,9 @@ def base():
 @pytest.fixture(scope="module")
 def adapted(base):
     model = add_adapters(base, LORA, jax.random.key(2))
-    draw = np.random.default_rng(3)
+    draw, names = np.random.default_rng(3), adapter_names(model)
     table = {
-        name: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32) if is_adapter(name) else leaf
+        name: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32) if name in names else leaf
         for name, leaf in flatten(model).items()
     }
     return unflatten(model, table)

@@ -13,10 +13,10 @@ from nemotron_jax.layers import linear as linear_module
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.model.adapters import (
+    adapter_names,
     adapter_sites,
     add_adapters,
     has_adapters,
-    is_adapter,
     merge_adapters,
 )
 from nemotron_jax.model.parameters import flatten, unflatten
@@ -36,11 +36,9 @@ def base():
 def adapted(base):
     """Adapters of every kind with random factors, B's too."""
     model = add_adapters(base, ALL, jax.random.key(1))
-    draw = np.random.default_rng(0)
+    draw, names = np.random.default_rng(0), adapter_names(model)
     table = {
-        name: jnp.asarray(draw.normal(0, 0.3, leaf.shape), jnp.float32)
-        if is_adapter(name)
-        else leaf
+        name: jnp.asarray(draw.normal(0, 0.3, leaf.shape), jnp.float32) if name in names else leaf
         for name, leaf in flatten(model).items()
     }
     return unflatten(model, table)
@@ -57,7 +55,7 @@ def test_new_adapters_change_no_output_and_leave_the_model_alone(base) -> None:
     # Two compiled programs, whose fusions may round their sums apart.
     np.testing.assert_allclose(hidden(model), hidden(base), atol=2e-6)
     assert set(flatten(base)) == before and not has_adapters(base) and has_adapters(model)
-    assert not any(is_adapter(name) for name in before)
+    assert not adapter_names(base) and adapter_names(model) == set(flatten(model)) - before
 
 
 def test_merged_equals_unmerged(base, adapted) -> None:
@@ -71,7 +69,7 @@ def test_merged_equals_unmerged(base, adapted) -> None:
 @pytest.mark.parametrize("layers", ["scan", "unrolled"])
 def test_every_adapter_gets_a_gradient_and_its_matrix_moves(base, adapted, layers: str) -> None:
     table = flatten(adapted)
-    adapters = {name: leaf for name, leaf in table.items() if is_adapter(name)}
+    adapters = {name: leaf for name, leaf in table.items() if name in adapter_names(adapted)}
 
     def loss(adapters):
         model = unflatten(adapted, table | adapters)
@@ -89,7 +87,7 @@ def test_every_adapter_gets_a_gradient_and_its_matrix_moves(base, adapted, layer
 def test_each_target_reaches_its_matrices_alone(base) -> None:
     for target in TARGETS:
         model = add_adapters(base, LoRAConfig(rank=2, targets=(target,)), jax.random.key(0))
-        names = {name for name in flatten(model) if is_adapter(name)}
+        names = adapter_names(model)
         sites = [site for site in adapter_sites(base) if site.target == target]
         assert len(sites) > 0
         factors = sum(1 if site.shares else 2 for site in sites)

@@ -20,7 +20,7 @@ from nemotron_jax.posttraining.policy_batch import (
     token_gains,
 )
 from nemotron_jax.sharding import make_mesh, place_batch
-from nemotron_jax.training.state import init_state, place_state
+from nemotron_jax.training.prepared import init_state, place_state, prepare_run
 from nemotron_jax.training.step import train_step
 from tests.tiny_models import quick_jit
 from tests.training.runs import changed, small_run
@@ -28,6 +28,11 @@ from tests.training.runs import changed, small_run
 TASK = registry["arithmetic"].split(0, "train", 0)
 
 ROUTER, BIAS = "moe.mixer.router.weight", "moe.mixer.router.selection_bias"
+
+
+def parts_of(config) -> tuple:
+    """What the objective is made of."""
+    return config.rl, config.training.loss_chunk, config.execution
 
 
 def episode(length: int, seed: int, **fields) -> Episode:
@@ -73,13 +78,13 @@ def config():
 
 @pytest.fixture(scope="module")
 def state(config):
-    return init_state(config)
+    return init_state(prepare_run(config))
 
 
 @pytest.fixture(scope="module")
 def learned(config, state):
     """The loss and gradients of a batch of this run."""
-    objective = grpo_objective(config)
+    objective = grpo_objective(*parts_of(config))
 
     @quick_jit
     def evaluate(model, batch):
@@ -126,8 +131,9 @@ def test_a_batch_in_parts_on_two_devices_is_the_whole_one(config, state, learned
     training = {"micro_batches": 2, "freeze_routers": True, "router_bias_rate": 0.125}
     run = changed(config, training=training, mesh={"data": 2})
     with jax.set_mesh(make_mesh(run.mesh, jax.devices())):
-        step = quick_jit(lambda *given: train_step(*given, run, grpo_objective(run)))
-        begun = place_state(run)
+        prepared, objective = prepare_run(run), grpo_objective(*parts_of(run))
+        step = quick_jit(lambda *given: train_step(*given, prepared, objective))
+        begun = place_state(prepared)
         parts, said = jax.device_get(step(begun, place_batch(batch)))
     moments = flatten(parts.optimizer[1].mu)
     norm = np.sqrt(sum(np.sum(np.square(gradient[name])) for name in moments))

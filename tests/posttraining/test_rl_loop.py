@@ -1,6 +1,7 @@
 """Batches are functions of the config and their number; a run goes on as if never stopped."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -33,7 +34,7 @@ from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
 from nemotron_jax.training.losses import Objective
-from nemotron_jax.training.state import first_state
+from nemotron_jax.training.prepared import first_state, prepare_run
 
 TASK = registry["arithmetic"].split(0, "train", 0)
 NAMES = ("arithmetic/0", "lookup/0", "needle/0")
@@ -288,7 +289,8 @@ class Stop(Exception):
 @pytest.mark.parametrize("max_age", [0, 1])
 def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path, max_age) -> None:
     config = tiny_run(grpo_config, max_age=max_age)
-    begin = lambda config: first_state(config, Nemotron(config.model, rngs=nnx.Rngs(0)))
+    begin = lambda run: first_state(run, Nemotron(config.model, rngs=nnx.Rngs(0)))
+    objective = functools.partial(grpo_objective, config.rl, config.training.loss_chunk)
     counts = {"whole": [], "cut": []}
 
     def train(name: str, stop_at: int | None):
@@ -298,8 +300,8 @@ def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path
             counts[name].append((number, [e.tokens for e in episodes]))
 
         data = Rollouts(config, phrases, on_episodes=note)
-        options = {"data": data, "begin": begin, "objective": grpo_objective}
-        return loop.run(config, RunDirectory(tmp_path / name), **options)
+        run = prepare_run(config, RunDirectory(tmp_path / name), objective=objective)
+        return loop.run(run, data=data, begin=begin)
 
     whole = train("whole", None)
     with pytest.raises(Stop):
@@ -317,7 +319,7 @@ def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path
     state = Rollouts(config, phrases)
     empty = {"step": 0, "in_flight": None, "batch": None, "report": {}}
     assert json.loads(json.dumps(state.state())) == empty
-    assert isinstance(grpo_objective(config), Objective)
+    assert isinstance(objective(config.execution), Objective)
 
 
 @pytest.mark.parametrize("max_age", [0, 1])
@@ -368,8 +370,10 @@ def test_what_is_paid_for_is_written_more_often(
     )
     paid = []
     data = Rollouts(config, phrases, on_episodes=lambda n, episodes, r: paid.append(np.mean(r)))
-    begin = lambda config: first_state(config, Nemotron(config.model, rngs=nnx.Rngs(0)))
-    loop.run(config, RunDirectory(tmp_path), data=data, begin=begin, objective=grpo_objective)
+    begin = lambda run: first_state(run, Nemotron(config.model, rngs=nnx.Rngs(0)))
+    objective = functools.partial(grpo_objective, config.rl, config.training.loss_chunk)
+    run = prepare_run(config, RunDirectory(tmp_path), objective=objective)
+    loop.run(run, data=data, begin=begin)
     # 32 episodes of 8 tokens: by chance the mean of a batch is 0.5 ± 0.03. Measured at the end:
     # 1.00 where the ratio is one, 0.97 after half as many batches where it is clipped.
     assert abs(paid[0] - 0.5) < 0.12 and np.mean(paid[-3:]) > 0.85

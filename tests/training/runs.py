@@ -26,6 +26,7 @@ from nemotron_jax.evaluation.held_out import held_out_evaluator
 from nemotron_jax.pretrained import begin_run, data_of
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
+from nemotron_jax.training.prepared import prepare_run
 
 WORDS = "def return value = ( ) : import 12 7 état 数 λ for in range list dict self".split()
 SAME = ("step", "tokens", "loss", "mtp_loss", "aux_loss", "grad_norm", "learning_rate", "skipped")
@@ -95,8 +96,7 @@ def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     try:
         return loop.run(
-            config,
-            RunDirectory(workdir),
+            prepare_run(config, RunDirectory(workdir)),
             data=loader if data is None else data(loader),
             evaluators=[held_out_evaluator(corpus, config)],
             sampler=sampler,

@@ -26,7 +26,8 @@ from nemotron_jax.training.checkpoint import (
     load_parameters,
     optimizer_table,
 )
-from nemotron_jax.training.state import TrainState, init_state
+from nemotron_jax.training.prepared import init_state, prepare_run
+from nemotron_jax.training.state import TrainState
 from tests.training.runs import ROOT, small_run
 
 POSITION = {"step": 3, "grain": {"nested": [1, 2]}}
@@ -39,7 +40,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def abstract(config):
-    return jax.eval_shape(lambda: init_state(config))
+    return jax.eval_shape(lambda: init_state(prepare_run(config)))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_another_model_is_named(saved, config, abstract):
     with pytest.raises(
         ValueError, match=r"k.weight is float32\[1, 32, 16\], needed is float32\[1, 64, 16\]"
     ):
-        restore(saved, jax.eval_shape(lambda: init_state(other)))
+        restore(saved, jax.eval_shape(lambda: init_state(prepare_run(other))))
 
 
 def test_an_optimizer_state_keeps_its_names_in_another_chain():
@@ -275,7 +276,7 @@ except OSError as error:
 
 def full_disk_state(config):
     generator = np.random.default_rng(0)
-    abstract = jax.eval_shape(lambda: init_state(config))
+    abstract = jax.eval_shape(lambda: init_state(prepare_run(config)))
     fill = lambda leaf: jnp.asarray(generator.normal(size=leaf.shape).astype(leaf.dtype))
     return dataclasses.replace(jax.tree.map(fill, abstract), step=jnp.asarray(12, jnp.int32))
 

@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_jax.data.packing import Row, make_batch
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.training.state import init_state
+from nemotron_jax.training.prepared import init_state, prepare_run
 from nemotron_jax.training.step import make_train_step
 from tests.training.runs import changed, small_run
 
@@ -34,7 +34,8 @@ def test_uneven_documents_and_a_step_without_mtp_may_be_cut(depths):
             data={"sequence_length": 24},
             execution={"aux_loss": "documents"},
         )
-        _, metrics = make_train_step(run)(init_state(run), uneven_batch(depths))
+        prepared = prepare_run(run)
+        _, metrics = make_train_step(prepared)(init_state(prepared), uneven_batch(depths))
         results.append(jax.device_get(metrics))
     for name in ("loss", "mtp_loss", "aux_loss", "grad_norm", "expert_load_max"):
         np.testing.assert_allclose(results[1][name], results[0][name], rtol=3e-5, err_msg=name)
@@ -50,9 +51,9 @@ def test_what_has_no_gradient_stays_as_it_is(trains):
         training={"mtp_depths": int(trains == "mtp"), "trains": trains, "optimizer": settings},
         data={"sequence_length": 24},
     )
-    before = jax.device_get(init_state(run))
-    state = dataclasses.replace(init_state(run), step=np.int32(5))
-    after, _ = make_train_step(run)(state, uneven_batch(run.training.mtp_depths))
+    before = jax.device_get(init_state(prepare_run(run)))
+    state = dataclasses.replace(init_state(prepare_run(run)), step=np.int32(5))
+    after, _ = make_train_step(prepare_run(run))(state, uneven_batch(run.training.mtp_depths))
     moved = {
         name
         for name, leaf in flatten(after.model).items()

@@ -14,6 +14,7 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import limits, loop
 from nemotron_jax.training.checkpoint import Checkpoints
+from nemotron_jax.training.prepared import abstract_state, prepare_run
 from nemotron_jax.training.summary import summary
 from tests.training.runs import STEPS, changed, train
 
@@ -52,7 +53,7 @@ def test_a_file_with_a_checkpoint_s_name_is_none(run):
     assert RunDirectory(directory).steps()[-2:] == [STEPS, 990]
     assert train(config, directory).finished
     with Checkpoints(RunDirectory(directory), 3) as checkpoints:
-        state = checkpoints.restore(loop.abstract_state(config)).state
+        state = checkpoints.restore(abstract_state(prepare_run(config))).state
         later = dataclasses.replace(state, step=jax.numpy.asarray(999, state.step.dtype))
         checkpoints.save(later, {}, {"config.json": "{}"})
     assert (directory / "checkpoints" / "step_00000999").is_dir()
@@ -133,7 +134,9 @@ def test_the_last_record_holds_the_whole_text_once(run):
         }
 
     for _ in range(2):
-        outcome = loop.run(config, RunDirectory(directory), data=EmptyLoader(), final=final)
+        outcome = loop.run(
+            prepare_run(config, RunDirectory(directory)), data=EmptyLoader(), final=final
+        )
     assert len(calls) == 1 and outcome.records[-1]["whole_held_out_loss"] == 2.0
     stored = (directory / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(stored) == outcome.records[-1]

@@ -10,10 +10,10 @@ import pytest
 import nemotron_jax as nj
 from nemotron_jax.config.lora import TARGETS, LoRAConfig
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.model.adapters import has_adapters, is_adapter, merge_adapters
+from nemotron_jax.model.adapters import adapter_names, has_adapters, merge_adapters
 from nemotron_jax.model.parameters import abstract_model, flatten
 from nemotron_jax.pretrained import begin_run
-from nemotron_jax.training.state import init_state
+from nemotron_jax.training.prepared import init_state, prepare_run
 from nemotron_jax.training.step import make_train_step
 from tests.training.runs import (
     changed,
@@ -37,22 +37,23 @@ def lora_run(texts, **logging: int) -> RunConfig:
 
 def compiled(config: RunConfig):
     """The run's step, compiled in less time than it takes for speed."""
-    state, batch = jax.eval_shape(lambda: init_state(config)), random_batch(config, 0)
-    lowered = make_train_step(config).lower(state, batch)
+    state, batch = jax.eval_shape(lambda: init_state(prepare_run(config))), random_batch(config, 0)
+    lowered = make_train_step(prepare_run(config)).lower(state, batch)
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
 def test_only_adapters_change_and_only_they_have_moments() -> None:
     config = changed(lora_run("somewhere"), data={"sequence_length": 48})
     step = compiled(config)
-    state = init_state(config)
+    state = init_state(prepare_run(config))
     before = {name: np.asarray(leaf) for name, leaf in flatten(state.model).items()}
-    assert set(state.optimizer[1].mu) == {name for name in before if is_adapter(name)}
+    adapters = adapter_names(state.model)
+    assert set(state.optimizer[1].mu) == adapters
     for number in range(3):
         state, metrics = step(state, random_batch(config, number))
     assert float(metrics["grad_norm"]) > 0
     for name, leaf in flatten(state.model).items():
-        assert np.array_equal(leaf, before[name]) != is_adapter(name), name
+        assert np.array_equal(leaf, before[name]) != (name in adapters), name
 
 
 def test_the_compiled_step_holds_no_gradient_of_the_base() -> None:

@@ -9,7 +9,7 @@ import pytest
 from nemotron_jax.data.packing import Row, lookahead_of, make_batch
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.training.losses import pretrain_objective, weighted_nll
-from nemotron_jax.training.state import init_state
+from nemotron_jax.training.prepared import init_state, prepare_run
 from tests.training.runs import changed, small_run
 
 WIDTH, VOCABULARY = 12, 37
@@ -88,13 +88,13 @@ def config():
 
 @pytest.fixture(scope="module")
 def model(config):
-    return init_state(config).model
+    return init_state(prepare_run(config)).model
 
 
 @pytest.fixture(scope="module")
 def loss_of(config, model):
     """The loss, its report and its gradients by name, of a batch."""
-    objective = pretrain_objective(config)
+    objective = pretrain_objective(config.training, config.execution)
     function = jax.jit(
         jax.value_and_grad(
             lambda model, batch: objective.loss(model, batch, objective.totals(batch), None),
@@ -172,5 +172,6 @@ def test_the_parts_make_the_total(loss_of, config):
 def test_router_load_counts_each_valid_token_and_every_depth(loss_of, config):
     _, report, _ = loss_of(packed_batch([documents([30]), documents([20], 1), [], [], []], 48))
     chosen = config.model.moe.experts_per_token
-    np.testing.assert_array_equal(report["router_load"].sum(axis=-1), [50 * chosen])
-    np.testing.assert_array_equal(report["mtp_router_load"].sum(axis=-1), [2 * 50 * chosen])
+    (load,), (drafts,) = (report[f"{kind}router_load"].values() for kind in ("", "mtp_"))
+    np.testing.assert_array_equal(load.sum(axis=-1), [50 * chosen])
+    np.testing.assert_array_equal(drafts.sum(axis=-1), 2 * 50 * chosen)

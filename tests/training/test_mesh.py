@@ -17,7 +17,7 @@ from nemotron_jax.data.packing import Row, make_batch
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.sharding import make_mesh, place_batch, target_platform
 from nemotron_jax.training.losses import Objective, pretrain_objective
-from nemotron_jax.training.state import place_state
+from nemotron_jax.training.prepared import place_state, prepare_run
 from nemotron_jax.training.step import make_train_step
 from tests.training.runs import changed, small_run
 
@@ -149,28 +149,27 @@ def program(mesh: tuple[int, int], micro_batches: int, variant: str):
     """The step, without optimised machine code, which changes neither memory nor traffic."""
     config = small(mesh, micro_batches, variant)
     with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
-        step = make_train_step(config, counting(config))
+        step = make_train_step(prepare_run(config), counting(config))
         lowered = step.lower(*inputs(mesh, micro_batches, variant))
         return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
 def inputs(mesh: tuple[int, int], micro_batches: int, variant: str) -> tuple:
     config = small(mesh, micro_batches, variant)
-    state, batch = place_state(config), uneven_batch(config.training.mtp_depths)
+    state, batch = place_state(prepare_run(config)), uneven_batch(config.training.mtp_depths)
     # Past the first step, whose rate is 0.
     return dataclasses.replace(state, step=state.step + 5), place_batch(batch)
 
 
 def counting(config) -> Objective:
     """The pre-training objective, which reports every expert's tokens by name too."""
-    inner = pretrain_objective(config)
+    inner = pretrain_objective(config.training, config.execution)
 
     def loss(*arguments):
         total, sums = inner.loss(*arguments)
-        loads = {f"load_{key}": sums[key] for key in ("router_load", "mtp_router_load")}
         each = {
-            f"{name}_{place}": load[place]
-            for name, load in loads.items()
+            f"load_{name}_{place}": load[place]
+            for name, load in (sums["router_load"] | sums["mtp_router_load"]).items()
             for place in itertools.product(*map(range, load.shape))
         }
         return total, sums | each

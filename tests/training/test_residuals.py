@@ -12,7 +12,7 @@ from nemotron_jax.data.packing import Row, make_batch
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.sharding import make_mesh
 from nemotron_jax.training.losses import pretrain_objective
-from nemotron_jax.training.state import abstract_state
+from nemotron_jax.training.prepared import abstract_state, prepare_run
 from tests.training.runs import changed, small_run
 
 DEVICES, LENGTH, DEPTHS = 4, 8, 2
@@ -51,9 +51,9 @@ def residuals(
     )
     tokens = jnp.arange(length + 1 + mtp_depths, dtype=jnp.int32)
     batch = make_batch([Row(tokens, jnp.ones_like(tokens))] * devices, mtp_depths=mtp_depths)
-    objective = pretrain_objective(config)
+    objective = pretrain_objective(config.training, config.execution)
     mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices())
-    model = abstract_state(config, mesh).model
+    model = abstract_state(prepare_run(config), mesh).model
 
     def backward(parameters):
         def loss(parameters):

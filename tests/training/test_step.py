@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nemotron_jax.model.parameters import flatten, unflatten
-from nemotron_jax.training.optimizer import make_optimizer, trained_parameters
-from nemotron_jax.training.state import init_state
+from nemotron_jax.layers.router import SelectionBias
+from nemotron_jax.model.parameters import flatten, unflatten, variables
+from nemotron_jax.training.prepared import init_state, prepare_run
 from nemotron_jax.training.step import balance, make_train_step, train_step
 from tests.training.runs import changed, random_batch, small_run
 
@@ -22,26 +22,26 @@ def config():
 @pytest.fixture(scope="module")
 def state(config):
     """The first state a few steps on, so that the learning rate and the moments are not zero."""
-    begun = init_state(config)
-    step = make_train_step(config)
+    begun = init_state(prepare_run(config))
+    step = make_train_step(prepare_run(config))
     for number in range(3):
         begun, _ = step(begun, random_batch(config, number))
     return jax.tree.map(np.asarray, begun)
 
 
 def biases(model):
-    table = flatten(model)
-    return {name: np.asarray(table[name]) for name in table.keys() - trained_parameters(model)}
+    found = variables(model).items()
+    return {name: np.asarray(one[...]) for name, one in found if isinstance(one, SelectionBias)}
 
 
 @pytest.fixture(scope="module")
 def stepped(config, state):
-    return make_train_step(config)(state, random_batch(config, 9))
+    return make_train_step(prepare_run(config))(state, random_batch(config, 9))
 
 
 def test_micro_batches_are_one_batch(config, state, stepped):
     parts = changed(config, training={"micro_batches": 2})
-    after, metrics = make_train_step(parts)(state, random_batch(config, 9))
+    after, metrics = make_train_step(prepare_run(parts))(state, random_batch(config, 9))
     whole, expected = stepped
     for name in ("loss", "mtp_loss", "aux_loss", "grad_norm", "expert_load_max"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=3e-5, err_msg=name)
@@ -84,7 +84,7 @@ def tightly(config, state):
         ),
         optimizer=jax.tree.map(np.zeros_like, state.optimizer),
     )
-    return fresh, *make_train_step(tight)(fresh, random_batch(config, 9))
+    return fresh, *make_train_step(prepare_run(tight))(fresh, random_batch(config, 9))
 
 
 def test_biases_are_untouched_by_decay_clip_and_gradient(tightly):
@@ -118,8 +118,8 @@ VECTORS = {
 
 
 def test_decay_reaches_matrices_only(config, state):
-    optimizer = make_optimizer(config.training.optimizer, state.model)
-    parameters = trained_parameters(state.model)
+    run = prepare_run(config)
+    optimizer, parameters = run.optimizer, run.trained.select(flatten(state.model))
     nothing = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = optimizer.update(nothing, optimizer.init(parameters), parameters)
     decayed = {name for name, update in updates.items() if np.any(update)}
@@ -136,7 +136,7 @@ def test_decay_reaches_matrices_only(config, state):
 def test_a_step_that_is_not_finite_changes_counters_alone(config, state):
     batch = random_batch(config, 9)
     spoiled = dataclasses.replace(batch, weights=np.full_like(batch.weights, np.inf))
-    step = make_train_step(config)
+    step = make_train_step(prepare_run(config))
     after, metrics = step(state, spoiled)
     jax.tree.map(np.testing.assert_array_equal, after.model, state.model)
     jax.tree.map(np.testing.assert_array_equal, after.optimizer, state.optimizer)
@@ -162,7 +162,9 @@ def test_the_update_is_adamw(config, state, stepped):
 
 
 def test_the_step_needs_no_host(config, state):
-    abstract = jax.eval_shape(lambda s, b: train_step(s, b, config), state, random_batch(config, 0))
+    run = prepare_run(config)
+    step = lambda state, batch: train_step(state, batch, run, run.objective(config.execution))
+    abstract = jax.eval_shape(step, state, random_batch(config, 0))
     assert jax.tree.structure(abstract[0]) == jax.tree.structure(state)
     same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, abstract[0], state)
     assert all(jax.tree.leaves(same))
