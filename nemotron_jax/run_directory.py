@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.config.resume import check_resumable
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.run import RunConfig, TrainingConfig
 from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.manifest import find_fault
 
@@ -252,13 +252,22 @@ class RunDirectory:
                 raise ValueError(f"run {path} is {there} and must be {kept}; move it away")
 
     def with_saved_schedule(self, config: RunConfig) -> RunConfig:
-        """The run with the schedule that it was begun with, where only its steps have changed."""
+        """The run with the schedule that it was begun with, where only its steps have changed; of
+        stage grpo either part with its own."""
+        if config.stage != "grpo":
+            return dataclasses.replace(config, training=self._as_begun(config.training))
+        training = self.part("grpo")._as_begun(config.training)
+        first = config.warm_start
+        if first is not None:
+            of_first = self.part("sft")._as_begun(first.training)
+            first = dataclasses.replace(first, training=of_first)
+        return dataclasses.replace(config, training=training, warm_start=first)
+
+    def _as_begun(self, training: TrainingConfig) -> TrainingConfig:
         saved = self.saved()
-        if saved is None or saved.config.training.steps == config.training.steps:
-            return config
-        schedule = saved.config.training.schedule
-        training = dataclasses.replace(config.training, schedule=schedule)
-        return dataclasses.replace(config, training=training)
+        if saved is None or saved.config.training.steps == training.steps:
+            return training
+        return dataclasses.replace(training, schedule=saved.config.training.schedule)
 
     def _files(self) -> Iterator[Path]:
         """Everything that has a name of its own here."""

@@ -26,9 +26,23 @@ def _without_amax(values: dict) -> dict:
     return values
 
 
-FORMAT_VERSION = 2
+def _without_rewards(values: dict) -> dict:
+    """Version 3 leaves the controls of an experiment to that experiment."""
+    part: Any = values
+    for name in ("rl", "rollout"):
+        part = part.get(name) if isinstance(part, dict) else None
+    rewards = part.pop("rewards", "earned") if isinstance(part, dict) else "earned"
+    if rewards != "earned":
+        raise ValueError(
+            f"RunConfig.rl.rollout.rewards={rewards!r}: a control is an arm of "
+            "experiments/grpo_tiny.py now; begin it anew there"
+        )
+    return values
+
+
+FORMAT_VERSION = 3
 # Version n -> a function from a version-n dictionary to one of version n + 1.
-MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _without_amax}
+MIGRATIONS: dict[int, Callable[[dict], dict]] = {1: _without_amax, 2: _without_rewards}
 
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 

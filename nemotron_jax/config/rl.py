@@ -21,7 +21,6 @@ OVERLONG = ("keep", "mask")
 SAMPLERS = ("side_by_side", "engine")
 WORKER_KINDS = ("processes", "ray")
 JUDGE_FORMATS = ("words", "genrm")
-REWARDS = ("earned", "permuted", "demonstrations")
 # Mathematics, science and code: where Super's recipe asks for low effort.
 LOW_EFFORT_ENVIRONMENTS = (
     *("arithmetic", "equational_proof", "equations", "python_tool"),
@@ -84,9 +83,6 @@ class RolloutConfig:
     whole conversation's, the description of its tools included.
     `sampler`: `side_by_side` keeps every conversation in one batch on all devices; `engine` serves
     them on slots and pages, and reads beginnings that it knows no second time.
-    Two values of `rewards` make controls: `permuted` deals the rewards of a batch out at random,
-    which must not teach the task; `demonstrations` plays nothing and goes on with the fine-tuning
-    of the warm start for as many steps.
     """
 
     environments: tuple[str, ...] = ()
@@ -106,7 +102,6 @@ class RolloutConfig:
     workers: int = 0  # that play environments; 0 plays them in this process
     worker_kind: str = "processes"  # or "ray": actors of a cluster (extra `rl`)
     timeout_s: float = 60.0  # for a session's turn: half for its calls, then a worker is hung
-    rewards: str = "earned"  # or a control: see RolloutConfig
 
     def __post_init__(self) -> None:
         at_least_one(self, "prompts", "generations", "max_tokens", "max_turn_tokens", "max_turns")
@@ -133,7 +128,6 @@ class RolloutConfig:
         plain = self.sampler != "engine" or self.temperature == 1
         check(self, "temperature", plain, f"{rule}set sampler='side_by_side'")
         one_of(self, "worker_kind", WORKER_KINDS)
-        one_of(self, "rewards", REWARDS)
 
 
 @dataclasses.dataclass(frozen=True)

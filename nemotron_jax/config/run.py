@@ -204,6 +204,15 @@ class RunConfig:
     seed: int = 0
     init_from: str = ""  # a hub's or a run's directory whose parameters the run begins with
 
+    @property
+    def warm_start_run(self) -> "RunConfig":
+        """The fine-tuning run that comes before stage `grpo`; there must be one."""
+        first = self.warm_start
+        lora = self.lora if first.training.trains == "lora" else None
+        return dataclasses.replace(
+            self, stage="sft", training=first.training, data=first.data, warm_start=None, lora=lora
+        )
+
     def __post_init__(self) -> None:
         one_of(self, "stage", STAGES)
         local_path("RunConfig", "init_from", self.init_from)

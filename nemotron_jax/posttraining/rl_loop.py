@@ -37,6 +37,8 @@ from nemotron_jax.posttraining.policy_batch import policy_batch, rows_needed
 from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
 
 OnEpisodes = Callable[[int, Sequence[Episode], Sequence[float]], None]
+# What the episodes of a batch are paid, given the run's rollout and seed and the batch's number.
+Pay = Callable[[Sequence[Episode], RolloutConfig, int, int], Float[np.ndarray, "N"]]
 
 
 class Rollouts:
@@ -58,14 +60,15 @@ class Rollouts:
         reference: Nemotron | None = None,
         pools: Pools | None = None,
         sampler: Sampler = SideBySide,
+        pay: Pay | None = None,
         on_episodes: OnEpisodes | None = None,
     ) -> None:
         """`sampler` is how the model is asked; `reference` is what the KL term holds on to; `pools`
-        are the tasks, fresh ones by default; `on_episodes` gets each batch's number, episodes and
-        rewards."""
+        are the tasks, fresh ones by default; `pay` is what episodes are worth, `shaped_rewards` by
+        default; `on_episodes` gets each batch's number, episodes and rewards."""
         check_rollouts(config)
         self._config, self._tokenizer, self._pools = config, tokenizer, pools
-        self._sampler = sampler
+        self._sampler, self._pay = sampler, pay or shaped_rewards
         self._players = Here() if players is None else players
         self._reference, self._on_episodes = reference, on_episodes
         self._judge = make_judge(config.rl.preference) if config.rl.preference.judge else None
@@ -147,7 +150,7 @@ class Rollouts:
         if config.rl.preference.judge:
             episodes = judged(episodes, config.rl.preference, self._judge)
         check_counted(episodes, f"batch {number}")
-        rewards = shaped_rewards(episodes, config.rl.rollout, config.seed, number)
+        rewards = self._pay(episodes, config.rl.rollout, config.seed, number)
         objective = config.rl.objective
         groups = np.array([episode.group for episode in episodes])
         counted = np.array([episode.counted for episode in episodes])
@@ -277,11 +280,8 @@ def step_seed(seed: int, number: int) -> int:
 def shaped_rewards(
     episodes: Sequence[Episode], config: RolloutConfig, seed: int, number: int
 ) -> Float[np.ndarray, "N"]:
-    """What episodes are paid: their verdicts', with the length reward where low effort was asked.
-
-    With `rewards` = "permuted" those that count are dealt out at random.
-    """
-    paid = np.array(
+    """What episodes earned, with the length reward where low effort was asked for."""
+    return np.array(
         [
             low_effort_reward(e.reward, e.last_tokens, config.low_effort_tokens)
             if e.low_effort
@@ -290,11 +290,6 @@ def shaped_rewards(
         ],
         np.float32,
     )
-    if config.rewards == "permuted":
-        counted = np.flatnonzero([episode.counted for episode in episodes])
-        order = np.random.default_rng([seed, number, 2]).permutation(counted)
-        paid[counted] = paid[order]
-    return paid
 
 
 def play_tasks_once(

@@ -89,17 +89,6 @@ def test_tasks_are_drawn_by_shares_and_none_twice(grpo_config) -> None:
         check_rollouts(config)
 
 
-def test_permuted_rewards_are_the_same_ones_dealt_out(grpo_config) -> None:
-    episodes = [episode(reward, 0) for reward in np.linspace(0, 1, 40)]
-    episodes[3] = episode(0, 0, verdict=Verdict(0.0, infra_error="gone"))
-    rollout = dataclasses.replace(grpo_config.rl.rollout, rewards="permuted")
-    earned = shaped_rewards(episodes, grpo_config.rl.rollout, 0, 5)
-    dealt = shaped_rewards(episodes, rollout, 0, 5)
-    assert sorted(dealt) == sorted(earned) and np.any(dealt != earned) and dealt[3] == 0
-    np.testing.assert_array_equal(dealt, shaped_rewards(episodes, rollout, 0, 5))
-    assert np.any(dealt != shaped_rewards(episodes, rollout, 0, 6))
-
-
 def test_length_is_paid_where_low_effort_was_asked_for(grpo_config) -> None:
     rollout = dataclasses.replace(grpo_config.rl.rollout, low_effort_tokens=8)
     low = {"low_effort": True}  # each ends with a turn of two tokens: 0.15 more for a right one
@@ -346,13 +335,10 @@ def test_a_batch_of_two_updates_is_taken_up_between_them(grpo_config, phrases, m
 
 @pytest.mark.slow  # train steps to compile, and forty to take of each
 @pytest.mark.parametrize("ratio", ["one", "clipped"])
-def test_what_is_paid_for_is_written_more_often(
-    grpo_config, phrases, tmp_path, ratio, monkeypatch
-) -> None:
+def test_what_is_paid_for_is_written_more_often(grpo_config, phrases, tmp_path, ratio) -> None:
     """The whole loop, on a task that needs no skill: tokens of even number are paid for."""
     even = lambda one: float(np.mean(np.array(one.tokens)[one.own] % 2 == 0))
     pay = lambda episodes, *unused: np.array([even(one) for one in episodes], np.float32)
-    monkeypatch.setattr(rl_loop, "shaped_rewards", pay)
     config = tiny_run(
         grpo_config,
         updates=2 if ratio == "clipped" else 1,
@@ -369,7 +355,8 @@ def test_what_is_paid_for_is_written_more_often(
         data=dataclasses.replace(config.data, batch_size=32),
     )
     paid = []
-    data = Rollouts(config, phrases, on_episodes=lambda n, episodes, r: paid.append(np.mean(r)))
+    note = lambda number, episodes, rewards: paid.append(np.mean(rewards))
+    data = Rollouts(config, phrases, pay=pay, on_episodes=note)
     begin = lambda run: first_state(run, Nemotron(config.model, rngs=nnx.Rngs(0)))
     objective = functools.partial(grpo_objective, config.rl, config.training.loss_chunk)
     run = prepare_run(config, RunDirectory(tmp_path), objective=objective)

@@ -1,5 +1,7 @@
 """The chunked cross entropy is the plain one, and packed documents lose what they lose apart."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,8 @@ def assert_same_losses(one, other):
     (total, report, gradients), (expected, wanted, theirs) = one, other
     np.testing.assert_allclose(total, expected, rtol=2e-5)
     for name in report:
-        np.testing.assert_allclose(report[name], wanted[name], rtol=2e-5, err_msg=name)
+        assert_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, err_msg=name)
+        jax.tree.map(assert_close, report[name], wanted[name])
     for name, gradient in gradients.items():
         scale = np.linalg.norm(theirs[name]) + 1e-7
         assert np.linalg.norm(gradient - theirs[name]) / scale < 5e-4, name

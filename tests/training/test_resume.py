@@ -187,21 +187,22 @@ def test_a_quantised_run_resumes_as_one_never_stopped(texts, tmp_path):
 
 
 def test_formats_switch_at_their_step(texts, tmp_path, monkeypatch):
-    from nemotron_jax.training import loop
+    from nemotron_jax.training import prepared
 
     compiled = []
-    compile_step = loop.compile_train_step
+    objective = prepared.pretrain_objective
 
-    def keep(config, state, *rest):
-        compiled.append((int(state.step), config.execution.precision))
-        return compile_step(config, state, *rest)
+    def keep(training, execution):
+        compiled.append(execution.precision)
+        return objective(training, execution)
 
-    monkeypatch.setattr(loop, "compile_train_step", keep)
+    monkeypatch.setattr(prepared, "pretrain_objective", keep)
     recipe = dataclasses.replace(nemotron3_nvfp4(num_last_layers_high=1), switch_step=2)
     config = changed(small_run(texts), execution={"precision": recipe}, training={"steps": 4})
-    assert train(config, tmp_path).finished
+    outcome = train(config, tmp_path)
+    assert outcome.finished and outcome.records[1]["loss"] != outcome.records[2]["loss"]
     before, after = recipe.at_step(0), recipe.at_step(2)
-    assert compiled == [(0, before), (2, after)] and before != after
+    assert compiled == [before, after] and before != after
 
 
 def test_the_step_compiles_once(finished_run, tmp_path, monkeypatch):

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from configs import grpo_tiny
-from nemotron_jax import reinforce
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.resume import check_resumable
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.run_directory import RunDirectory, Saved
+from nemotron_jax.stages import grpo
+from nemotron_jax.training.prepared import Prepared
 
 CONFIG = from_config_dict(RunConfig, grpo_tiny.get_config())
 
@@ -26,21 +28,24 @@ class Parts:
         self.damaged: dict[str, int] = {}  # by directory, the step that is whole before it
         self.asked: list[RunConfig] = []
 
-    def fine_tune(self, config: RunConfig, workdir) -> int:
+    def fine_tune(self, config: RunConfig, directory: RunDirectory, *unused: object) -> int:
         self.asked.append(config)
-        return self.train(config, workdir)
-
-    def learn(self, config: RunConfig, directory: RunDirectory, *unused: object) -> int:
-        return self.train(config, directory.path)
-
-    def train(self, config: RunConfig, workdir) -> int:
-        self.done.append(workdir.name)
-        if workdir.name not in self.stops:
-            self.steps[workdir.name] = config.training.steps
-            self.damaged.pop(workdir.name, None)
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "metrics.jsonl").write_text('{"step": 1, "success": 0.5}\n')
+        self.train(config, directory)
         return 0
+
+    def learn(self, run: Prepared, *unused: object) -> bool:
+        return self.train(run.config, run.directory)
+
+    def train(self, config: RunConfig, directory: RunDirectory) -> bool:
+        name = directory.path.name
+        self.done.append(name)
+        directory.path.mkdir(parents=True, exist_ok=True)
+        directory.metrics.write_text('{"step": 1, "success": 0.5}\n')
+        if name in self.stops:
+            return False
+        self.steps[name] = config.training.steps
+        self.damaged.pop(name, None)
+        return True
 
     def result(self, *unused: object) -> dict:
         self.done.append("result")
@@ -53,10 +58,11 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
     made = Parts()
     steps = lambda run: [s] if (s := made.steps.get(run.path.name)) else []
     whole = lambda run: made.damaged.get(run.path.name, max(steps(run), default=0))
+    monkeypatch.setattr(grpo.sft, "run", made.fine_tune)
     monkeypatch.setattr(RunDirectory, "steps", steps)
     monkeypatch.setattr(RunDirectory, "whole_step", whole)
     monkeypatch.setattr(RunDirectory, "saved", lambda run: None)
-    monkeypatch.setattr(reinforce.rl_loop, "check_prompts", lambda *unused: None)
+    monkeypatch.setattr(grpo.rl_loop, "check_prompts", lambda *unused: None)
     replaced = {
         "load_tokenizer": lambda *unused: None,
         "load_pretrained": lambda *unused, **options: None,
@@ -65,15 +71,15 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Parts:
         "draw_result": lambda *unused: None,
     }
     for name, value in replaced.items():
-        monkeypatch.setattr(reinforce, name, value)
+        monkeypatch.setattr(grpo, name, value)
     return made
 
 
 def run(config: RunConfig, workdir, parts: Parts) -> list[str]:
     """What was done, in order."""
     parts.done.clear()
-    mesh = reinforce.jax.make_mesh((1,), ("data",))
-    assert reinforce.run(config, workdir, mesh, fine_tune=parts.fine_tune) == 0
+    mesh = jax.make_mesh((1,), ("data",))
+    assert grpo.run(config, RunDirectory(workdir), mesh) == 0
     return parts.done.copy()
 
 
@@ -154,40 +160,20 @@ def test_either_part_that_goes_on_keeps_its_schedule(tmp_path, monkeypatch) -> N
         training = dataclasses.replace(config.training, steps=steps, schedule=schedule)
         return dataclasses.replace(config, training=training)
 
-    saved = {"grpo": CONFIG, "sft": reinforce.warm_start_run(CONFIG)}
+    saved = {"grpo": CONFIG, "sft": CONFIG.warm_start_run}
     of_part = lambda run: Saved(saved[run.path.name], 1)
     monkeypatch.setattr(RunDirectory, "saved", of_part)
-    first = longer(reinforce.warm_start_run(CONFIG), 300).training
+    first = longer(CONFIG.warm_start_run, 300).training
     asked = longer(CONFIG, 140)
     asked = dataclasses.replace(
         asked, warm_start=dataclasses.replace(asked.warm_start, training=first)
     )
-    kept = reinforce.with_saved_schedules(asked, RunDirectory(tmp_path))
+    kept = RunDirectory(tmp_path).with_saved_schedule(asked)
     assert (kept.training.steps, kept.warm_start.training.steps) == (140, 300)
     assert kept.training.schedule == CONFIG.training.schedule
     assert kept.warm_start.training.schedule == CONFIG.warm_start.training.schedule
     check_resumable(CONFIG, dataclasses.replace(kept, warm_start=CONFIG.warm_start), "grpo")
-    check_resumable(saved["sft"], reinforce.warm_start_run(kept), "sft")
-    # The control's own run goes on too, however many its steps are.
-    rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
-    control = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, rollout=rollout))
-    saved["grpo"] = reinforce.longer_run(control, str(tmp_path / "sft"))
-    check_resumable(
-        saved["grpo"], reinforce._longer(longer(control, 140), RunDirectory(tmp_path)), "grpo"
-    )
-
-
-def test_the_control_goes_on_with_fine_tuning_at_its_last_rate(tmp_path, parts) -> None:
-    rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
-    config = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, rollout=rollout))
-    assert run(config, tmp_path, parts) == ["sft", "grpo", "result"]
-    first, longer = parts.asked
-    assert {first.stage, longer.stage} == {"sft"} and longer.init_from == str(tmp_path / "sft")
-    assert longer.training.steps == config.training.steps
-    schedule, last = longer.training.schedule, first.training.schedule.final_learning_rate
-    assert schedule.peak_learning_rate == schedule.final_learning_rate == last
-    assert longer.data.sources == first.data.sources
-    assert longer.data.tokenizer == str(tmp_path / "sft")
+    check_resumable(saved["sft"], kept.warm_start_run, "sft")
 
 
 def test_a_run_needs_a_model_that_can_play(tmp_path, parts) -> None:
@@ -198,10 +184,6 @@ def test_a_run_needs_a_model_that_can_play(tmp_path, parts) -> None:
         "grpo",
         "result",
     ]
-    rollout = dataclasses.replace(CONFIG.rl.rollout, rewards="demonstrations")
-    control = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=rollout))
-    with pytest.raises(ValueError, match=r"rewards='demonstrations': goes on with the fine-tuning"):
-        run(dataclasses.replace(control, init_from="model"), tmp_path, parts)
 
 
 def test_adapters_may_learn_from_rewards_alone(tmp_path, parts) -> None:
@@ -213,10 +195,10 @@ def test_adapters_may_learn_from_rewards_alone(tmp_path, parts) -> None:
     first = dataclasses.replace(CONFIG.warm_start.training, trains="lora")
     warm_start = dataclasses.replace(CONFIG.warm_start, training=first)
     config = dataclasses.replace(config, warm_start=warm_start)
-    assert reinforce.warm_start_run(config).lora == config.lora
+    assert config.warm_start_run.lora == config.lora
 
 
 def test_one_process_plays(tmp_path, parts, monkeypatch) -> None:
-    monkeypatch.setattr(reinforce.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"stage='grpo': there are 2 processes"):
         run(CONFIG, tmp_path, parts)

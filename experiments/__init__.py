@@ -1,0 +1,1 @@
+"""Evidence for what the project claims: python -m experiments.NAME."""

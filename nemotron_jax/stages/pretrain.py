@@ -1,0 +1,77 @@
+"""Stage `pretrain`: next tokens of a corpus."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.conversations import ChatCorpus
+from nemotron_jax.data.corpus import Corpus, prepare, repetitions
+from nemotron_jax.data.loader import TrainLoader
+from nemotron_jax.evaluation.held_out import held_out_evaluator, whole_evaluator
+from nemotron_jax.evaluation.samples import make_sampler
+from nemotron_jax.pretrained import begin_run, data_of
+from nemotron_jax.run_directory import RunDirectory
+from nemotron_jax.training import limits, loop
+from nemotron_jax.training.prepared import Prepared, prepare_run
+from nemotron_jax.training.summary import summary
+
+
+def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
+    """Prepare a run's text and train on it; prints what came out. Gives the exit status."""
+    prepared = checked(config, directory)
+    model, logging = config.model, config.logging
+    data = data_of(config, directory)
+    eos = model.eos_token
+    tokenizer, corpus = prepare(data, model.vocab_size, directory.path, eos_token=eos)
+    given = dataclasses.replace(config, data=data)
+    tokens = logging.sample_tokens
+    return learn(
+        prepared,
+        mesh,
+        corpus,
+        notes=repetitions(corpus, config.data, config.training.steps),
+        evaluators=[held_out_evaluator(corpus, given)],
+        final=whole_evaluator(corpus, given),
+        sampler=make_sampler(tokenizer, tokens, seed=config.seed) if tokens else None,
+    )
+
+
+def checked(config: RunConfig, directory: RunDirectory) -> Prepared:
+    """The run, where its directory is its own and this machine can take its steps."""
+    prepared = prepare_run(config, directory)
+    limits.check_kernels(config)
+    limits.check_memory(config)
+    return prepared
+
+
+def learn(
+    run: Prepared,
+    mesh: Mesh,
+    corpus: Corpus | ChatCorpus,
+    *,
+    notes: Sequence[str],
+    evaluators: Sequence[loop.Evaluator],
+    final: loop.Evaluator | None = None,
+    sampler: loop.Sampler | None = None,
+) -> int:
+    """Train on the rows of a corpus and say what a finished run reached; the exit status."""
+    for line in notes:
+        print(f"note: {line}")
+    config = run.config
+    loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
+    with contextlib.closing(loader), jax.set_mesh(mesh):
+        outcome = loop.run(
+            run,
+            data=loader,
+            begin=begin_run,
+            evaluators=evaluators,
+            final=final,
+            sampler=sampler,
+        )
+    if outcome.finished:
+        print(summary(outcome.records, run.directory))
+    return 0

@@ -1,0 +1,37 @@
+"""Stage `sft`: fine-tuning on conversations."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.data.conversations import prepare_conversations, repetitions
+from nemotron_jax.evaluation.held_out import learned_evaluator
+from nemotron_jax.posttraining.sft import success_evaluator
+from nemotron_jax.pretrained import data_of
+from nemotron_jax.run_directory import RunDirectory
+from nemotron_jax.stages.pretrain import checked, learn
+
+
+def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
+    """Prepare a run's conversations and train on what answers say; the exit status."""
+    prepared = checked(config, directory)
+    data, model = data_of(config, directory), config.model
+    tokenizer, corpus = prepare_conversations(
+        data,
+        config.sft,
+        model.vocab_size,
+        directory.path,
+        eos_token=model.eos_token,
+        seed=config.seed,
+    )
+    given = dataclasses.replace(config, data=data)
+    batches = corpus.held_out_batches(data, 0, config.logging.evaluate_rows)
+    played = success_evaluator(tokenizer, given)
+    return learn(
+        prepared,
+        mesh,
+        corpus,
+        notes=repetitions(corpus, data, config.training.steps),
+        evaluators=[learned_evaluator(batches, given), *([played] if played else [])],
+    )

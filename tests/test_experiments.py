@@ -1,0 +1,204 @@
+"""Runs of an experiment: each is made once, and what they show is said with its uncertainty."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import grpo_arms, grpo_tiny, harness
+from experiments.harness import Arm, Experiment, Measured
+from nemotron_jax.config.rl import RolloutConfig
+from nemotron_jax.config.run import RunConfig
+from nemotron_jax.environments import registry
+from nemotron_jax.environments.base import Verdict
+from nemotron_jax.playing.rollout import Episode
+from nemotron_jax.run_directory import RunDirectory
+
+
+class Made:
+    """Stands for the processes of runs: notes what is asked for, and runs it here."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.fails: dict[str, int] = {}
+        self.began_after: dict[str, str] = {}
+
+    def run(self, name: str):
+        def made(seed: int, directory: Path, before: Path | None) -> Measured | None:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.began_after[name] = before.name if before else ""
+            value = {"base": 0.5, "better": 0.75, "same": 0.5}[name] + seed / 64
+            return Measured(2, [[0, 0.25], [2, value]], value, 100)
+
+        return made
+
+    def experiment(self, version: int = 1) -> Experiment:
+        arms = {name: Arm(self.run(name), after=after) for name, after in ORDER.items()}
+        return Experiment(
+            name="toy",
+            version=version,
+            metric="success",
+            arms=arms,
+            against="base",
+            seeds=(0, 1, 2),
+            noise_floor="same",
+            positive_control="better",
+        )
+
+
+ORDER = {"base": "", "better": "base", "same": ""}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    one = Made()
+
+    def start(experiment: Experiment, output: Path, arm: str, seed: int) -> int:
+        one.asked.append(f"{arm}-{seed}")
+        if status := one.fails.get(f"{arm}-{seed}", 0):
+            return status
+        return harness.run_one(experiment, output, arm, seed)
+
+    monkeypatch.setattr(harness, "_start", start)
+    return one
+
+
+def evidence(output: Path) -> dict:
+    return json.loads((output / "evidence.json").read_text())
+
+
+def test_each_run_is_made_once_and_the_rest_after_a_failure(tmp_path, made) -> None:
+    made.fails = {"better-1": 3}
+    flags = [f"--output={tmp_path}"]
+    assert harness.main(made.experiment(), flags) == 3
+    assert made.asked == ["base-0", "better-0", "same-0", "base-1", "better-1"]
+    assert len(evidence(tmp_path)["runs"]) == 4
+    made.fails = {}
+    made.asked.clear()
+    assert harness.main(made.experiment(), flags) == 0
+    assert made.asked == ["better-1", "same-1", "base-2", "better-2", "same-2"]
+    assert harness.main(made.experiment(), flags) == 0 and len(made.asked) == 5
+    assert made.began_after == {"base": "", "better": "base-2", "same": ""}
+    # What the evidence holds is finished, with or without its directory.
+    (tmp_path / "runs/v1/same-0/measured.json").unlink()
+    assert harness.main(made.experiment(), flags) == 0 and len(made.asked) == 5
+    # Another version makes other runs.
+    assert harness.main(made.experiment(version=2), [*flags, "--arms=better", "--seeds=4"]) == 0
+    assert made.asked[5:] == ["base-4", "better-4"]
+    assert [run["seed"] for run in evidence(tmp_path)["runs"]] == [4, 4]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "[" * 100_000, '{"arm": "base"}'])
+def test_a_damaged_run_is_made_again(tmp_path, made, text) -> None:
+    flags = [f"--output={tmp_path}", "--seeds=0"]
+    assert harness.main(made.experiment(), flags) == 0
+    (tmp_path / "runs/v1/base-0/measured.json").write_text(text)
+    (tmp_path / "evidence.json").write_text(text)
+    assert harness.main(made.experiment(), flags) == 0
+    assert made.asked == ["base-0", "better-0", "same-0", "base-0"]
+    assert len(evidence(tmp_path)["runs"]) == 3
+
+
+def test_the_evidence_says_what_was_found_and_how_surely(tmp_path, made) -> None:
+    assert harness.main(made.experiment(), [f"--output={tmp_path}"]) == 0
+    found = evidence(tmp_path)
+    assert found["format"] == "nemotron_jax.evidence" and found["experiment_version"] == 1
+    assert found["command"] == "python -m experiments.toy" and "jax" in found["versions"]
+    assert (tmp_path / "plots/toy.png").exists() and found["cpu_seconds"] > 0
+    better, same = found["comparisons"]
+    assert (better["arm"], better["against"], better["n"], better["unit"]) == (
+        "better",
+        "base",
+        3,
+        "seed",
+    )
+    assert better["mean"] == 0.25 and better["interval"] == [0.25, 0.25] and better["paired"]
+    assert found["noise_floor"] == {"arm": "same", "mean": 0.0, "interval": [0.0, 0.0], "n": 3}
+    assert found["positive_control"] == {"arm": "better", "detected": True}
+    assert same["interval"] == [0.0, 0.0]
+
+
+def test_an_interval_is_students_and_none_of_one_seed() -> None:
+    one = harness._mean_and_interval([0.1])
+    assert one == {"mean": 0.1, "interval": None, "n": 1}
+    three = harness._mean_and_interval([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(three["interval"], [2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5])
+
+
+def test_relative_differences_are_of_the_arm_that_they_are_compared_with() -> None:
+    experiment = dataclasses.replace(Made().experiment(), relative=True)
+    run = {"cpu_seconds": 1.0, "device": "", "versions": {}, "seed": 0}
+    runs = [run | {"arm": "base", "final": 4.0}, run | {"arm": "better", "final": 5.0}]
+    [found] = harness.evidence(experiment, runs)["comparisons"]
+    assert found["mean"] == 0.25 and found["relative"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "of", "plotted", "\0", "/proc/x"])
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, made, capsys, name) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "of/evidence.json").mkdir(parents=True)
+    (tmp_path / "plotted").mkdir()
+    (tmp_path / "plotted/plots").touch()
+    assert harness.main(made.experiment(), [f"--output={tmp_path / name}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("toy: --output=") and said.count("\n") == 1 and not made.asked
+
+
+def test_an_arm_that_is_not_there_is_one_line(tmp_path, made, capsys) -> None:
+    assert harness.main(made.experiment(), [f"--output={tmp_path}", "--arms=bettr"]) == 2
+    assert "there is no 'bettr'; choose from base, better, same" in capsys.readouterr().err
+
+
+def test_arms_begin_with_the_first_arms_fine_tuning(tmp_path) -> None:
+    (tmp_path / "earned-0/sft").mkdir(parents=True)
+    (tmp_path / "earned-0/sft/model").write_text("of earned")
+    (tmp_path / ".permuted-0/sft").mkdir(parents=True)
+    (tmp_path / ".permuted-0/sft/half").touch()  # as a kill leaves it
+    for _ in range(2):
+        run = grpo_arms._begun(tmp_path / "permuted-0", tmp_path / "earned-0")
+        assert [file.name for file in run.part("sft").path.iterdir()] == ["model"]
+
+
+def test_the_longer_fine_tuning_goes_on_at_its_last_rate() -> None:
+    config = grpo_tiny.config_of(3)
+    longer = grpo_arms.longer_run(config, "runs/first")
+    assert longer.stage == "sft" and longer.init_from == longer.data.tokenizer == "runs/first"
+    assert longer.training.steps == config.training.steps and longer.seed == 3
+    schedule, last = longer.training.schedule, config.warm_start.training.schedule
+    assert schedule.peak_learning_rate == schedule.final_learning_rate == last.final_learning_rate
+
+
+def test_permuted_rewards_are_the_same_ones_dealt_out() -> None:
+    task = registry["arithmetic"].split(0, "train", 0)
+    verdicts = [Verdict(float(reward)) for reward in np.linspace(0, 1, 40)]
+    verdicts[3] = Verdict(0.0, infra_error="gone")
+    episodes = [
+        Episode(task, 0, (1,), np.zeros(1, np.float32), (), False, verdict, ())
+        for verdict in verdicts
+    ]
+    rollout = RolloutConfig()
+    earned = grpo_arms.shaped_rewards(episodes, rollout, 0, 5)
+    dealt = grpo_arms.dealt_out(episodes, rollout, 0, 5)
+    assert sorted(dealt) == sorted(earned) and np.any(dealt != earned) and dealt[3] == 0
+    np.testing.assert_array_equal(dealt, grpo_arms.dealt_out(episodes, rollout, 0, 5))
+    assert np.any(dealt != grpo_arms.dealt_out(episodes, rollout, 0, 6))
+
+
+def test_a_run_is_measured_once_it_has_a_result(tmp_path) -> None:
+    config, run = grpo_tiny.config_of(0), RunDirectory(tmp_path)
+    assert isinstance(config, RunConfig) and grpo_arms._measured(config, run) is None
+    found = {"before": 0.125, "after": 0.875, "n": 64, "interval": [0.5, 1.0]}
+    run.result.write_text(json.dumps(found | {"environments": {"arithmetic": found}}))
+    part = run.part("grpo")
+    part.path.mkdir()
+    records = [{"step": 1, "tokens": 8}, {"step": 2, "tokens": 16, "success": 0.75}]
+    earns = [record | {"reward": 0.5} for record in records]
+    for lines, curve in (
+        (earns, [[0, 0.125], [2, 0.75]]),
+        (records, [[0, 0.125], [config.training.steps, 0.875]]),
+    ):
+        part.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        measured = grpo_arms._measured(config, run)
+        assert measured.curve == curve and (measured.final, measured.n_tokens) == (0.875, 16)
