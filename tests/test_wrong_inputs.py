@@ -152,7 +152,7 @@ EVAL = [
     (["--checkpoint={d}/config_list"], "config.json"),
     (["--checkpoint={d}/config_of_the_future"], "format_version=99"),
     (["--checkpoint={d}/config_of_nothing"], "RunConfig"),
-    (["--checkpoint={d}/quantised"], "is quantised (NVFP4, config.json)"),
+    (["--checkpoint={d}/quantised"], "is quantised (NVFP4), and its files store no matrix"),
     (["--checkpoint={d}/cut"], "not a whole safetensors file"),
     (["--checkpoint={d}/no_weights"], "files are missing: model.safetensors"),
     (["--checkpoint={d}/dtype"], "dtype='int4'"),

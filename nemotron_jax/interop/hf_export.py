@@ -21,6 +21,8 @@ from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.data import companions
 from nemotron_jax.interop.hf_import import default_dtype
 from nemotron_jax.interop.hf_names import hub_tensors
+from nemotron_jax.interop.hf_recipe import FILE as RECIPE_FILE
+from nemotron_jax.interop.hf_recipe import KEY as RECIPE_KEY
 from nemotron_jax.interop.hub_files import INDEX_FILE, SINGLE_FILE, HubFiles, open_hub
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
@@ -90,7 +92,12 @@ def _hub_config(config: ModelConfig, stored: str, around: _Around | None) -> dic
     text = dict(text_config(around.keys))
     if ModelConfig.from_hf(around.keys) != config:
         text = to_hf(config)
-    renamed = lambda keys: {**keys, **{key: names[key] for key in names if key in keys}}
+
+    def renamed(keys: dict[str, Any]) -> dict[str, Any]:
+        """With the dtype that is written, and without a recipe of codes: floats are written."""
+        keys = {**keys, **{key: names[key] for key in names if key in keys}}
+        return {key: value for key, value in keys.items() if key != RECIPE_KEY}
+
     return renamed(with_text_config(around.keys, renamed(text)))
 
 
@@ -123,7 +130,8 @@ def _take_place(staging: Path, target: Path) -> None:
         os.rename(staging, target)
         return
     for kept in target.iterdir():
-        is_weights = kept.suffix == ".safetensors" or kept.name == INDEX_FILE
+        # The recipe of a quantised checkpoint says how to read its weights.
+        is_weights = kept.suffix == ".safetensors" or kept.name in (INDEX_FILE, RECIPE_FILE)
         if not is_weights and not (staging / kept.name).exists():
             (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, staging / kept.name)
     retired = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))

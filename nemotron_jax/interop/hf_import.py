@@ -1,7 +1,9 @@
 """Loading a hub directory (config.json and safetensors files) into a model."""
 
+import functools
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.untrusted import read_object, shown
 from nemotron_jax.data import companions
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
+from nemotron_jax.interop.hf_quantised import Codes, take_codes
+from nemotron_jax.interop.hf_recipe import FILE as RECIPE_FILE
+from nemotron_jax.interop.hf_recipe import read_recipe
 from nemotron_jax.interop.hub_files import open_hub
 from nemotron_jax.interop.parts import Destination
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
@@ -41,13 +46,13 @@ def load_hub(
 
     `mtp="drop"` leaves the MTP block out. Tensors are read one at a time, file by file, into the
     memory that a CPU device keeps; with a mesh those that this host's devices hold a part of, and
-    of each their parts are kept. Missing, extra and misshapen tensors are one ValueError that
-    lists them all.
+    of each their parts are kept. Matrices stored as codes become the floats that they stand for,
+    one at a time. Missing, extra and misshapen tensors are one ValueError that lists them all.
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     directory = Path(path)
     keys = read_object(directory / "config.json", _HINT)
-    _refuse_quantised(directory, keys)
+    recipe = read_recipe(directory, keys)
     config = _model_config(directory, keys, mtp)
     files = open_hub(directory, keys).files
     if mtp == "drop":
@@ -59,34 +64,52 @@ def load_hub(
     )
     shapes = {name: leaf.shape for name, leaf in flatten(model).items()}
     tensors = {tensor.name: tensor for tensor in hub_tensors(config, set(shapes))}
-    _check(directory, tensors, shapes, files)
+    codes = {} if recipe is None else take_codes(recipe, files, tensors, shapes)
+    _check(directory, tensors, shapes, files, codes)
 
     placed = {} if mesh is None else model_shardings(model, mesh)
     into = {
         name: Destination(leaf.shape, leaf.dtype, placed.get(name))
         for name, leaf in flatten(model).items()
     }
-    exceptions = []
-    for file in files:
-        for name, entry in file.entries.items():
-            tensor = tensors[name]
-            if any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
-                for parameter, values in tensor.from_hub(file.read_finite(name), shapes):
-                    into[parameter].write(tensor.index, values)
-            if entry.dtype != default_dtype(name, stored):
-                exceptions.append((name, entry.dtype.name))
+    for name, read in _readers(files, codes, into, tensors):
+        tensor = tensors[name]
+        if any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
+            for parameter, values in tensor.from_hub(read(), shapes):
+                into[parameter].write(tensor.index, values)
     parameters = {name: into.pop(name).array() for name in shapes}
     loaded = unflatten(model, parameters)
     home = str(directory.resolve())
     loaded.origin = Origin(
         home,
         stored,
-        tuple(sorted(exceptions)),
+        _dtype_exceptions(files, stored),
         companions.stop_tokens(directory, config.vocab_size, _eos(keys)),
         hub=home,
         is_part=text_config(keys) is not keys,
     )
     return loaded
+
+
+def _readers(
+    files: list[SafetensorsFile],
+    codes: dict[str, Codes],
+    into: dict[str, Destination],
+    tensors: dict[str, HubTensor],
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Every tensor of the model with what reads it, file by file."""
+    for file in files:
+        for name in file.entries:
+            yield name, functools.partial(file.read_finite, name)
+    for name, matrix in codes.items():
+        dtype = into[tensors[name].parameters[0]].dtype
+        yield name, functools.partial(matrix.read, dtype)
+
+
+def _dtype_exceptions(files: list[SafetensorsFile], stored: str) -> tuple[tuple[str, str], ...]:
+    """The tensors that are stored as floats of another dtype than the model's."""
+    entries = [(name, entry.dtype) for file in files for name, entry in file.entries.items()]
+    return tuple(sorted((name, d.name) for name, d in entries if d != default_dtype(name, stored)))
 
 
 def default_dtype(name: str, stored: str) -> np.dtype:
@@ -114,25 +137,6 @@ def _stored_dtype(directory: Path, keys: dict, files: list[SafetensorsFile]) -> 
         return named[0]
     found = [file.entries[_EMBEDDING].dtype.name for file in files if _EMBEDDING in file.entries]
     return found[0] if found and found[0] in DTYPES else "bfloat16"
-
-
-def _refuse_quantised(directory: Path, keys: dict[str, Any]) -> None:
-    """Raise ValueError for a quantised checkpoint: its codes mean nothing without their scales."""
-    recipes = [part.get("quantization_config") for part in (keys, text_config(keys))]
-    recipe = next((recipe for recipe in recipes if recipe is not None), None)
-    file = directory / "config.json"
-    if recipe is None:
-        file = directory / "hf_quant_config.json"
-        if not file.is_file():
-            return
-        recipe = read_object(file, _HINT)
-    recipe = recipe.get("quantization", recipe) if isinstance(recipe, dict) else {}
-    recipe = recipe if isinstance(recipe, dict) else {}
-    name = recipe.get("quant_algo") or recipe.get("quant_method") or "an unknown format"
-    raise ValueError(
-        f"{directory} is quantised ({str(name)[:40]}, {file.name}): its matrices are codes with "
-        "scales, which are not read yet; load the model's bfloat16 checkpoint"
-    )
 
 
 def _model_config(directory: Path, keys: dict[str, Any], mtp: str) -> ModelConfig:
@@ -169,15 +173,18 @@ def _check(
     tensors: dict[str, HubTensor],
     shapes: dict[str, tuple[int, ...]],
     files: list[SafetensorsFile],
+    codes: dict[str, Codes],
 ) -> None:
     for file in files:
         for name, entry in file.entries.items():
             if entry.dtype.name not in (*DTYPES, "float64"):
                 raise ValueError(
                     f"{file.path}: tensor {shown(name)} is stored as {entry.dtype.name}, codes "
-                    "that mean nothing without their scales; load the model's bfloat16 checkpoint"
+                    f"that mean nothing without scales and a recipe ({RECIPE_FILE}); download the "
+                    "directory again, or load the model's bfloat16 checkpoint"
                 )
     found = {name: entry.shape for file in files for name, entry in file.entries.items()}
+    found |= {name: matrix.shape for name, matrix in codes.items()}
     faults = [
         f"missing {name} {tensors[name].shape(shapes)}" for name in tensors if name not in found
     ]

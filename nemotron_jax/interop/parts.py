@@ -40,7 +40,7 @@ class Destination:
     def __init__(
         self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None = None
     ) -> None:
-        self._shape, self._sharding = shape, sharding
+        self._shape, self.dtype, self._sharding = shape, dtype, sharding
         self._parts: dict[tuple, Part] = {}
         self._owners: list[tuple[jax.Device | None, tuple]] = []
         places = {None: (slice(None),) * len(shape)}
