@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,30 +17,30 @@ SCRIPTS = ("train.py", "eval.py")
 FLOORS = {
     "nemotron_jax.config": 1,
     "nemotron_jax.environments": 1,
-    "pallas_kernels": 1,
     "nemotron_jax.host": 1,
     "nemotron_jax.files": 1,
-    "nemotron_jax.manifest": 1.2,
-    "nemotron_jax.run_directory": 1.3,
-    "nemotron_jax.types": 1.5,  # what a layer is told holds an Execution
-    "nemotron_jax.quant": 2,
-    "nemotron_jax.sharding": 1.8,  # quantisers take maxima over devices
-    "nemotron_jax.layers": 3,
-    "nemotron_jax.data": 3,
-    "nemotron_jax.model": 4,
-    "nemotron_jax.training": 5,
-    "nemotron_jax.decoding": 5,
-    "nemotron_jax.interop": 5,
-    "nemotron_jax.playing": 5.5,
-    "nemotron_jax.posttraining": 6,
-    "nemotron_jax.evaluation": 6,
-    "nemotron_jax.serving": 6,
-    # The facade and its commands are one part, and the scripts may use the facade.
-    "nemotron_jax": 7,
-    "nemotron_jax.stages": 8,
-    "train": 9,
-    "eval": 9,
-    "experiments": 9,
+    "pallas_kernels": 1,
+    "nemotron_jax.types": 2,  # what a layer is given holds an Execution
+    "nemotron_jax.manifest": 2,
+    "nemotron_jax.run_directory": 3,
+    "nemotron_jax.sharding": 3,
+    "nemotron_jax.quant": 4,  # quantisers take maxima over devices
+    "nemotron_jax.layers": 5,
+    "nemotron_jax.data": 5,
+    "nemotron_jax.model": 6,
+    "nemotron_jax.training": 7,
+    "nemotron_jax.decoding": 7,
+    "nemotron_jax.interop": 7,
+    "nemotron_jax.playing": 8,
+    "nemotron_jax.posttraining": 9,
+    "nemotron_jax.evaluation": 9,
+    "nemotron_jax.serving": 9,
+    # The facade and its commands are one part; stages and scripts may use the facade.
+    "nemotron_jax": 10,
+    "nemotron_jax.stages": 11,
+    "train": 12,
+    "eval": 12,
+    "experiments": 12,
 }
 FORBIDDEN = {
     "nemotron_jax.config": {"jax", "flax", "jaxlib", "optax", "numpy"},
@@ -193,6 +194,24 @@ def test_imports_go_down() -> None:
     assert not faults
 
 
+def shown(part: str) -> str:
+    """A part as docs/architecture.md names it."""
+    path = part.replace(".", "/")
+    if part == "nemotron_jax":
+        return f"{part}/*.py"
+    return f"{path}/" if (ROOT / path).is_dir() else f"{path}.py"
+
+
+def test_the_page_shows_these_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    table = page.split("```")[1].strip().splitlines()
+    rows = [re.fullmatch(r"(\d+)  (.+?)(?:   +.*)?", line) for line in table]
+    found = [(name, int(row[1])) for row in rows for name in row[2].split()]
+    there = {part for module in TREES if (part := part_of(module)) is not None}
+    assert sorted(found) == sorted((shown(part), FLOORS[part]) for part in there)
+    assert [floor for _, floor in found] == sorted((f for _, f in found), reverse=True)
+
+
 def test_no_file_imports_itself_through_others() -> None:
     graph = {
         name: {target for target in imports(tree, when_imported=True) if target in FILES}
@@ -228,16 +247,16 @@ def test_configuration_needs_no_jax(module: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "fault"),
     [
-        ("nemotron_jax.layers.norm", "from nemotron_jax.model import stack", "floor 4"),
-        ("nemotron_jax.training.step", "import nemotron_jax.interop.hf_names", "floor 5"),
-        ("nemotron_jax.model.stack", "def f():\n    import nemotron_jax.training", "floor 5"),
+        ("nemotron_jax.layers.norm", "from nemotron_jax.model import stack", "floor 6"),
+        ("nemotron_jax.training.step", "import nemotron_jax.interop.hf_names", "floor 7"),
+        ("nemotron_jax.model.stack", "def f():\n    import nemotron_jax.training", "floor 7"),
         ("nemotron_jax.config.model", "import jax.numpy as jnp", "never"),
         ("nemotron_jax.environments.base", "from jax import numpy", "never"),
         ("pallas_kernels.ssd.op", "from nemotron_jax.types import Array", "never"),
         ("pallas_kernels.ssd.op", "from flax import nnx", "never"),
         ("configs.nano", "from nemotron_jax.types import Batch", "alone"),
         ("nemotron_jax.model.stack", "from configs import models", "configs"),
-        ("nemotron_jax.data.loader", "import nemotron_jax", "floor 7"),
+        ("nemotron_jax.data.loader", "import nemotron_jax", "floor 10"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, source: str, fault: str) -> None:
