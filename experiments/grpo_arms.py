@@ -15,10 +15,12 @@ from experiments.harness import Measured
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.config.run import RunConfig, ScheduleConfig
 from nemotron_jax.files import atomic_writer
+from nemotron_jax.playing.conversations import make_sampler
 from nemotron_jax.playing.rollout import Episode
 from nemotron_jax.posttraining.curriculum import training_task
 from nemotron_jax.posttraining.result_file import read_result
-from nemotron_jax.posttraining.rl_loop import play_tasks_once, shaped_rewards
+from nemotron_jax.posttraining.rl_loop import shaped_rewards
+from nemotron_jax.posttraining.success import play_tasks_once
 from nemotron_jax.posttraining.transcripts import transcript
 from nemotron_jax.pretrained import load_pretrained, load_tokenizer
 from nemotron_jax.run_directory import RunDirectory
@@ -120,7 +122,12 @@ def _write_right_episodes(config: RunConfig, run: RunDirectory, file: Path) -> N
         for number in range(count // len(names))
     ]
     model, tokenizer = load_pretrained(start), load_tokenizer(start)
-    played = play_tasks_once(model, tokenizer, config, tasks, draw=_OWN_DRAW)
+    played = play_tasks_once(
+        *(model, tokenizer, config, tasks),
+        draw=_OWN_DRAW,
+        sampler=make_sampler(rollout),
+        execution=config.at_step(0).execution,
+    )
     right = [e for e in played if e.counted and e.reward > RIGHT]
     if not right:
         raise ValueError(

@@ -13,6 +13,8 @@ from nemotron_jax.config.checks import (
     one_of,
     positive,
 )
+from nemotron_jax.config.engine import MOST_DRAFTS
+from nemotron_jax.config.playing import PlayConfig
 
 RATIOS = ("one", "clipped")
 INVALID_TURNS = ("penalise", "mask")
@@ -31,8 +33,6 @@ LOW_EFFORT_ENVIRONMENTS = (
 # Far above any use, so that a slip of the keyboard is found before hours of fine-tuning: slots and
 # workers are made at the start, tasks are drawn and held at the start, and waits outlast a run.
 MOST_SLOTS, MOST_WORKERS, MOST_TASKS, LONGEST_WAIT_S = 65_536, 4_096, 1_000_000, 604_800
-# Beyond these float32 has no logits left, or the policy plays at random.
-COLDEST, HOTTEST = 0.01, 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +74,25 @@ class ObjectiveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(PlayConfig):
     """Episodes of one optimizer step: `prompts` tasks, each played `generations` times.
 
     `environments` are `NAME` or `NAME/LEVEL`, with `MODULE:CLASS` for a name where it is a class of
     one's own (in a module of the current folder, of the config's, or that is installed), or
-    `rows:FILE`. Prompts are shared out by `shares`, equally without. Tokens of an episode are its
-    whole conversation's, the description of its tools included.
+    `rows:FILE`. Prompts are shared out by `shares`, equally without. How they are played are the
+    values of `PlayConfig`; `temperature` is that of the policy that plays and is learned.
     `sampler`: `side_by_side` keeps every conversation in one batch on all devices; `engine` serves
-    them on slots and pages, and reads beginnings that it knows no second time.
+    them on slots and pages, and reads beginnings that it knows no second time. With `speculative`
+    so many tokens at a time are drafted by the MTP block, which changes no distribution.
     """
 
     environments: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
     prompts: int = 16
     generations: int = 16
-    max_tokens: int = 96
-    max_turn_tokens: int = 32
-    max_turns: int = 8
-    temperature: float = 1.0  # of the policy that plays and is learned
     sampler: str = "side_by_side"  # or "engine": see RolloutConfig
     slots: int = 64  # conversations that the engine decodes at one time
-    thinking: bool = False  # whether prompts open the reasoning
+    speculative: int = 0  # tokens drafted at a time; 0 drafts none
     low_effort: float = 0.0  # share of prompts that ask for low effort, with its length reward
     low_effort_environments: tuple[str, ...] = LOW_EFFORT_ENVIRONMENTS  # names of those that ask
     low_effort_tokens: int = 3000  # of the last turn at which that reward turns negative
@@ -104,19 +101,16 @@ class RolloutConfig:
     timeout_s: float = 60.0  # for a session's turn: half for its calls, then a worker is hung
 
     def __post_init__(self) -> None:
-        at_least_one(self, "prompts", "generations", "max_tokens", "max_turn_tokens", "max_turns")
-        at_least_one(self, "low_effort_tokens", "slots")
-        counts(self, "workers")
+        super().__post_init__()
+        at_least_one(self, "prompts", "generations", "low_effort_tokens", "slots")
+        counts(self, "workers", "speculative")
         at_most(self, MOST_SLOTS, "slots")
         at_most(self, MOST_WORKERS, "workers")
+        at_most(self, MOST_DRAFTS, "speculative")
         rule = "must be at least 2: what an episode is worth is seen beside the others of its group"
         check(self, "generations", self.generations > 1, rule)
-        rule = "must be at least 2: a prompt has a token, and a turn another"
-        check(self, "max_tokens", self.max_tokens > 1, rule)
         positive(self, "temperature", "timeout_s")
         at_most(self, LONGEST_WAIT_S, "timeout_s")
-        within = COLDEST <= self.temperature <= HOTTEST
-        check(self, "temperature", within, f"must lie between {COLDEST} and {HOTTEST}")
         not_negative(self, "low_effort")
         check(self, "low_effort", self.low_effort <= 1, "must be a share, at most 1")
         valid = all(is_finite(share) and share > 0 for share in self.shares)
@@ -124,9 +118,6 @@ class RolloutConfig:
         rule = f"must give each of the {len(self.environments)} environments a positive share"
         check(self, "shares", valid and matched, rule)
         one_of(self, "sampler", SAMPLERS)
-        rule = "must be 1 with sampler='engine', which tells log-probabilities of temperature 1; "
-        plain = self.sampler != "engine" or self.temperature == 1
-        check(self, "temperature", plain, f"{rule}set sampler='side_by_side'")
         one_of(self, "worker_kind", WORKER_KINDS)
 
 

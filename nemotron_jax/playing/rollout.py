@@ -10,78 +10,24 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
 
-from nemotron_jax.config.rl import RolloutConfig
-from nemotron_jax.data.chat.events import UNCLOSED_CALL, UNCLOSED_REASONING, ParsedTurn
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.playing import PlayConfig
 from nemotron_jax.data.chat.parse import parse_turn
-from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK, ChatOptions, pieces
+from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, pieces
 from nemotron_jax.data.chat.tokens import encode_pieces, encode_prompt
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.decoding.wanted import Budget, Wanted
 from nemotron_jax.environments.base import Task, Verdict
 from nemotron_jax.environments.sound import sound_text, sound_value
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.conversations import Conversations, Sampler, Written
+from nemotron_jax.playing.episode import UNPLAYED, Episode, TurnSpan, turn_span
 from nemotron_jax.playing.players import Players, Replies, sound_verdict
-from nemotron_jax.playing.sampler import Conversations, Sampler, SideBySide, Written
 
-# The part of a verdict on an episode whose prompt, turn or reply has no tokens or no text.
-UNPLAYED = "unplayed"
 _MAX_REASON = (
     300  # characters of what an error says: a transcript holds it, and it may quote a turn
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnSpan:
-    """The tokens start … stop - 1 of an episode, which the model wrote at one go."""
-
-    start: int
-    stop: int
-    well_formed: bool
-    calls: int
-    closed: bool  # by the model itself
-    version: int = 0  # optimizer steps behind the weights that wrote it
-    unclosed: bool = False  # ended, or cut off, while thinking
-    cut_call: bool = False  # not well formed only because a call was cut off
-
-
-@dataclasses.dataclass(frozen=True)
-class Episode:
-    """One task played once. `logprobs` are the generator's, 0 where it wrote nothing."""
-
-    task: Task
-    group: int  # the same for all episodes of one prompt of a step, and for no others
-    tokens: tuple[int, ...]
-    logprobs: Float[np.ndarray, "N"]
-    turns: tuple[TurnSpan, ...]
-    truncated: bool
-    verdict: Verdict
-    messages: tuple[dict, ...]
-    low_effort: bool = False
-    paid: float | None = None  # by comparison with the others of its group
-
-    @property
-    def reward(self) -> float:
-        """What the episode earned: its verdict's reward, unless it was paid by comparison."""
-        return self.verdict.reward if self.paid is None else self.paid
-
-    @property
-    def own(self) -> Bool[np.ndarray, "N"]:
-        """Which tokens the model wrote."""
-        mask = np.zeros(len(self.tokens), bool)
-        for turn in self.turns:
-            mask[turn.start : turn.stop] = True
-        return mask
-
-    @property
-    def last_tokens(self) -> int:
-        """Tokens of its last turn."""
-        return self.turns[-1].stop - self.turns[-1].start if self.turns else 0
-
-    @property
-    def counted(self) -> bool:
-        """Whether its reward means something."""
-        return self.verdict.infra_error is None
 
 
 class Playing:
@@ -96,20 +42,22 @@ class Playing:
         tokenizer: Tokenizer,
         players: Players,
         tasks: Sequence[Task],
-        config: RolloutConfig,
+        config: PlayConfig,
         *,
-        copies: int,
+        sampler: Sampler,
         seed: int,
+        copies: int = 1,
         low_effort: Sequence[bool] | None = None,
-        sampler: Sampler = SideBySide,
+        execution: Execution = Execution(),
     ) -> None:
-        """Begins every session; `sampler` is how the model is asked.
+        """Begins every session; `sampler` is how the model is asked, and runs with `execution`.
 
         A prompt that leaves no room to answer, or that cannot be encoded, makes an episode that
         does not count, and so does whatever fails in one episode later: it costs no other.
         """
         self._tokenizer, self._players, self._config = tokenizer, players, config
         self._copies, self._seed, self._begin = copies, seed, sampler
+        self._execution = execution
         low = list(low_effort or [False] * len(tasks))
         options = [ChatOptions(enable_thinking=config.thinking, low_effort=flag) for flag in low]
         prompts = [
@@ -184,15 +132,18 @@ class Playing:
         self._players.end([n for n, one in enumerate(self._episodes) if self._ended(one)])
 
     def _new_sampler(self, model: Nemotron) -> Conversations:
-        return self._begin(
-            model,
-            self._prompts,
-            self._copies,
-            max_tokens=self._config.max_tokens,
-            stop_token=self._tokenizer.token_id(END),
-            temperature=self._config.temperature,
+        config, budget = self._config, None
+        if config.budget is not None:
+            budget = Budget(config.budget, self._tokenizer.token_id(ANSWER))
+        wanted = Wanted(
+            config.max_turn_tokens,
+            stop_tokens=(self._tokenizer.token_id(END),),
+            temperature=config.temperature,
             seed=self._seed,
+            logprobs="drawn",
+            budget=budget,
         )
+        return self._begin(model, self._prompts, self._copies, wanted, self._execution)
 
     def _writes(self, one: "_Unfinished") -> bool:
         return not one.over and not one.waiting and len(one.turns) < self._config.max_turns
@@ -227,19 +178,26 @@ def play_episodes(
     tokenizer: Tokenizer,
     players: Players,
     tasks: Sequence[Task],
-    config: RolloutConfig,
+    config: PlayConfig,
     *,
-    copies: int,
+    sampler: Sampler,
     seed: int,
-    low_effort: Sequence[bool] | None = None,
-    version: int = 0,
-    sampler: Sampler = SideBySide,
+    copies: int = 1,
+    execution: Execution = Execution(),
 ) -> list[Episode]:
     """Each task played `copies` times to its end by one model."""
-    options = {"copies": copies, "seed": seed, "low_effort": low_effort, "sampler": sampler}
-    playing = Playing(tokenizer, players, tasks, config, **options)
+    playing = Playing(
+        tokenizer,
+        players,
+        tasks,
+        config,
+        sampler=sampler,
+        seed=seed,
+        copies=copies,
+        execution=execution,
+    )
     while not playing.over:
-        playing.turn(model, version)
+        playing.turn(model)
     return playing.finish()
 
 
@@ -252,6 +210,7 @@ class _Unfinished:
         self.tokens = list(prompt)
         self.logprobs = [0.0] * len(prompt)
         self.turns: list[TurnSpan] = []
+        self.forced: list[int] = []  # places of tokens that the budget put there
         self.messages: list[dict] = list(task.messages)
         self.truncated = False
         self.over = failure is not None
@@ -261,6 +220,7 @@ class _Unfinished:
     def add(self, written: Written, tokenizer: Tokenizer, thinking: bool, version: int) -> dict:
         """The message that the model has just written."""
         start = len(self.tokens)
+        self.forced += (start + n for n, forced in enumerate(written.forced) if forced)
         self.tokens += written.tokens
         self.logprobs += written.logprobs
         stop = len(self.tokens)
@@ -316,10 +276,12 @@ class _Unfinished:
             verdict=sound_verdict(verdict) if self.failure is None else _unplayed(self.failure),
             messages=tuple(self.messages),
             low_effort=low_effort,
+            forced=tuple(self.forced),
         )
 
     def state(self) -> dict[str, Any]:
-        kept = ("tokens", "logprobs", "messages", "truncated", "over", "failure", "waiting")
+        kept = ("tokens", "logprobs", "forced", "messages")
+        kept += ("truncated", "over", "failure", "waiting")
         turns = [dataclasses.asdict(turn) for turn in self.turns]
         return {**{name: getattr(self, name) for name in kept}, "turns": turns}
 
@@ -357,39 +319,3 @@ def encode_reply(tokenizer: Tokenizer, messages: Sequence[dict], options: ChatOp
     whole = pieces([{"role": "assistant", "content": ""}, *messages], None, options, True)
     last = max(place for place, piece in enumerate(whole) if piece.turn == 0)
     return encode_pieces(tokenizer, whole[last + 1 :])
-
-
-def turn_span(turn: ParsedTurn, start: int, stop: int, closed: bool, version: int) -> TurnSpan:
-    """What is kept of a turn that stands at these tokens."""
-    faults = [fault.reason for fault in turn.malformed]
-    whole = [fault for fault in turn.malformed if fault.reason != UNCLOSED_CALL]
-    well_formed = is_well_formed(turn)
-    return TurnSpan(
-        start,
-        stop,
-        well_formed,
-        len(turn.calls),
-        closed,
-        version,
-        unclosed=UNCLOSED_REASONING in faults,
-        cut_call=not well_formed
-        and is_well_formed(dataclasses.replace(turn, malformed=tuple(whole))),
-    )
-
-
-def is_well_formed(turn: ParsedTurn) -> bool:
-    """Whether a turn keeps to the chat format, as NeMo RL judges it.
-
-    It does not with a call that cannot be read, a tag of calls anywhere in its text, a tag of
-    reasoning in the answer, or one that stands twice in the reasoning. Reasoning that never ends
-    breaks nothing: its reward and `overlong` say what it is worth.
-    """
-    broken = any(fault.reason != UNCLOSED_REASONING for fault in turn.malformed)
-    text_tags = any(tag in turn.content for tag in (*_CALL_TAGS, THINK, ANSWER))
-    thought_tags = any(tag in turn.reasoning for tag in _CALL_TAGS)
-    repeated = any(turn.reasoning.count(tag) > 1 for tag in (THINK, ANSWER))
-    return not (broken or text_tags or thought_tags or repeated)
-
-
-# What a call looks like that is written as text: this family's tags and the usual other ones.
-_CALL_TAGS = (CALL, CALL_END, "<function_call>", "</function_call>")

@@ -49,6 +49,11 @@ def training_task(name: str, seed: int, index: int) -> Task:
     return environment.split(seed + _TASK_SEED, "train", index, level=level)
 
 
+def step_seed(seed: int, number: int) -> int:
+    """The seed of the draws of a step's episodes, below 2**31."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
+
+
 def held_out_tasks(config: RunConfig, count: int) -> list[Task]:
     """The first `count` held-out tasks of each environment of a run."""
     return [
@@ -193,7 +198,7 @@ def _settings(config: RunConfig) -> str:
     rl = RLConfig(
         rollout=rollout, pool_tasks=config.rl.pool_tasks, pool_samples=config.rl.pool_samples
     )
-    parts = (config.model, config.warm_start, config.sft, rl)
+    parts = (config.model, config.execution, config.warm_start, config.sft, rl)
     values = [None if part is None else dataclasses.asdict(part) for part in parts]
     return _digest([*values, config.seed, config.init_from])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from nemotron_jax.playing.rollout import UNPLAYED, Episode
+from nemotron_jax.playing.episode import UNPLAYED, Episode
 
 # Mean exp|log-probability gap| above this is suspicious, by the guide of NeMo RL.
 SUSPICIOUS_MISMATCH = 1.05

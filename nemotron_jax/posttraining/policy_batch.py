@@ -13,7 +13,7 @@ from nemotron_jax.config.rl import ObjectiveConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import pack_whole
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.playing.rollout import Episode
+from nemotron_jax.playing.episode import Episode
 from nemotron_jax.posttraining.grpo import (
     PolicyBatch,
     importance_weights,
@@ -115,6 +115,13 @@ def policy_batch(
     return batch, mismatches
 
 
+def logprob_gap(batch: PolicyBatch) -> float:
+    """The mean |log p of the generator - log p of the trainer| of the tokens that were drawn."""
+    drawn = batch.importance > 0
+    gap = np.abs(batch.generator_logprobs - batch.trainer_logprobs)[drawn]
+    return float(gap.mean()) if gap.size else 0.0
+
+
 def token_gains(
     episode: Episode, advantage: float, mismatched: float, config: ObjectiveConfig
 ) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
@@ -123,6 +130,7 @@ def token_gains(
     valid = lambda turn: turn.well_formed or (turn.cut_call and keeps)
     turns = [(turn.start, turn.stop, valid(turn)) for turn in episode.turns]
     gains, weights = turn_advantages(advantage, turns, len(episode.tokens), config)
+    weights[list(episode.forced)] = 0
     cut_off = episode.truncated and config.overlong == "mask"
     if cut_off or not episode.counted or mismatched > config.sequence_limit:
         weights[:] = 0

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.rl import PreferenceConfig
-from nemotron_jax.playing.rollout import Episode
+from nemotron_jax.playing.episode import Episode
 from nemotron_jax.posttraining.exchange import ExchangeError, post_json
 from nemotron_jax.posttraining.markdown import style_density
 from nemotron_jax.posttraining.verdicts import (

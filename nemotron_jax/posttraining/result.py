@@ -11,8 +11,9 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Task
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.conversations import make_sampler
 from nemotron_jax.posttraining.curriculum import held_out_tasks
-from nemotron_jax.posttraining.rl_loop import play_tasks_once
+from nemotron_jax.posttraining.success import play_tasks_once
 from nemotron_jax.run_directory import RunDirectory
 
 Values = dict[str, float | int | list[float] | dict]
@@ -27,12 +28,14 @@ def result(before: Nemotron, after: Nemotron, tokenizer: Tokenizer, config: RunC
     tasks that the slip `rl.easy_slip` gets right; `environments` holds the same for each one.
     """
     tasks = held_out_tasks(config, config.rl.result_tasks)
-    rewards = [
-        np.array([e.verdict.reward if e.counted else np.nan for e in episodes])
-        for episodes in (
-            play_tasks_once(m, tokenizer, config, tasks, draw=0) for m in (before, after)
+    sampler = make_sampler(config.rl.rollout)
+    execution = config.at_step(config.training.steps - 1).execution
+    rewards = []
+    for model in (before, after):
+        episodes = play_tasks_once(
+            model, tokenizer, config, tasks, draw=0, sampler=sampler, execution=execution
         )
-    ]
+        rewards.append(np.array([e.verdict.reward if e.counted else np.nan for e in episodes]))
     found = compared(*rewards)
     if config.rl.easy_slip:
         easy = easy_tasks(tasks, config.rl.easy_slip)

@@ -11,29 +11,28 @@ import numpy as np
 from jaxtyping import Float
 
 from nemotron_jax.config.checks import check_value
-from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.rl import PreferenceConfig, RolloutConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.chat.render import ChatOptions
 from nemotron_jax.data.chat.tokens import prompt_length
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments import registry
-from nemotron_jax.environments.base import Environment, Task, Verdict
+from nemotron_jax.environments.base import Environment, Verdict
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.conversations import Sampler, make_sampler
+from nemotron_jax.playing.episode import Episode
 from nemotron_jax.playing.players import Here, Players
 from nemotron_jax.playing.ray_workers import check_ray
-from nemotron_jax.playing.rollout import Episode, Playing, play_episodes
-from nemotron_jax.playing.sampler import Sampler, SideBySide
+from nemotron_jax.playing.rollout import Playing
 from nemotron_jax.posttraining.curriculum import (
-    PoolPlays,
     Pools,
-    held_out_tasks,
     played_environments,
+    step_seed,
     step_tasks,
 )
 from nemotron_jax.posttraining.grpo import PolicyBatch, group_advantages, low_effort_reward
 from nemotron_jax.posttraining.health import check_counted, health
-from nemotron_jax.posttraining.policy_batch import policy_batch, rows_needed
+from nemotron_jax.posttraining.policy_batch import logprob_gap, policy_batch, rows_needed
 from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
 
 OnEpisodes = Callable[[int, Sequence[Episode], Sequence[float]], None]
@@ -59,16 +58,18 @@ class Rollouts:
         players: Players | None = None,
         reference: Nemotron | None = None,
         pools: Pools | None = None,
-        sampler: Sampler = SideBySide,
+        sampler: Sampler | None = None,
         pay: Pay | None = None,
         on_episodes: OnEpisodes | None = None,
     ) -> None:
-        """`sampler` is how the model is asked; `reference` is what the KL term holds on to; `pools`
-        are the tasks, fresh ones by default; `pay` is what episodes are worth, `shaped_rewards` by
-        default; `on_episodes` gets each batch's number, episodes and rewards."""
+        """`sampler` is how the model is asked, by default as the config says; `reference` is what
+        the KL term holds on to; `pools` are the tasks, fresh ones by default; `pay` is what
+        episodes are worth, `shaped_rewards` by default; `on_episodes` gets each batch's number,
+        episodes and rewards."""
         check_rollouts(config)
         self._config, self._tokenizer, self._pools = config, tokenizer, pools
-        self._sampler, self._pay = sampler, pay or shaped_rewards
+        self._sampler = sampler or make_sampler(config.rl.rollout)
+        self._pay = pay or shaped_rewards
         self._players = Here() if players is None else players
         self._reference, self._on_episodes = reference, on_episodes
         self._judge = make_judge(config.rl.preference) if config.rl.preference.judge else None
@@ -131,10 +132,11 @@ class Rollouts:
             self._players,
             tasks,
             config.rl.rollout,
-            copies=config.rl.rollout.generations,
-            seed=step_seed(config.seed, number),
-            low_effort=low_effort,
             sampler=self._sampler,
+            seed=step_seed(config.seed, number),
+            copies=config.rl.rollout.generations,
+            low_effort=low_effort,
+            execution=config.at_step(self._step).execution,
         )
 
     def _play(self, playing: Playing, model: Nemotron, most: int | None = None) -> float:
@@ -156,11 +158,12 @@ class Rollouts:
         counted = np.array([episode.counted for episode in episodes])
         advantages = group_advantages(rewards, groups, counted, objective.advantage_clip)
         batch, mismatches = policy_batch(
-            episodes, advantages, model, config, reference=self._reference
+            episodes, advantages, model, config.at_step(self._step), reference=self._reference
         )
         self._report = health(episodes, rewards, mismatches, objective.sequence_limit)
         ages = [self._step - turn.version for e in episodes for turn in e.turns]
         self._report |= {
+            "logprob_gap": logprob_gap(batch),
             "age": float(max(ages, default=0)),
             "scoring_seconds": time.perf_counter() - began,
         }
@@ -225,6 +228,9 @@ def check_rollouts(config: RunConfig) -> None:
             config.rl.preference
         )  # refuses a key that is not there, before anything is played
     data, rollout, needed = config.data, config.rl.rollout, rows_needed(config)
+    drafts = rollout.speculative == 0 or config.model.mtp is not None
+    rule = "needs an MTP block to draft with, and model.mtp is None; use 0"
+    check_value("RolloutConfig", "speculative", rollout.speculative, drafts, rule)
     episodes = rollout.prompts * rollout.generations
     rule = f"must be at most {episodes}, the episodes of a step, each of which one worker plays"
     check_value("RolloutConfig", "workers", rollout.workers, rollout.workers <= episodes, rule)
@@ -272,11 +278,6 @@ def check_prompts(config: RunConfig, tokenizer: Tokenizer | str) -> None:
     check_value("RolloutConfig", "max_tokens", rollout.max_tokens, fits, rule)
 
 
-def step_seed(seed: int, number: int) -> int:
-    """The seed of the draws of a step's episodes, below 2**31."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
-
-
 def shaped_rewards(
     episodes: Sequence[Episode], config: RolloutConfig, seed: int, number: int
 ) -> Float[np.ndarray, "N"]:
@@ -290,74 +291,3 @@ def shaped_rewards(
         ],
         np.float32,
     )
-
-
-def play_tasks_once(
-    model: Nemotron,
-    tokenizer: Tokenizer,
-    config: RunConfig,
-    tasks: Sequence[Task],
-    *,
-    draw: int,
-    first: int = 0,
-    players: Players | None = None,
-    sampler: Sampler = SideBySide,
-) -> list[Episode]:
-    """Each task played once as in training, as many side by side as there.
-
-    `first` is the number of the first of these tasks among all that are played so; `players` are
-    left open, those of this process are made for it.
-    """
-    rollout = config.rl.rollout
-    side_by_side = rollout.prompts * rollout.generations
-    episodes: list[Episode] = []
-    with contextlib.ExitStack() as stack:
-        if players is None:
-            players = stack.enter_context(contextlib.closing(Here(config.rl.rollout.timeout_s)))
-        for start in range(0, len(tasks), side_by_side):
-            part = list(tasks[start : start + side_by_side])
-            filled = part + part[:1] * (side_by_side - len(part))  # one shape, one program
-            seed = step_seed(config.seed + 1 + draw, first + start)
-            options = {"copies": 1, "seed": seed, "sampler": sampler}
-            played = play_episodes(model, tokenizer, players, filled, rollout, **options)
-            episodes += played[: len(part)]
-    if tasks:
-        kind = "held-out tasks" if tasks[0].split == "held_out" else "the pools' tasks"
-        check_counted(episodes, kind)
-    return episodes
-
-
-def success_of_tasks(
-    tokenizer: Tokenizer, config: RunConfig
-) -> Callable[[Nemotron, Execution], dict[str, float]]:
-    """A function of a model: `success`, its mean reward on held-out tasks, and that of each
-    environment."""
-    tasks = held_out_tasks(config, config.rl.held_out_tasks)
-
-    def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
-        episodes = play_tasks_once(model, tokenizer, config, tasks, draw=0)
-        kept = [episode for episode in episodes if episode.counted]
-        names = sorted({episode.task.environment for episode in kept})
-        mean = lambda some: float(np.mean([e.verdict.reward for e in some])) if some else 0.0
-        by_name = {
-            f"success/{name}": mean([e for e in kept if e.task.environment == name])
-            for name in names
-        }
-        return {"success": mean(kept), **by_name}
-
-    return evaluate
-
-
-def pool_plays(
-    model: Callable[[], Nemotron], tokenizer: Tokenizer, config: RunConfig, players: Players
-) -> PoolPlays:
-    """What plays the tasks of pools: each one's reward, NaN where its environment failed, which
-    says nothing of how hard it is. The model is asked for when there is something to play."""
-
-    def play(tasks: Sequence[Task], draw: int, first: int) -> list[float]:
-        episodes = play_tasks_once(
-            model(), tokenizer, config, tasks, draw=1 + draw, first=first, players=players
-        )
-        return [one.verdict.reward if one.counted else math.nan for one in episodes]
-
-    return play

@@ -11,7 +11,7 @@ from typing import Any
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.environments.sound import sound_value
 from nemotron_jax.files import atomic_writer
-from nemotron_jax.playing.rollout import Episode
+from nemotron_jax.playing.episode import Episode
 from nemotron_jax.run_directory import RunDirectory
 
 _SHOWN = 200  # episodes of the page, the newest

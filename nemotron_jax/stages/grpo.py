@@ -14,7 +14,7 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import PATTERNS
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.playing.engine_sampler import make_sampler
+from nemotron_jax.playing.conversations import make_sampler
 from nemotron_jax.playing.workers import make_players
 from nemotron_jax.posttraining import rl_loop
 from nemotron_jax.posttraining.curriculum import make_pools
@@ -24,6 +24,7 @@ from nemotron_jax.posttraining.result import result, summary
 from nemotron_jax.posttraining.result_file import read_result
 from nemotron_jax.posttraining.rl_loop import Pay, shaped_rewards
 from nemotron_jax.posttraining.sandboxes import check_sandboxes, sandbox_lines
+from nemotron_jax.posttraining.success import pool_plays, success_of_tasks
 from nemotron_jax.posttraining.transcripts import Transcripts, write_page
 from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_tokenizer
 from nemotron_jax.run_directory import RunDirectory
@@ -159,12 +160,12 @@ def _reinforce(run: Prepared, start: str, mesh: Mesh, pay: Pay) -> bool:
     for line in sandbox_lines(rollout):
         print(line)
     first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
-    players = make_players(rollout)
-    play = rl_loop.pool_plays(first, tokenizer, config, players)
+    players, sampler = make_players(rollout), make_sampler(rollout)
+    play = pool_plays(first, tokenizer, config, players, sampler)
     rollouts = rl_loop.Rollouts(
         config,
         tokenizer,
-        sampler=make_sampler(rollout),
+        sampler=sampler,
         players=players,
         reference=first() if config.rl.objective.kl_weight else None,
         pools=make_pools(config, play, directory),
@@ -175,7 +176,7 @@ def _reinforce(run: Prepared, start: str, mesh: Mesh, pay: Pay) -> bool:
         outcome = loop.run(
             run,
             data=rollouts,
-            evaluators=[rl_loop.success_of_tasks(tokenizer, config)],
+            evaluators=[success_of_tasks(tokenizer, config, sampler)],
             begin=lambda run: begin_run(run, start),
         )
     write_page(directory)

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import prepare_conversations, repetitions
 from nemotron_jax.evaluation.held_out import learned_evaluator
-from nemotron_jax.posttraining.sft import success_evaluator
+from nemotron_jax.posttraining.success import success_of_oracles
 from nemotron_jax.pretrained import data_of
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.stages.pretrain import checked, learn
@@ -27,7 +27,7 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
     )
     given = dataclasses.replace(config, data=data)
     batches = corpus.held_out_batches(data, 0, config.logging.evaluate_rows)
-    played = success_evaluator(tokenizer, given)
+    played = success_of_oracles(tokenizer, given)
     return learn(
         prepared,
         mesh,

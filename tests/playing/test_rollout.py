@@ -7,8 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from nemotron_jax.data.chat.parse import parse_turn
-from nemotron_jax.data.chat.render import END, ChatOptions
+from nemotron_jax.data.chat.render import ChatOptions
 from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
 from nemotron_jax.data.messages import (
     check_row,
@@ -16,17 +15,12 @@ from nemotron_jax.data.messages import (
     oracle_source,
     played_conversation,
 )
+from nemotron_jax.decoding.wanted import Budget
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.playing import rollout
+from nemotron_jax.playing.conversations import Written
 from nemotron_jax.playing.players import Here, Reply
-from nemotron_jax.playing.rollout import (
-    Playing,
-    encode_reply,
-    is_well_formed,
-    play_episodes,
-    turn_span,
-)
-from nemotron_jax.playing.sampler import Written
+from nemotron_jax.playing.rollout import Playing, encode_reply, play_episodes
 from nemotron_jax.posttraining.transcripts import transcript
 
 NO = ChatOptions(enable_thinking=False)
@@ -40,9 +34,11 @@ class Scripted:
     def __init__(self, scripts: list[list[list[int]]]) -> None:
         self.scripts, self.heard, self.turn = scripts, [[] for _ in scripts], 0
         self.models: list = []
+        self.forced = -1  # place in each turn of a token that counts as put there
 
-    def __call__(self, model, prompts, copies, *, stop_token, **options) -> "Scripted":
-        self.stop = stop_token
+    def __call__(self, model, prompts, copies, wanted, execution) -> "Scripted":
+        (self.stop,) = wanted.stop_tokens
+        self.wanted = wanted
         self.prompts = [list(p) for p in prompts for _ in range(copies)]
         return self
 
@@ -59,7 +55,9 @@ class Scripted:
             script = self.scripts[row]
             new = tuple(script[self.turn][:limit]) if limit and self.turn < len(script) else ()
             logprobs = tuple(-0.1 * (n + 1) for n in range(len(new)))
-            out.append(Written(new, logprobs, bool(new) and new[-1] == self.stop))
+            stopped = bool(new) and new[-1] == self.stop
+            forced = tuple(n == self.forced for n in range(len(new)))
+            out.append(Written(new, logprobs, stopped, forced))
             self.heard[row] += new
         self.turn += 1
         return out
@@ -77,9 +75,7 @@ def play(tokenizer, config, scripts, tasks=TASKS, players=None, **changes):
     sampler = Scripted(scripts)
     settings = dataclasses.replace(config.rl.rollout, **changes)
     players = players or Here()
-    episodes = play_episodes(
-        None, tokenizer, players, tasks, settings, copies=1, seed=0, sampler=sampler
-    )
+    episodes = play_episodes(None, tokenizer, players, tasks, settings, seed=0, sampler=sampler)
     return episodes, sampler
 
 
@@ -103,10 +99,12 @@ def test_an_oracles_episode_is_its_conversation_token_for_token(phrases, grpo_co
 def test_a_transcript_is_a_row_to_learn_from(phrases, grpo_config, low_effort) -> None:
     """Read as a conversation, it has the tokens of the episode."""
     scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
-    options = {"copies": 1, "seed": 0, "low_effort": [low_effort] * len(TASKS)}
-    options |= {"sampler": Scripted(scripts)}
+    options = {"seed": 0, "low_effort": [low_effort] * len(TASKS), "sampler": Scripted(scripts)}
     longer = dataclasses.replace(grpo_config.rl.rollout, max_tokens=150)
-    for one in play_episodes(None, phrases, Here(), TASKS, longer, **options):
+    playing = Playing(phrases, Here(), TASKS, longer, **options)
+    while not playing.over:
+        playing.turn(None)
+    for one in playing.finish():
         row = check_row(json.loads(json.dumps(transcript(0, one, 1.0))))
         chat = encode_chat(phrases, row.messages, row.tools, row.options)
         assert list(one.tokens) == chat.ids[:-1].tolist() and len(one.turns) == 3
@@ -142,6 +140,25 @@ def test_an_episode_that_is_interrupted_goes_on_as_it_was(phrases, grpo_config) 
     for row, episode in enumerate(again):
         assert later.prompts[row] + later.heard[row] == list(episode.tokens)
     assert later.models == ["new"]  # told again before its second turn
+
+
+def test_what_a_budget_put_there_is_marked_and_stays_so(phrases, grpo_config) -> None:
+    scripts = [own_turns(phrases, oracle_conversation(ENVIRONMENT, task)) for task in TASKS]
+    settings = dataclasses.replace(grpo_config.rl.rollout, thinking=True, budget=3)
+    sampler = Scripted(scripts)
+    sampler.forced = 1
+    begin = lambda: Playing(phrases, Here(), TASKS, settings, seed=0, sampler=sampler)
+    first = begin()
+    first.turn(None)
+    second = begin()
+    second.restore(json.loads(json.dumps(first.state())))
+    assert sampler.wanted.budget == Budget(3, phrases.token_id("</think>"))
+    assert sampler.wanted.logprobs == "drawn"
+    for playing in (first, second):
+        for one in playing.finish():
+            (turn,) = one.turns
+            assert one.forced == (turn.start + 1,)
+            assert not one.own[turn.start + 1] and one.own.sum() == turn.stop - turn.start - 1
 
 
 def test_environments_are_waited_for_only_when_they_are_needed(phrases, grpo_config) -> None:
@@ -311,78 +328,6 @@ def test_a_prompt_that_cannot_be_encoded_costs_its_episode_alone(phrases, grpo_c
     episodes, _ = play(phrases, grpo_config, scripts, [broken, *TASKS[1:]])
     assert "surrogate" in episodes[0].verdict.infra_error and not episodes[0].turns
     assert [one.verdict.reward for one in episodes[1:]] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ("Answer: 4", True),
-        (
-            "\n<tool_call>\n<function=calc>\n<parameter=e>\n1+1\n</parameter>\n</function>\n</tool_call>\n",
-            True,
-        ),
-        ("\n<tool_call>\n<function=calc>\n1+1\n</tool_call>\n", False),
-        ("4</tool_call>", False),
-        ("<function_call>calc</function_call>", False),
-        ("4</think>5", False),
-        ("<think>4</think>5", True),  # a turn may open its reasoning itself
-    ],
-)
-def test_turns_that_break_the_format_are_found(text, right) -> None:
-    assert is_well_formed(parse_turn(text + END, tools=TASKS[0].tools, strict=True)) is right
-
-
-CALL = "<tool_call>\n<function=calc>\n<parameter=e>\n1+1\n</parameter>\n</function>\n</tool_call>"
-
-
-@pytest.mark.parametrize(
-    ("text", "right", "unclosed", "cut_call"),
-    [
-        (f"I add.\n</think>\nAnswer: 4{END}", True, False, False),
-        (f"I add.\n</think>\n{CALL}\n{END}", True, False, False),
-        (f"</think>{END}", True, False, False),
-        ("", True, True, False),
-        ("I add and add and", True, True, False),
-        (f"I add and add{END}", True, True, False),
-        ("I add.\n</thin", True, True, False),
-        ("I add.\n</think>\nThe answer is", True, False, False),
-        (f"The tag <think> is a token.\n</think>\nAnswer: 4{END}", True, False, False),
-        ("<think>\nI add", True, True, False),
-        (f"<think>a <think>b\n</think>\nAnswer: 4{END}", False, False, False),
-        ("<think>a <think>b", False, True, False),
-        (f"a <tool_call> b\n</think>\nAnswer: 4{END}", False, False, False),
-        (f"a {CALL} b", False, True, False),
-        (f"a </function_call> b\n</think>\n4{END}", False, False, False),
-        (f"I add.\n</think>\n4 </think> 5{END}", False, False, False),
-        (f"I add.\n</think>\n<think>4</think>{END}", False, False, False),
-        (f"I add.\n</think>\n4</tool_call>{END}", False, False, False),
-        (f"I add.\n</think>\n<function_call>f</function_call>{END}", False, False, False),
-        (f"I add.\n</think>\n<tool_call>\ncalc 1+1\n</tool_call>{END}", False, False, False),
-        (f"I add.\n</think>\n<tool_call>\n<function=calc>\n{END}", False, False, False),
-        ("I add.\n</think>\n<tool_call>\n<function=calc>\n", False, False, True),
-        ("I add.\n</think>\n<tool_call>\ncalc 1+1", False, False, False),
-        ("a <tool_call> b\n</think>\n<tool_call>\n<func", False, False, False),
-    ],
-)
-def test_a_thought_that_does_not_end_breaks_nothing(text, right, unclosed, cut_call) -> None:
-    turn = parse_turn(text, thinking=True, tools=TASKS[0].tools, strict=True)
-    span = turn_span(turn, 0, 1, True, 0)
-    assert (span.well_formed, span.unclosed, span.cut_call) == (right, unclosed, cut_call)
-
-
-def test_a_right_turn_that_is_cut_off_is_broken_only_within_a_call() -> None:
-    whole = f"I add.\n</think>\nSo:\n{CALL}\n{CALL}\n"
-    thought = whole.index("</think>") + len("</think>")
-    opened = {
-        n
-        for n in range(len(whole))
-        if whole[:n].count("<tool_call>") > whole[:n].count("</tool_call>")
-    }
-    for stop in range(len(whole)):
-        cut = parse_turn(whole[:stop], thinking=True, tools=TASKS[0].tools, strict=True)
-        span = turn_span(cut, 0, 1, False, 0)
-        assert span.unclosed == (stop < thought), whole[:stop]
-        assert span.cut_call == (stop in opened) == (not span.well_formed), whole[:stop]
 
 
 def test_what_follows_a_turn_does_not_depend_on_it(phrases) -> None:

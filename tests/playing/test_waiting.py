@@ -6,9 +6,9 @@ import json
 import pytest
 
 from nemotron_jax.data.messages import oracle_conversation
+from nemotron_jax.playing.conversations import Written
 from nemotron_jax.playing.players import Here
 from nemotron_jax.playing.rollout import Playing, play_episodes
-from nemotron_jax.playing.sampler import Written
 from tests.playing.alone import Alone
 from tests.playing.test_rollout import ENVIRONMENT, TASKS, Scripted, own_turns, play
 

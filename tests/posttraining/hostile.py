@@ -14,7 +14,7 @@ from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.schema import tool
 from nemotron_jax.environments.turns import Turn
-from nemotron_jax.playing.sampler import Written
+from nemotron_jax.playing.conversations import Written
 
 LONG = 200_000  # characters, which are the most that a verifier reads
 DEEP = 100_000  # levels of JSON
@@ -63,9 +63,9 @@ class Model:
         self._known: dict[str, list[int]] = {}
         self._bytes = {piece: n for n, piece in enumerate(tokenizer.token_bytes) if piece}
 
-    def __call__(self, model, prompts, copies, *, seed, stop_token, **unused) -> "Conversations":
+    def __call__(self, model, prompts, copies, wanted, execution) -> "Conversations":
         rows = [list(prompt) for prompt in prompts for _ in range(copies)]
-        return Conversations(self, rows, seed, stop_token)
+        return Conversations(self, rows, wanted.seed, *wanted.stop_tokens)
 
     def turn(self, draws: random.Random, prompt: str) -> list[int]:
         """The ids of a turn. It knows the names of the tools, as a model does."""

@@ -177,6 +177,8 @@ def test_settings_that_cannot_be_are_refused():
         RLConfig(updates=2)
     with pytest.raises(ValueError, match=r"importance_cap=0\.5"):
         ObjectiveConfig(importance_cap=0.5)
-    with pytest.raises(ValueError, match=r"temperature=0\.7: must be 1 .*side_by_side"):
-        RolloutConfig(temperature=0.7, sampler="engine")
+    with pytest.raises(ValueError, match=r"temperature=0: must be positive"):
+        RolloutConfig(temperature=0)
+    with pytest.raises(ValueError, match=r"budget=4: must be None without thinking"):
+        RolloutConfig(budget=4)
     assert RLConfig(updates=2, objective=dataclasses.replace(ObjectiveConfig(), ratio="clipped"))

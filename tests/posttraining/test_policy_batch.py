@@ -10,7 +10,7 @@ from nemotron_jax.config.rl import ObjectiveConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.playing.rollout import Episode, TurnSpan
+from nemotron_jax.playing.episode import Episode, TurnSpan
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.policy_batch import (
     Placed,
@@ -187,6 +187,10 @@ def test_what_does_not_count_weighs_nothing() -> None:
     np.testing.assert_array_equal(weigh(one), one.own)
     assert not weigh(episode(20, 0, verdict=Verdict(0.0, infra_error="gone"))).any()
     assert not weigh(one, mismatch=2.01).any() and weigh(one, mismatch=2.0).any()
+    (first, last) = one.turns
+    closed = dataclasses.replace(one, forced=(first.start, last.start))  # by the budget
+    assert np.flatnonzero(weigh(one) != weigh(closed)).tolist() == [first.start, last.start]
+    np.testing.assert_array_equal(weigh(closed), closed.own)
     cut = episode(20, 0, truncated=True)
     assert weigh(cut).any()
     assert not weigh(cut, config=ObjectiveConfig(overlong="mask")).any()

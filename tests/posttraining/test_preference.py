@@ -11,7 +11,7 @@ import pytest
 from nemotron_jax.config.rl import PreferenceConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
-from nemotron_jax.playing.rollout import Episode, TurnSpan
+from nemotron_jax.playing.episode import Episode, TurnSpan
 from nemotron_jax.posttraining.preference import (
     EndpointJudge,
     make_judge,

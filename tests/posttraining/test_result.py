@@ -9,7 +9,7 @@ import pytest
 from nemotron_jax.data.messages import played_conversation
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
-from nemotron_jax.playing.rollout import Episode
+from nemotron_jax.playing.episode import Episode
 from nemotron_jax.posttraining import result as results
 from nemotron_jax.posttraining.result import compared, easy_tasks, result, summary
 from nemotron_jax.run_directory import RunDirectory
@@ -49,7 +49,7 @@ def test_a_result_is_of_all_tasks_and_of_each_kind(grpo_config, monkeypatch) -> 
     rl = dataclasses.replace(grpo_config.rl, rollout=rollout, result_tasks=10)
     config = dataclasses.replace(grpo_config, rl=rl)
 
-    def play(model: float, tokenizer, config, tasks, *, draw: int) -> list[Episode]:
+    def play(model: float, tokenizer, config, tasks, *, draw: int, **how) -> list[Episode]:
         """The model is how often it succeeds; one environment failed once."""
         draws = np.random.default_rng([draw, 5]).random(len(tasks))
         verdicts = [Verdict(float(value < model)) for value in draws]

@@ -16,9 +16,9 @@ from nemotron_jax.data.tokenizer import PHRASE_PATTERN
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.playing.episode import UNPLAYED, Episode, TurnSpan
 from nemotron_jax.playing.players import Here
-from nemotron_jax.playing.rollout import UNPLAYED, Episode, TurnSpan
-from nemotron_jax.posttraining import rl_loop, sandboxes
+from nemotron_jax.posttraining import sandboxes, success
 from nemotron_jax.posttraining.curriculum import low_effort_chances, step_tasks, training_task
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.health import check_counted, health
@@ -189,23 +189,24 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
     tasks = [training_task(NAMES[n % 3], 0, n) for n in range(11)]
     asked = []
 
-    def play(model, tokenizer, players, tasks, rollout, *, copies, seed, sampler):
-        asked.append((len(tasks), copies, seed))
+    def play(model, tokenizer, players, tasks, rollout, *, sampler, seed, execution):
+        asked.append((len(tasks), seed))
         return [episode(task.index / 16, place, task=task) for place, task in enumerate(tasks)]
 
-    monkeypatch.setattr(rl_loop, "play_episodes", play)
+    monkeypatch.setattr(success, "play_episodes", play)
     config = tiny_run(grpo_config)  # plays four at a time
-    found = rl_loop.play_tasks_once(None, None, config, tasks, draw=0)
+    how = {"sampler": None, "execution": config.execution}
+    found = success.play_tasks_once(None, None, config, tasks, draw=0, **how)
     assert [one.task.id for one in found] == [task.id for task in tasks]
-    assert [values[:2] for values in asked] == [(4, 1)] * 3 and len(set(asked)) == 3
+    assert [count for count, _ in asked] == [4] * 3 and len(set(asked)) == 3
     again = list(asked)
-    rl_loop.play_tasks_once(None, None, config, tasks, draw=0)
+    success.play_tasks_once(None, None, config, tasks, draw=0, **how)
     assert asked[3:] == again  # before and after are played with the same draws
-    rl_loop.play_tasks_once(None, None, config, tasks, draw=1)
+    success.play_tasks_once(None, None, config, tasks, draw=1, **how)
     assert not set(asked[6:]) & set(again)
-    rl_loop.play_tasks_once(None, None, config, tasks[4:], draw=0, first=4)
+    success.play_tasks_once(None, None, config, tasks[4:], draw=0, first=4, **how)
     assert asked[9:] == again[1:]  # a part is played as it would be with the rest
-    plays = rl_loop.pool_plays(lambda: None, None, config, Here())
+    plays = success.pool_plays(lambda: None, None, config, Here(), None)
     np.testing.assert_allclose(plays(tasks, 0, 0), [task.index / 16 for task in tasks])
 
 
@@ -214,6 +215,7 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
     [
         ({"easy_slip": "nothing"}, {}, r"easy_slip='nothing': must be a slip .*left_to_right"),
         ({}, {"environments": NAMES + NAMES[:1]}, r"environments=.*must name each .* once"),
+        ({}, {"speculative": 2}, r"speculative=2: needs an MTP block .*model.mtp is None; use 0"),
         ({}, {"workers": 129}, r"workers=129: must be at most 128, the episodes of a step"),
         ({}, {"workers": 2, "worker_kind": "ray"}, r"worker_kind='ray': the package ray is not"),
     ],
@@ -300,6 +302,8 @@ def test_a_killed_run_goes_on_as_one_that_was_not(grpo_config, phrases, tmp_path
     assert counts["cut"][0] == counts["whole"][0]
     ages = [record["age"] for record in whole.records]
     assert ages == [0, *[float(max_age)] * 3]
+    for record in whole.records[: 4 if max_age == 0 else 1]:  # player and trainer are one model
+        assert record["logprob_gap"] < 1e-5 and record["mismatch"] < 1.0001
     if max_age == 0:  # bit for bit; with age 1 a new cache is computed by newer weights
         assert counts["cut"] == counts["whole"]
         assert [r["loss"] for r in cut.records] == [r["loss"] for r in whole.records]

@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_jax.environments import registry
 from nemotron_jax.environments.base import Verdict
-from nemotron_jax.playing.rollout import Episode, TurnSpan
+from nemotron_jax.playing.episode import Episode, TurnSpan
 from nemotron_jax.posttraining.transcripts import (
     Transcripts,
     page,
