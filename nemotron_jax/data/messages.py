@@ -10,7 +10,7 @@ from typing import Any
 
 from nemotron_jax.data.chat.render import DEFAULT, ChatOptions, text_of
 from nemotron_jax.data.chat_rows import OtherForm, read_row
-from nemotron_jax.environments.base import Environment, Task
+from nemotron_jax.environments.base import Environment, Task, play
 from nemotron_jax.environments.catalogue import task_source
 from nemotron_jax.environments.turns import Turn
 
@@ -126,15 +126,9 @@ def played_conversation(
     environment: Environment, task: Task, turns: Sequence[Turn | str]
 ) -> tuple[Conversation, float]:
     """A task played with these turns up to its end, and the reward of it."""
-    messages = list(task.messages)
-    with environment.start(task) as session:
-        for turn in turns:
-            if session.over:
-                break
-            messages.append(Turn.of(turn).message())
-            messages += session.reply(turn)
-        reward = session.verify().reward
-    return Conversation(tuple(messages), task.tools, DEFAULT, task.id), reward
+    messages: list[dict] = []
+    verdict = play(environment, task, turns, lambda session, said: messages.extend(said))
+    return Conversation(tuple(messages), task.tools, DEFAULT, task.id), verdict.reward
 
 
 def without_reasoning(conversation: Conversation) -> Conversation:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from nemotron_jax.environments.base import Environment, Session, Task, Verdict
+from nemotron_jax.environments.base import Environment, Session, Task, Verdict, play
 from nemotron_jax.environments.catalogue import find, registry, table
 from nemotron_jax.environments.check import check
 from nemotron_jax.environments.turns import ToolCall, Turn
@@ -72,29 +72,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sample(environment: Environment, task: Task) -> Verdict:
     _print_opening(task)
-    with environment.start(task) as session:
-        for turn in environment.oracle(task):
-            if session.over:
-                break
-            _print_message(Turn.of(turn).message())
-            for message in session.reply(turn):
-                _print_message(message)
-        return session.verify()
+    return play(environment, task, environment.oracle(task), _print_messages)
 
 
 def _play(environment: Environment, task: Task) -> Verdict:
     _print_opening(task)
     print(_HOW_TO_PLAY)
-    with environment.start(task) as session:
-        for turn in _typed(session):
-            for message in session.reply(turn):
-                _print_message(message)
-            if session.over:
-                break
-        return session.verify()
+    others = lambda said: [message for message in said if message["role"] != "assistant"]
+    show = lambda session, said: _print_messages(session, others(said))
+    return play(environment, task, _typed(), show)
 
 
-def _typed(session: Session) -> Iterator[Turn]:
+def _typed() -> Iterator[Turn]:
     """The turns that a person types, until the input ends."""
     lines: list[str] = []
     for line in sys.stdin:
@@ -123,16 +112,16 @@ def _print_opening(task: Task) -> None:
         print(
             f"[tool] {function['name']}({', '.join(function['parameters'].get('properties', {}))})"
         )
-    for message in task.messages:
-        _print_message(message)
 
 
-def _print_message(message: dict) -> None:
-    if message["content"]:
-        print(f"[{message['role']}] {message['content']}")
-    for call in message.get("tool_calls", ()):
-        function = call["function"]
-        print(f"[{message['role']} calls] {function['name']} {json.dumps(function['arguments'])}")
+def _print_messages(session: Session, messages: Sequence[dict]) -> None:
+    for message in messages:
+        role = message["role"]
+        if message["content"]:
+            print(f"[{role}] {message['content']}")
+        for call in message.get("tool_calls", ()):
+            function = call["function"]
+            print(f"[{role} calls] {function['name']} {json.dumps(function['arguments'])}")
 
 
 def _shown(verdict: Verdict) -> str:

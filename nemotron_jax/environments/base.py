@@ -22,7 +22,7 @@ import json
 import operator
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from nemotron_jax.environments.draws import Draws
@@ -110,6 +110,10 @@ class Verdict:
     def __post_init__(self) -> None:
         if not 0.0 <= self.reward <= 1.0:
             raise ValueError(f"Verdict: reward={self.reward} is outside [0, 1]")
+
+
+# Is called with a session and what its conversation has gained.
+Hear = Callable[["Session", Sequence[dict]], object]
 
 
 class Session:
@@ -334,13 +338,25 @@ def side(identity: Any) -> str:
     return "train" if int(_digest(identity)[:8], 16) % HELD_OUT_OF else "held_out"
 
 
-def play(environment: Environment, task: Task, turns: Iterable[Turn | str | dict]) -> Verdict:
-    """The verdict on a task played with turns known beforehand; those after its end are unused."""
+def play(
+    environment: Environment,
+    task: Task,
+    turns: Iterable[Turn | str | dict],
+    hear: Hear | None = None,
+) -> Verdict:
+    """The verdict on a task played with these turns; those after its end are not asked for.
+
+    `hear` gets the session and the conversation as it grows: the task's messages, then each turn's
+    with what is said to it.
+    """
     with environment.start(task) as session:
-        for turn in turns:
-            if session.over:
-                break
-            session.reply(turn)
+        if hear is not None:
+            hear(session, task.messages)
+        turns = iter(turns)
+        while not session.over and (turn := next(turns, None)) is not None:
+            said = session.reply(turn)
+            if hear is not None:
+                hear(session, (Turn.of(turn).message(), *said))
         return session.verify()
 
 
