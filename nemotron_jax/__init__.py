@@ -14,6 +14,7 @@ _HOMES = {
     "ModelConfig": "nemotron_jax.config.model",
     "Nemotron": "nemotron_jax.model.nemotron",
     "Wanted": "nemotron_jax.decoding.wanted",
+    "chat": "nemotron_jax.answer",
     "for_decoding": "nemotron_jax.decoding.step",
     "generate": "nemotron_jax.decoding.generate",
     "load_pretrained": "nemotron_jax.pretrained",

@@ -7,7 +7,7 @@ proportion to the text, and never raises for what a model wrote.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nemotron_jax.data.chat.events import (
@@ -36,6 +36,7 @@ from nemotron_jax.data.chat.reader import (
 )
 from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END, END, THINK
 from nemotron_jax.data.chat.schemas import Schemas
+from nemotron_jax.data.tokenizer import Tokenizer
 
 _AFTER_VALUE = (PARAMETER, FUNCTION_END, CALL_END, END)
 _NAME_END = re.compile(r"[>\n<]")
@@ -51,6 +52,15 @@ def parse_turn(
     """The turn that a text is; see TurnParser for the arguments."""
     parser = TurnParser(thinking=thinking, tools=tools, strict=strict)
     return turn_of(parser.push(text) + parser.finish())
+
+
+def turn_events(ids: Iterable[int], tokenizer: Tokenizer, *, thinking: bool) -> Iterator[Event]:
+    """A turn's events while its ids arrive."""
+    parser, text = TurnParser(thinking=thinking), tokenizer.stream(show_special=True)
+    for token in ids:
+        yield from parser.push(text.push(token))
+    yield from parser.push(text.finish())
+    yield from parser.finish()
 
 
 class TurnParser(TextReader):

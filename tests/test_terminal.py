@@ -8,11 +8,14 @@ import pytest
 
 import nemotron_jax as nj
 from configs import models
-from nemotron_jax import chat as command
+from nemotron_jax import terminal as command
 from nemotron_jax.data.chat.render import ChatOptions
 from nemotron_jax.data.tokenizer import Tokenizer, train_tokenizer
 from nemotron_jax.model.parameters import abstract_model
+from tests.decoding.engines import quick_programs
 from tests.tiny_models import randomised
+
+__all__ = ["quick_programs"]
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +83,7 @@ def answered(tokenizer: Tokenizer, *turns: str, limit: int | None = None) -> tup
     writer = lambda prompt: iter(written(tokenizer, next(left))[:limit])
     off = ChatOptions(enable_thinking=False)
     lines = ["hello\n"] * len(turns)
-    messages = command.chat(
-        [*lines, "/help\n"], writer, tokenizer, off, max_tokens=limit, show=shown.append
-    )
+    messages = command.chat([*lines, "/help\n"], writer, tokenizer, off, show=shown.append)
     return messages, "".join(shown)
 
 
@@ -124,14 +125,23 @@ def test_the_command_answers_from_a_model_on_disk(tmp_path, tokenizer, monkeypat
     tokenizer.save(tmp_path)
     lines = iter(["hello"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or _end())
-    arguments = [f"--checkpoint={tmp_path}", "--max_tokens=3", "--no_thinking", "--temperature=0"]
+    arguments = [f"--checkpoint={tmp_path}", "--max_tokens=3", "--max_length=128"]
+    arguments += ["--no_thinking", "--temperature=0"]
     assert command.main(arguments) == 0
-    out = capsys.readouterr().out
-    assert out.endswith("\n") and "/help" in out.splitlines()[0]
-    assert "[cut off after 3 tokens" in out
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith(": compiling") and "/help" in out[1]
+    assert "[cut off after 3 tokens" in out[-1]
+    options = {"max_new_tokens": 3, "enable_thinking": False}
+    turn = nj.chat(nj.load_pretrained(tmp_path), "hello", **options)
+    assert "\n".join(out[2:-1]) == turn.content and turn.finish_reason == "length"
+    assert not turn.reasoning and turn.calls == ()
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert command.main(["--checkpoint=/nowhere"]) == 2
     assert "chat: tokenizer /nowhere" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="pass nj.load_tokenizer"):
+        nj.chat(abstract_model(config), "hello")
+    with pytest.raises(ValueError, match="budget=3: must be None with enable_thinking=False"):
+        nj.chat(abstract_model(config), "hello", budget=3, enable_thinking=False)
 
 
 def _end():
