@@ -126,7 +126,7 @@ def _write_right_episodes(config: RunConfig, run: RunDirectory, file: Path) -> N
         *(model, tokenizer, config, tasks),
         draw=_OWN_DRAW,
         sampler=make_sampler(rollout),
-        execution=config.at_step(0).execution,
+        execution=config.execution.at_step(0),
     )
     right = [e for e in played if e.counted and e.reward > RIGHT]
     if not right:

@@ -29,7 +29,7 @@ def result(before: Nemotron, after: Nemotron, tokenizer: Tokenizer, config: RunC
     """
     tasks = held_out_tasks(config, config.rl.result_tasks)
     sampler = make_sampler(config.rl.rollout)
-    execution = config.at_step(config.training.steps - 1).execution
+    execution = config.execution.at_step(config.training.steps - 1)
     rewards = []
     for model in (before, after):
         episodes = play_tasks_once(

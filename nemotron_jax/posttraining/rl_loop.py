@@ -136,7 +136,7 @@ class Rollouts:
             seed=step_seed(config.seed, number),
             copies=config.rl.rollout.generations,
             low_effort=low_effort,
-            execution=config.at_step(self._step).execution,
+            execution=config.execution.at_step(self._step),
         )
 
     def _play(self, playing: Playing, model: Nemotron, most: int | None = None) -> float:
@@ -157,8 +157,13 @@ class Rollouts:
         groups = np.array([episode.group for episode in episodes])
         counted = np.array([episode.counted for episode in episodes])
         advantages = group_advantages(rewards, groups, counted, objective.advantage_clip)
+        execution = config.execution.at_step(self._step)
         batch, mismatches = policy_batch(
-            episodes, advantages, model, config.at_step(self._step), reference=self._reference
+            episodes,
+            advantages,
+            model,
+            dataclasses.replace(config, execution=execution),
+            reference=self._reference,
         )
         self._report = health(episodes, rewards, mismatches, objective.sequence_limit)
         ages = [self._step - turn.version for e in episodes for turn in e.turns]

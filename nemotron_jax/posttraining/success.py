@@ -105,7 +105,7 @@ def pool_plays(
             first=first,
             players=players,
             sampler=sampler,
-            execution=config.at_step(0).execution,
+            execution=config.execution.at_step(0),
         )
         return [one.verdict.reward if one.counted else math.nan for one in episodes]
 

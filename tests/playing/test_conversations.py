@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from nemotron_jax.terminal import engine_writer
 
 import nemotron_jax as nj
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding.wanted import Budget, Wanted
 from nemotron_jax.playing.conversations import OnSlots, Policy, SideBySide
+from nemotron_jax.terminal import engine_writer
 from tests.decoding.engines import (
     NEW,
     PROMPTS,
