@@ -48,6 +48,11 @@ grpo: $(VENV)/.installed  ## let rewards teach a small model that often guesses,
 chat: $(VENV)/.installed  ## talk to a model: RUN=runs/sft CHAT=--no_thinking by default
 	$(VENV)/bin/python -m nemotron_jax.chat --checkpoint=$(or $(RUN),runs/sft) $(or $(CHAT),--no_thinking)
 
+# RUN=DIR names another run's or a hub model's directory; SERVE=... gives more flags.
+.PHONY: serve
+serve: $(VENV)/.installed  ## serve RUN=runs/sft to OpenAI clients on http://127.0.0.1:8000
+	$(VENV)/bin/python -m nemotron_jax.serve --checkpoint=$(or $(RUN),runs/sft) $(SERVE)
+
 .PHONY: report
 report: $(VENV)/.installed  ## evaluate RUN=runs/tiny into build/report/report.html
 	$(VENV)/bin/python eval.py --checkpoint=$(or $(RUN),runs/tiny) --suites=perplexity --output=build/report

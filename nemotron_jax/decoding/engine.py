@@ -223,6 +223,8 @@ class Engine:
     def _start(self) -> None:
         while (started := self._scheduler.start_next()) is not None:
             slot, entry = started
+            request = slot.job.request
+            request.cached_tokens = min(slot.length, len(request.prompt))
             if entry is None:
                 continue
             self._runner.load(entry, slot, len(self._scheduler.shared_pages(entry)))
@@ -295,8 +297,9 @@ class Engine:
         counts = zip(rows, gains, strict=True)
         places = [decoded.given.places[row, : len(gain.tokens)] for row, gain in counts]
         self._ledger.give(gains, count_places(np.concatenate(places), self.config.speculative))
-        for slot, row, gain in zip(slots, rows, gains, strict=True):
+        for slot, row, gain, own in zip(slots, rows, gains, places, strict=True):
             slot.length = int(decoded.length[row])
+            slot.job.request.accepted_drafts += int(((own > 0) & (own % 2 == 1)).sum())
             if gain.reason is not None:
                 self._end(slot)
 

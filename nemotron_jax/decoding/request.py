@@ -29,6 +29,8 @@ class Request:
         self.versions: list[int | str] = []  # of the weights that gave each token
         # Of each prompt token after those before it; the first has none, so one fewer than tokens.
         self.prompt_logprobs: list[float] | None = [] if wanted.prompt_logprobs else None
+        self.cached_tokens = 0  # of the prompt, that were not read again
+        self.accepted_drafts = 0  # of the tokens, that were drafted
         self.finish_reason: str | None = None
         self.allowed: np.ndarray | None = None  # the grammar's mask of the next token
         self.error = ""  # why its grammar could not be asked, if it ended for that

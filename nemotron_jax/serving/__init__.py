@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: HTTP and protocol; whoever generates is given to it."""

@@ -1,0 +1,265 @@
+"""The endpoints of the server: what comes in is read, put to the driver, and answered."""
+
+import asyncio
+import contextlib
+import importlib.resources
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from nemotron_jax.serving.answers import Answer
+from nemotron_jax.serving.chat import ChatAnswer
+from nemotron_jax.serving.chat_request import read_chat, read_prompt
+from nemotron_jax.serving.completions import CompletionAnswer, read_completion
+from nemotron_jax.serving.driver import Driver
+from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.http import (
+    Events,
+    JsonResponse,
+    check_key,
+    read_fields,
+    unless_gone,
+)
+from nemotron_jax.serving.refusal import Refusal
+from nemotron_jax.serving.served import Served
+from nemotron_jax.serving.wishes import encoded
+
+LOG = logging.getLogger("nemotron_jax.serving")
+MAX_BODY = 8_000_000  # bytes: a prompt of 1M tokens, and twice that
+_LAG_EVERY_S = 0.1  # how often the loop's lag is measured
+_OPEN = ("/", "/health", "/metrics")  # paths that need no key: they show no text of anybody's
+# The page runs its own script and talks to this server alone.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
+_PAGE_HEADERS = {
+    "Content-Security-Policy": f"{_POLICY}'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+_READERS = {
+    "chat": lambda fields, served: ChatAnswer(read_chat(fields, served), served, fields=fields),
+    "text": lambda fields, served: CompletionAnswer(
+        read_completion(fields, served), served, fields=fields
+    ),
+}
+
+
+def make_app(
+    driver: Driver,
+    on_ready: Callable[[], Any] = lambda: None,
+    on_failure: Callable[[], Any] = lambda: None,
+    *,
+    max_body: int = MAX_BODY,
+    keys: tuple[str, ...] = (),
+) -> FastAPI:
+    """The application, whose start begins the driver and whose end stops it.
+
+    `max_body` bounds the bytes of a request. Where there are `keys`, a client has to show one.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        driver.start(on_ready, on_failure)
+        lag = asyncio.create_task(_measure_lag(driver))
+        yield
+        lag.cancel()
+        await driver.stop()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    endpoints = _Endpoints(driver, max_body)
+    for path, method, endpoint in (
+        ("/v1/chat/completions", "POST", endpoints.chat),
+        ("/v1/completions", "POST", endpoints.text),
+        ("/v1/models", "GET", endpoints.models),
+        ("/v1/models/{name:path}", "GET", endpoints.model),
+        ("/tokenize", "POST", endpoints.tokenize),
+        ("/detokenize", "POST", endpoints.detokenize),
+        ("/health", "GET", endpoints.health),
+        ("/metrics", "GET", endpoints.metrics),
+        ("/", "GET", endpoints.page),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    app.add_exception_handler(HTTPException, _no_such_path)
+    app.add_middleware(_Guarded, keys=keys, driver=driver)
+    return app
+
+
+class _Endpoints:
+    """One method each. Whatever may take long, such as to encode a text, has another thread."""
+
+    def __init__(self, driver: Driver, max_body: int) -> None:
+        self._driver, self._max_body = driver, max_body
+        files = importlib.resources.files("nemotron_jax.serving")
+        self._page = (files / "page.html").read_text("utf-8")
+        self._created = int(time.time())
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions"""
+        return await self._answer(request, "chat")
+
+    async def text(self, request: Request) -> Response:
+        """POST /v1/completions"""
+        return await self._answer(request, "text")
+
+    async def models(self) -> Response:
+        """GET /v1/models"""
+        return JsonResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Response:
+        """GET /v1/models/NAME"""
+        self._check_model(name)
+        return JsonResponse(self._card())
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize"""
+        fields = await self._fields(request)
+        ids = await asyncio.to_thread(_tokenized, fields, self._served)
+        body = {"tokens": ids, "count": len(ids), "max_model_len": self._served.context}
+        return JsonResponse(body)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize"""
+        fields = await self._fields(request)
+        tokens = fields.token_ids("tokens", self._served.vocabulary)
+        if tokens is None:
+            raise Refusal("tokens: is missing; give a list of token ids", "tokens")
+        decode = self._served.tokenizer.decode
+        text = await asyncio.to_thread(lambda: decode(tokens, show_special=True))
+        return JsonResponse({"prompt": text})
+
+    async def health(self) -> Response:
+        """GET /health"""
+        ready = self._driver.ready and not self._driver.draining
+        status = "ok" if ready else "draining" if self._driver.draining else "loading"
+        return JsonResponse({"status": status}, 200 if ready else 503)
+
+    async def metrics(self) -> Response:
+        """GET /metrics"""
+        return PlainTextResponse(self._driver.metrics.text(self._driver.stats))
+
+    async def page(self) -> Response:
+        """GET /"""
+        return HTMLResponse(self._page, headers=_PAGE_HEADERS)
+
+    async def _answer(self, request: Request, kind: str) -> Response:
+        fields = await self._fields(request)
+        self._check_model(fields.text("model", self._served.name))
+        answer = await asyncio.to_thread(_READERS[kind], fields, self._served)
+        request.state.answer = answer
+        stream = await self._driver.submit(answer.jobs)
+        if answer.streams:
+            return Events(answer.chunks(stream), stream.close)
+        try:
+            body = await unless_gone(request, answer.whole(stream))
+        finally:
+            stream.close()
+        return JsonResponse(body) if body is not None else Response(status_code=499)
+
+    async def _fields(self, request: Request) -> Fields:
+        self._driver.check_open()  # before a large body is read for nothing
+        return await read_fields(request, self._max_body)
+
+    @property
+    def _served(self) -> Served:
+        return self._driver.check_open()
+
+    def _check_model(self, name: str) -> None:
+        if name != self._served.name:
+            raise Refusal(
+                f"model={name[:100]!r} is not served; this server has {self._served.name!r}",
+                "model",
+                status=404,
+                code="model_not_found",
+            )
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._served.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "nemotron_jax",
+            "max_model_len": self._served.context,
+        }
+
+
+class _Guarded:
+    """Keys, errors, counts and the log of every request. Prompts and answers are not logged."""
+
+    def __init__(
+        self, app: Callable[..., Awaitable[None]], keys: tuple[str, ...], driver: Driver
+    ) -> None:
+        self._app, self._keys, self._driver = app, keys, driver
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request, began, status = Request(scope, receive), time.monotonic(), 0
+
+        async def sent(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if scope["path"] not in _OPEN:
+                check_key(request, self._keys)
+            await self._app(scope, receive, sent)
+        except Exception as error:
+            refusal = _refusal_of(error)
+            if not status:
+                body = JsonResponse(refusal.body(), refusal.status, refusal.headers)
+                await body(scope, receive, sent)
+        finally:
+            self._driver.metrics.answered(status)
+            _log(request, status, time.monotonic() - began)
+
+
+def _refusal_of(error: Exception) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    name = uuid.uuid4().hex[:12]
+    LOG.error("error %s", name, exc_info=error)
+    return Refusal(f"the server failed at this request (error {name} of its log)", status=500)
+
+
+def _log(request: Request, status: int, seconds: float) -> None:
+    if request.url.path in _OPEN:
+        return
+    counts, answer = "", request.scope.get("state", {}).get("answer")
+    if isinstance(answer, Answer):
+        prompts = sum(len(job.prompt) for job in answer.jobs)
+        reasons = {one.finish_reason for one in answer.last.values()} - {None}
+        ends = ",".join(sorted(reasons)) or "cancelled"
+        counts = f" prompt={prompts} new={answer.new_tokens} finish={ends}"
+    client = request.client.host if request.client else "-"
+    path = ascii(request.url.path)[1:-1][:80]
+    LOG.info("%s %s %s %d %.3fs%s", client, request.method, path, status, seconds, counts)
+
+
+async def _no_such_path(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    reason = "there is no such path" if error.status_code == 404 else str(error.detail)
+    return JsonResponse(Refusal(reason, status=error.status_code).body(), error.status_code)
+
+
+def _tokenized(fields: Fields, served: Served) -> list[int]:
+    if fields.get("messages") is not None:
+        return read_prompt(fields).ids(served)
+    if fields.get("prompt") is None:
+        raise Refusal("prompt: is missing; give a text, or messages", "prompt")
+    return encoded(served, fields.text("prompt"), "prompt")
+
+
+async def _measure_lag(driver: Driver) -> None:
+    """How much later than asked the loop comes back: what every answer waits for."""
+    while True:
+        began = time.monotonic()
+        await asyncio.sleep(_LAG_EVERY_S)
+        driver.metrics.lag.add(max(time.monotonic() - began - _LAG_EVERY_S, 0.0))

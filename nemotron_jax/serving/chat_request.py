@@ -1,0 +1,185 @@
+"""A body of /v1/chat/completions as a prompt's ids and what is wanted of its continuation."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nemotron_jax.config.untrusted import shown
+from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, calls_of, text_of
+from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
+from nemotron_jax.decoding.wanted import MOST_TOP, Budget
+from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.refusal import Refusal
+from nemotron_jax.serving.served import Served
+from nemotron_jax.serving.wishes import (
+    Job,
+    check_size,
+    job_of,
+    samples_of,
+    sampling_of,
+    stop_tokens_of,
+)
+
+MOST_MESSAGES, MOST_TOOLS = 10_000, 512
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatPrompt:
+    """What is rendered: messages, tools and the template's switches."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    options: ChatOptions
+    nonempty: bool = False
+
+    def ids(self, served: Served, prefix: Sequence[int] | None = None) -> list[int]:
+        """The prompt's ids. `prefix` are those that the conversation had up to the end of its last
+        assistant turn, which stand as they are: text encoded anew may give others."""
+        size = sum(len(text_of(message)) for message in self.messages)
+        check_size(served, size, "messages")
+        try:
+            ids = encode_prompt(served.tokenizer, self.messages, self.tools, self.options)
+            return ids if prefix is None else self._after(served, ids, prefix)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "it cannot be rendered"
+            raise Refusal(reason.removeprefix("chat: ")[:300], "messages") from None
+
+    def _after(self, served: Served, ids: list[int], prefix: Sequence[int]) -> list[int]:
+        """The given ids, and those of the template from the end of the last assistant turn on."""
+        turns = [n for n, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not turns:
+            raise Refusal(
+                "required_prefix_token_ids: the messages hold no assistant turn whose ids it "
+                "could give",
+                "required_prefix_token_ids",
+            )
+        end = served.tokenizer.token_id(END)  # of a turn; no text encodes to it
+        told = self.messages[: turns[-1] + 1]
+        past = encode_chat(served.tokenizer, told, self.tools, self.options).ids.tolist()
+        place = [n for n, token in enumerate(ids) if token == end][past.count(end) - 1]
+        kept = list(prefix[:-1] if prefix and prefix[-1] == end else prefix)
+        return kept + ids[place:]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatRequest:
+    """What a client wants of a chat."""
+
+    job: Job
+    tools: Sequence[Mapping[str, Any]] | None
+    thinking: bool
+    nonempty: bool
+    parallel: bool
+    logprobs: bool
+
+
+def read_chat(fields: Fields, served: Served) -> ChatRequest:
+    """The request of a body; Refusal names the field that is wrong."""
+    prompt = read_prompt(fields)
+    refuse_formats(fields)
+    logprobs = fields.flag("logprobs")
+    top = fields.integer("top_logprobs", 0, 0, MOST_TOP)
+    if top and not logprobs:
+        raise fields.refuse("top_logprobs", "needs logprobs=true")
+    sampling = sampling_of(
+        fields,
+        served,
+        stop_tokens=stop_tokens_of(fields, served, served.turn_stops),
+        top_logprobs=top,
+        budget=_budget(fields, served, prompt.options),
+    )
+    prefix = fields.token_ids("required_prefix_token_ids", served.vocabulary)
+    ids = prompt.ids(served, prefix)
+    return ChatRequest(
+        job=job_of(fields, served, ids, sampling, samples_of(fields)),
+        tools=prompt.tools,
+        thinking=prompt.options.enable_thinking,
+        nonempty=prompt.nonempty,
+        parallel=fields.flag("parallel_tool_calls", True),
+        logprobs=logprobs,
+    )
+
+
+def read_prompt(fields: Fields) -> ChatPrompt:
+    """Messages, tools and switches of a body."""
+    if fields.get("messages") is None:
+        raise Refusal("messages: is missing; give a list of messages", "messages")
+    given = fields.objects("messages", MOST_MESSAGES)
+    if not given:
+        raise fields.refuse("messages", "must hold at least one message")
+    messages = []
+    for number, message in enumerate(given):
+        try:
+            messages.append(_message(message))
+        except ValueError as error:
+            where = f"messages[{number}]"
+            raise Refusal(f"{where}: {str(error).removeprefix('chat: ')[:300]}", where) from None
+    tools = _tools(fields)
+    switches = fields.part("chat_template_kwargs").values()
+    nonempty = switches.pop("force_nonempty_content", False)
+    effort = fields.text("reasoning_effort")
+    if effort == "low":
+        switches.setdefault("low_effort", True)
+    elif effort == "none":
+        switches.setdefault("enable_thinking", False)
+    try:
+        options = ChatOptions.from_kwargs(switches)
+    except (ValueError, TypeError) as error:
+        raise Refusal(str(error)[:300], "chat_template_kwargs") from None
+    return ChatPrompt(messages, tools or None, options, nonempty is True)
+
+
+def refuse_formats(fields: Fields) -> None:
+    """Raise Refusal for formats that nothing here would hold a model to."""
+    part = fields.part("response_format")
+    if part.get("type") not in (None, "text"):
+        raise part.refuse(
+            "type", "constrained output is not supported yet; use text and say in a message how"
+        )
+    for name in ("guided_json", "guided_regex", "guided_grammar", "guided_choice"):
+        if fields.get(name) is not None:
+            raise fields.refuse(name, "constrained output is not supported yet; leave it out")
+
+
+def _message(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with what the template reads of it."""
+    role = given.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise ValueError(f"role={shown(role)[:40]}: must be one of {', '.join(_ROLES)}")
+    message: dict[str, Any] = {"role": _ROLES[role], "content": text_of(given)}
+    if role != "assistant":
+        return message
+    thought = given.get("reasoning_content") or given.get("reasoning")
+    if isinstance(thought, str):
+        message["reasoning_content"] = thought
+    calls = [
+        {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
+        for name, arguments in calls_of(given)
+    ]
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _tools(fields: Fields) -> list[Mapping[str, Any]]:
+    tools = fields.objects("tools", MOST_TOOLS)
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise Refusal(f"tools[{number}]: needs a function with a name", f"tools[{number}]")
+        if not isinstance(function.get("parameters", {}), Mapping | None):
+            raise Refusal(f"tools[{number}]: parameters must be a schema", f"tools[{number}]")
+    choice = fields.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise fields.refuse(
+            "tool_choice", "a call cannot be required yet; use auto, and say so in a message"
+        )
+    return [] if choice == "none" else tools
+
+
+def _budget(fields: Fields, served: Served, options: ChatOptions) -> Budget | None:
+    """Where the reasoning is closed, if the request bounds it."""
+    own = fields.integer("thinking_token_budget", options.reasoning_budget, 0, 2**31 - 1)
+    if own is None or not options.enable_thinking:
+        return None
+    return Budget(own, served.tokenizer.token_id(ANSWER))

@@ -1,0 +1,124 @@
+"""What the endpoints do with a connection: bodies within bounds, keys, events, departures."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.refusal import Refusal
+
+# Seconds in which a client has to send the whole of a request's head, and of its body: a body of 8
+# MB takes that long at 270 KB/s.
+HEAD_S, BODY_S = 5, 30
+
+
+class JsonResponse(Response):
+    """An object as JSON, with characters as themselves."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The bytes that are sent."""
+        return json.dumps(content, ensure_ascii=False).encode()
+
+
+class Events(StreamingResponse):
+    """Objects as server-sent events, those of a round at once; `at_end` is called in any case."""
+
+    def __init__(
+        self,
+        rounds: AsyncIterator[list[dict[str, Any]]],
+        at_end: Callable[[], None],
+    ) -> None:
+        super().__init__(_events(rounds), media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-store"
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them, until the end or until the client has gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
+
+
+async def _events(rounds: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
+    try:
+        async for objects in rounds:
+            yield b"".join(map(_event, objects))
+    except Refusal as refusal:  # the status has been sent
+        yield _event(refusal.body())
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def read_fields(request: Request, most: int) -> Fields:
+    """The object in a request's body, of at most so many bytes, which come in time.
+
+    It is parsed in another thread: a large one takes long.
+    """
+    too_large = Refusal(f"the body is larger than {most} bytes; send less", status=413)
+    said = request.headers.get("content-length", "")
+    if said.isdigit() and (len(said) > 18 or int(said) > most):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refusal(f"the body did not come within {BODY_S} seconds", status=408) from None
+    return await asyncio.to_thread(Fields.of, bytes(body))
+
+
+def check_key(request: Request, keys: tuple[str, ...]) -> None:
+    """Raise Refusal unless the client shows one of the keys, where there are any."""
+    if not keys:
+        return
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    given = given.strip().encode("utf-8", "replace")
+    # All are compared: how long it takes says nothing about them.
+    fits = [hmac.compare_digest(given, key.encode()) for key in keys]
+    if kind.lower() != "bearer" or not any(fits):
+        raise Refusal("no such API key; send `Authorization: Bearer KEY`", status=401)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+    """What the work comes to; None, and the work is cancelled, where the client goes first."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        for one in (task, gone):
+            one.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which would wait for ever for the rest of a first request's head."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin, and end if nothing whole comes in time."""
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_S, self._close_without_request)
+
+    def _close_without_request(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
