@@ -14,6 +14,8 @@ from nemotron_jax.environments.latex import normal
 MAX_ANSWER = 2000
 # So many lines may follow an answer, or name the same one.
 MAX_BEHIND = 60
+# The decimal behind an exact value may be off by this share of it.
+ROUNDED = Fraction(1, 50)
 _BOX = re.compile(r"\\(?:boxed|fbox)[ \t\n]?")
 # Between two boxes, the words that make them one list of candidates.
 _JOINED = re.compile(r"[\s$,.;()\\]{0,20}(?:or|and|,|;|/)[\s$,.;()\\]{0,20}", re.IGNORECASE)
@@ -25,7 +27,7 @@ _ANSWER_LINE = re.compile(
 _HEADING = re.compile(r"[ \t*_#>]{0,20}(?:the |final |correct ){0,3}answer[ \t*_]{0,8}", re.I)
 _SENTENCE = re.compile(
     r"\b(?:answers?(?: (?:to|for|of|in) [^.:!?\n]{1,80}?)?"
-    r"|(?:correct|right|best) (?:option|choice))"
+    r"|(?:correct|right|best) (?:option|choice|letter))"
     r"[ \t*_]{0,8}(?:(?:is|are|equals)\b|[:=])[ \t:]{0,4}",
     re.IGNORECASE,
 )
@@ -62,6 +64,7 @@ _NUMBER = re.compile(
     r"(?:[eE]([+-]?\d{1,3})| ?[x*] ?10\^\(?([+-]?\d{1,3})\)?)?",
     re.ASCII,
 )
+_REPEATING = re.compile(r"(\d{0,40})\.(\d{0,40})overline\((\d{1,40})\)", re.ASCII)
 _MIXED = re.compile(r"(\d{1,40})[ +]{1,3}(\d{1,40})/(\d{1,40})", re.ASCII)
 _POWER_OF_TEN = re.compile(r"10\^\(?([+-]?\d{1,3})\)?", re.ASCII)
 # What may stand before the sign of equality: a variable, or the sum that was asked for.
@@ -69,6 +72,11 @@ _LEFT_SIDE = re.compile(
     r"(?:[A-Za-z](?:_\w)?(?:\([a-z]\))?|[-+*/() .\d^]{1,200}) ?=(?![=<>]) ?", re.A
 )
 _ABOUT = re.compile(r"(?:≈|~|=|approximately|approx\.?|about|exactly|roughly)\s*", re.IGNORECASE)
+# An exact value with its decimal behind it: 7/3 ≈ 2.33, 7/3 (about 2.33).
+_ROUNDED = re.compile(
+    r"([^≈]{1,400}?) ?(\()?(?:≈|\b(?:approximately|approx\.?|about|roughly)\b) ?([-+]?[\d.,]{1,60})"
+    r"(?(2)\))"
+)
 _REMARK = re.compile(r"\s+\(([A-Za-z]{2}[A-Za-z ,'\-]{0,60})\)$")
 _CURRENCY = re.compile(r"(?<![\w.])(?:US|A|C)?[$€£¥](?=\s?[\d.])")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -77,6 +85,8 @@ _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 
 def final_answer(text: str) -> str | None:
     """The one answer that a final text gives; None where it gives none, or several."""
     text = text.strip()
+    if text.endswith("</answer>") and text.count("<answer>") == 1:
+        text = text.partition("<answer>")[2].removesuffix("</answer>").strip()
     if _BOX.search(text):
         answer = _last_box(text)
         return answer if answer is None or len(answer) <= MAX_ANSWER else None
@@ -130,6 +140,8 @@ def _stated(lines: list[str]) -> str | None:
     for place, line in enumerate(lines[-3:], max(0, len(lines) - 3)):
         if not _ANSWER_LINE.match(line):
             found += [(place, answer) for answer in _sentences(line)]
+    if not found:
+        found = [(place + 1, lines[place + 1]) for place in _openings(lines[:-1])]
     if not found and "####" in lines[-1]:
         found = [(len(lines) - 1, lines[-1].rpartition("####")[2].strip())]
     if found:
@@ -143,6 +155,16 @@ def _stated(lines: list[str]) -> str | None:
     if len(bold) == 1 and not unsure:
         return next(iter(bold.values()))
     return lines[0] if len(lines) == 1 else None
+
+
+def _openings(lines: list[str]) -> list[int]:
+    """The places of lines that end in "the answer is:", which is on the next line then."""
+    ends = [(place, line[-200:].rstrip("*_ ")) for place, line in enumerate(lines)]
+    return [
+        place
+        for place, end in ends
+        if end.endswith((":", " is")) and any(m.end() == len(end) for m in _SENTENCE.finditer(end))
+    ]
 
 
 def _sentences(line: str) -> list[str]:
@@ -200,9 +222,16 @@ def number(text: str | None) -> Fraction | None:
 
 
 def value_of(text: str) -> str:
-    """What stands behind "x =", or behind the sum that was asked for, in a plain form."""
-    match = _LEFT_SIDE.match(text)
-    return text[match.end() :] if match and "=" not in text[match.end() :] else text
+    """What stands behind "x =", or behind the sum that was asked for, in a plain form.
+
+    Of several signs of equality the last one counts, if no number stands on another side.
+    """
+    rest, sides = text, []
+    while match := _LEFT_SIDE.match(rest):
+        sides.append(literal(match[0].rstrip("= ")))
+        rest = rest[match.end() :]
+    value = literal(rest) if sides else None
+    return text if "=" in rest or any(side not in (None, value) for side in sides) else rest
 
 
 def bare(text: str) -> str:
@@ -210,15 +239,28 @@ def bare(text: str) -> str:
     text = normal(text).strip(_MARKS).rstrip(".").strip(_MARKS)
     if (remark := _REMARK.search(text)) and not _DOUBT.search(remark[1]):
         text = text[: remark.start()]
+    if (rounded := _ROUNDED.fullmatch(text)) and _rounds(rounded[1], rounded[3]):
+        text = rounded[1]
     while match := _ABOUT.match(text):
         text = text[match.end() :]
     return _CURRENCY.sub("", text).replace("$", "").strip()
+
+
+def _rounds(exact: str, decimal: str) -> bool:
+    """Whether a decimal is near a value in plain form; what is no number is not looked at."""
+    value, near = literal(value_of(exact)), literal(decimal)
+    if near is None or not exact:
+        return False
+    return value is None or abs(value - near) <= ROUNDED * abs(value)
 
 
 def literal(text: str) -> Fraction | None:
     """The value of a number in plain form."""
     negative = text[:1] == "-"
     text = text[1:].strip() if text[:1] in ("-", "+") else text
+    if text[:1] == "(" and text[-1:] == ")" and not re.search(r"[()]", text[1:-1]):
+        value = literal(text[1:-1].strip())  # as in -(7/3)
+        return -value if negative and value is not None else value
     words = text.rpartition(" ")
     if text.endswith("%") or words[2].casefold() in ("percent", "pct"):
         value = literal(text[:-1].strip() if text.endswith("%") else words[0])
@@ -246,6 +288,10 @@ def _decimal(text: str) -> Fraction | None:
         return -value if negative and value is not None else value
     if power := _POWER_OF_TEN.fullmatch(text):
         return Fraction(10) ** int(power[1])
+    if match := _REPEATING.fullmatch(text):
+        head, once, again = match.groups()
+        value = Fraction(int(again), 10 ** len(again) - 1) + int(once or 0)
+        return int(head or 0) + value / 10 ** len(once)
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None

@@ -17,6 +17,11 @@ _LETTER = re.compile(
     r"(?:(?<=[\s.):,\-*_])(.{1,1000}))?",
     re.IGNORECASE | re.DOTALL,
 )
+# Paris (B); Paris, option B.
+_BEHIND = re.compile(
+    r"(.{1,1000}?),? (?:\((?:option |choice )?([A-Za-z])\)|(?:option|choice) ([A-Za-z]))",
+    re.IGNORECASE,
+)
 _PRAISE = re.compile(r" is (?:the )?(?:correct|right|best)(?: answer| option| choice| one)?$", re.I)
 # Where a remark begins behind an option's text, and what in a remark names another option.
 _REMARK = re.compile(r"[.,;:] | \(| [-\u2013\u2014] |(?:^| )(?:because|since|as) ", re.I)
@@ -43,6 +48,10 @@ def letter_of(answer: str | None, options: list[str]) -> str | None:
     if match and (place := LETTERS.index((match[1] or match[2]).upper())) < len(options):
         said = (match[3] or "").strip(" .,:;-")
         if not said or _says(said, options[place]):
+            return LETTERS[place]
+    if behind := _BEHIND.fullmatch(text):
+        place = LETTERS.index((behind[2] or behind[3]).upper())
+        if place < len(options) and _equal_texts(behind[1], options[place]):
             return LETTERS[place]
     named = [place for place, option in enumerate(options) if _equal_texts(text, option)]
     return LETTERS[named[0]] if len(named) == 1 else None

@@ -18,6 +18,10 @@ _EQUALITY = re.compile(r"(?<![<>!=])=(?!=)")
 _WORDED = re.compile(
     r"([-+$€£¥]{0,2}\s?[\d.][\d.,/ ]{0,60}?(?:[eE][-+]?\d{1,3})?)(\s*)([A-Za-z°%].{0,60})"
 )
+_UNIT_BEHIND = re.compile(
+    r"(.{0,400}(?:\bpi|[\d)])) "
+    r"((?:[A-Za-z]{2,16} ){0,2}[A-Za-z]{2,16}(?:\^[23])?(?:/[A-Za-z^2]{1,9})?)"
+)
 _WORDS = re.compile(r"[A-Za-z]{2,20}(?:[ \-/][A-Za-z]{2,20}){0,4}(?:\^[23])?")
 # Words behind a number that change it, or that are no unit of what is counted.
 _NO_UNITS = frozenset(
@@ -64,6 +68,8 @@ def _same(expected: str, given: str, depth: int) -> bool:
     expected, given = (_MEMBER.sub("", text, count=1) for text in (expected, given))
     if _loose(expected) == _loose(given):
         return bool(_loose(given))
+    if given.count("=") > 1:
+        given = value_of(given)
     if ("=" in expected) != ("=" in given):
         expected, given = value_of(expected), value_of(given)
     if (value := _number(expected)) is not None or _number(given) is not None:
@@ -76,6 +82,9 @@ def _same(expected: str, given: str, depth: int) -> bool:
         )
     if _equal_quantities(expected, given):
         return True
+    bodies = [_without_unit(text) for text in (expected, given)]
+    if bodies[0][1] != bodies[1][1] and not all(words for _, words in bodies):
+        return _same(bodies[0][0], bodies[1][0], depth)
     one, other = _items(expected), _items(given)
     if (one or other) and depth < MAX_NESTING:
         return _equal_items(one or ("", [expected]), other or ("", [given]), depth + 1)
@@ -130,6 +139,15 @@ def _worded(text: str):
     tokens = set(re.split(r"[ \-/^]", words.casefold()))
     known = match[2] and _WORDS.fullmatch(words) and not tokens & _NO_UNITS
     return (value, words) if known else None
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """A value that is no plain number, such as 16 pi, and the unit behind it, or ""."""
+    match = _UNIT_BEHIND.fullmatch(text)
+    known = match and (match[2].endswith(("unit", "units")) or unit(match[2]))
+    if known and _worded(text) is None:
+        return match[1], match[2]
+    return text, ""
 
 
 def _items(text: str) -> tuple[str, list[str]] | None:

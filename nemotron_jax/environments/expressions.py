@@ -32,7 +32,7 @@ _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
 }  # fmt: skip
 _LETTERS = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon"
-    " phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega".split()
+    " phi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi ohm".split()
 )
 NAMES = frozenset({*_FUNCTIONS, *_CONSTANTS, *_LETTERS, "sqrt", "root", "binom"})
 # Longer runs of letters are words, not products of variables.
@@ -171,13 +171,22 @@ class _Expression:
             raise ValueError("binomial coefficients of small whole numbers only")
         return Fraction(math.comb(int(first), int(second)))
 
+    def _argument(self) -> Value:
+        """What stands in brackets behind a function, or all that is joined to it: sin 2x."""
+        alone = self._peek() in ("(", "|")
+        value = self._signed()
+        while not alone and (self._peek()[:1].isalnum() and self._peek() not in _FUNCTIONS):
+            value = _bounded(value * self._power())
+        return value
+
     def _function(self, name: str) -> Value:
         exponent = self._signed() if self._take("^") else Fraction(1)
         if exponent < 1 if isinstance(exponent, Fraction) else True:
             raise ValueError("an inverse or a power of a function that is not clear")
-        argument = complex(self._power())
+        argument = complex(self._argument())
         if name.startswith("log_"):
-            value = cmath.log(argument) / cmath.log(float(name[4:].strip("()")))
+            base = name[4:].strip("()")
+            value = cmath.log(argument) / cmath.log(math.e if base == "e" else float(base))
         else:
             value = complex(_FUNCTIONS[name](argument))
         return _power(_bounded(value), exponent)
@@ -205,9 +214,11 @@ def _power(base: Value, exponent: Value) -> Value:
     return _bounded(complex(base) ** complex(exponent))
 
 
-def _factorial(value: Value) -> Fraction:
-    if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
-        raise ValueError("factorials of small whole numbers only")
+def _factorial(value: Value) -> Value:
+    if not isinstance(value, Fraction) or not 0 <= value <= MAX_FACTORIAL:
+        raise ValueError("factorials of small numbers only")
+    if value.denominator != 1:  # a variable's number
+        return complex(math.gamma(value + 1))
     return Fraction(math.factorial(int(value)))
 
 

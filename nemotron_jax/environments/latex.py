@@ -7,7 +7,7 @@ mathematics go. Nothing is worked out here, and a text that is no LaTeX stays as
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Groups within groups beyond this are read as text: it bounds the recursion.
 MAX_NESTING = 40
@@ -16,7 +16,16 @@ _TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|[{}]|[^\\{}]", re.DOTALL)
 _FONTS = frozenset(
     "text textbf textit textrm textsf texttt textnormal textup mathrm mathbf mathit mathsf mathtt"
     " mathbb mathcal mathfrak mathnormal operatorname operatorname* mbox hbox emph boldsymbol bm"
-    " underline boxed fbox pmb displaystyle textstyle rm bf it".split()
+    " underline boxed fbox framebox pmb".split()
+)
+# Commands that set size, style or font of all that follows in their group.
+_SWITCHES = frozenset(
+    "displaystyle textstyle scriptstyle scriptscriptstyle rm bf it sf tt sl tiny scriptsize small"
+    " footnotesize normalsize large Large LARGE huge Huge bfseries itshape rmfamily".split()
+)
+# Commands that say how to set what follows: their argument is no part of it.
+_SETTINGS = frozenset(
+    "hspace hskip vspace phantom hphantom vphantom label tag color textcolor colorbox".split()
 )
 _NOTHING = frozenset(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr limits nolimits mathstrut"
@@ -32,9 +41,10 @@ _SYMBOLS = {
     "&": "&", "_": "_", "|": "|", "lvert": "|", "rvert": "|", "vert": "|", "mid": "|",
     "ldots": "...", "dots": "...", "cdots": "...", "minus": "-", "varepsilon": "epsilon",
     "varphi": "phi", "land": " and ", "lor": " or ", "dollar": "$", "pounds": "£", "euro": "€",
-    "\\": ";", "backslash": "\\", "ohm": "ohm", "micro": "\u00b5", "prime": "'",
+    "\\": ";", "backslash": "\\", "ohm": "ohm", "Omega": "ohm", "micro": "\u00b5", "prime": "'",
 }  # fmt: skip
 _UNICODE = {
+    **{chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F) if chr(code) not in "\\{}0123456789"},
     **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×⋅·∙∗✕", "*"), "÷": "/", "⁄": "/", "∕": "/",
     **dict.fromkeys("\u00a0\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "), "√": r"\sqrt ",
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), "π": r"\pi ", "∞": r"\infty ",
@@ -51,8 +61,11 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-"))
 _RAISED_RUN = re.compile(f"[{''.join(_RAISED)}]+")
 _LOWERED_RUN = re.compile(f"[{''.join(_LOWERED)}]+")
 _TRANSLATION = str.maketrans(_UNICODE)
-_SIMPLE = re.compile(r"[\w.%°]+|\w+\([^()]*\)|\([^()]*\)", re.ASCII)
-_POWER = re.compile(r"[-+]?[\w.]+", re.ASCII)
+# What needs no brackets above a fraction's line, below it, as an exponent, and as an index.
+_OVER = re.compile(r"[\w.%°]+|\w+\([^()]*\)|\([^()]*\)", re.ASCII)
+_UNDER = re.compile(r"[\d.%]+|[A-Za-z]|[A-Za-z]{4,}|pi|sqrt\([^()]*\)|\([^()]*\)", re.ASCII)
+_RAISES = re.compile(r"[-+]?(?:[\d.]+|[A-Za-z])|\u00b0", re.ASCII)
+_INDEX = re.compile(r"[-+]?[\w.]+", re.ASCII)
 
 
 def normal(text: str) -> str:
@@ -90,6 +103,9 @@ class _Tokens:
                 if depth:
                     break
                 continue  # an end without a beginning
+            if token == r"\over" and depth:
+                over, under = "".join(parts).strip(), self.group(depth).strip()
+                return _fraction(over, under)
             parts.append(self._plain(token, depth, parts))
         return "".join(parts)
 
@@ -111,7 +127,8 @@ class _Tokens:
             if self._peek() in ("-", "+"):  # s^-2, as it is written outside LaTeX
                 return token + self._next()
             index = self._argument(depth + 1)
-            return token + (index if _POWER.fullmatch(index) or index == "°" else f"({index})")
+            plain = (_RAISES if token == "^" else _INDEX).fullmatch(index)
+            return token + (index if plain else f"({index})")
         if not token.startswith("\\") or len(token) == 1:
             return " " if token in "~\t\n" else token
         return self._command(token[1:], depth + 1, before)
@@ -120,19 +137,20 @@ class _Tokens:
         if name in ("frac", "dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"):
             over, under = self._argument(depth), self._argument(depth)
             # A whole number before it makes a mixed number: 2 1/2.
-            space = " " if before and before[-1][-1:].isdigit() else ""
-            return f"{space}{_bracketed(over)}/{_bracketed(under)}"
+            return _space(before, str.isalnum) + _fraction(over, under)
         if name in ("binom", "dbinom", "tbinom"):
             return f"binom({self._argument(depth)}, {self._argument(depth)})"
         if name == "sqrt":
-            return self._root(depth)
+            return _space(before, str.isalpha) + self._root(depth)
         if name in ("overline", "bar", "vec", "hat"):
             return f"{name}({self._argument(depth)})"
         if name in ("begin", "end"):
             self._argument(depth)
             return "[" if name == "begin" else "]"
-        if name in ("hspace", "hskip", "vspace", "phantom", "label", "tag"):
+        if name in _SETTINGS:
             self._argument(depth)
+            return " "
+        if name in _SWITCHES:
             return " "
         if name in _FONTS:
             return f" {self._argument(depth)} " if self._peek() in ("{", " ") else " "
@@ -159,5 +177,11 @@ class _Tokens:
         return f"root({degree.strip()}, {inner})" if degree.strip() else f"sqrt({inner})"
 
 
-def _bracketed(part: str) -> str:
-    return part if _SIMPLE.fullmatch(part) else f"({part})"
+def _fraction(over: str, under: str) -> str:
+    over = over if _OVER.fullmatch(over) else f"({over})"
+    return f"{over}/{under if _UNDER.fullmatch(under) else f'({under})'}"
+
+
+def _space(before: list[str], joins: Callable[[str], bool]) -> str:
+    """A space where the text so far ends in what would become one with what follows."""
+    return " " if before and joins(before[-1][-1:]) else ""

@@ -30,11 +30,14 @@ _PREFIXED: dict[str, tuple[Fraction, Dimension]] = {
     "L": (Fraction(1, 1000), (3, 0, 0, 0, 0, 0)),
     "l": (Fraction(1, 1000), (3, 0, 0, 0, 0, 0)),
     "bar": (Fraction(100_000), (-1, 1, -2, 0, 0, 0)),
+    "M": (Fraction(1000), (-3, 0, 0, 0, 0, 1)),
 }
 _WHOLE: dict[str, tuple[Fraction, Dimension]] = {
     "min": (Fraction(60), (0, 0, 1, 0, 0, 0)),
     "h": (Fraction(3600), (0, 0, 1, 0, 0, 0)),
     "t": (Fraction(1000), (0, 1, 0, 0, 0, 0)),
+    "mps": (Fraction(1), (1, 0, -1, 0, 0, 0)),
+    **dict.fromkeys(("kph", "kmh"), (Fraction(5, 18), (1, 0, -1, 0, 0, 0))),
 }
 # Names, without the s of the plural; a prefix may stand before those of the first line.
 _NAMES = {
@@ -42,7 +45,7 @@ _NAMES = {
     "ampere": "A", "amp": "A", "kelvin": "K", "mole": "mol", "mol": "mol", "newton": "N",
     "joule": "J", "watt": "W", "pascal": "Pa", "hertz": "Hz", "coulomb": "C", "volt": "V",
     "ohm": "ohm", "liter": "L", "litre": "L", "watthour": "Wh", "minute": "min", "hour": "h",
-    "hr": "h", "tonne": "t", "hz": "Hz", "pa": "Pa",
+    "hr": "h", "tonne": "t", "hz": "Hz", "pa": "Pa", "molar": "M",
 }  # fmt: skip
 _WORD_POWERS = {"square": 2, "squared": 2, "cubic": 3, "cubed": 3}
 _TERM = re.compile(r"([A-Za-z\u00b5]{1,16})(?:\^?\(?(-?[1-4])\)?)?", re.ASCII)
@@ -62,6 +65,8 @@ def unit(text: str) -> tuple[Fraction, Dimension] | None:
     """
     text = re.sub(r"\bper\b", "/", text.replace("[", "").replace("]", ""))
     text = re.sub(r"(?<=watt)[ -]hour", "hour", text, flags=re.IGNORECASE)
+    text = re.sub(r"\b(kilo-|mega-|[kMGu\u00b5] )(?=ohm)", lambda match: match[1][:-1], text)
+    text = re.sub(r"(?<=[A-Za-z])[-.](?=[A-Za-z])", " ", text.replace("**", "^"))
     over, *under = text.replace("*", " ").split("/")
     factor, dimension = Fraction(1), [0] * 6
     for place, part in enumerate((over, *under)):

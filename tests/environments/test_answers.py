@@ -53,6 +53,9 @@ from nemotron_jax.environments.units import quantity
         ("16 - 3 = 13\n#### 1,013", "1,013"),
         ("She makes **$18** every day.", "$18"),
         ("She makes **$18** or **$19**.\nPerhaps **$20**.", None),
+        ("<answer>1</answer>\n<answer>2</answer>", None),
+        ("The answer is:\n5\nOr is it 6?", None),
+        ("The correct letter is B", "B"),
         ("One line.\nIt is not **18**.", None),
         ("Answer: 1\nAnswer: 2", None),
         ("Answer: 1\nor so", None),
@@ -81,6 +84,12 @@ def test_a_text_gives_one_answer_or_none(text: str, answer: str | None) -> None:
      ("3*4+2", None), ("3 or 4", None), ("21 (or so)", None), ("x = 3 or x = 4", None),
      ("x >= 4", None), ("x != 4", None), ("get(ab) = 4", None), ("--4", None), ("2^10", None),
      ("10^10^10", None), ("10**10**10", None), ("1e999999999", None), ("9" * 1999, None),
+     (r"\displaystyle 42", 42), (r"\large\bf 42", 42), (r"\textcolor{red}{42}", 42),
+     (r"{\color{blue} 42}", 42), (r"-{7 \over 3}", Fraction(-7, 3)), ("-(7/3)", Fraction(-7, 3)),
+     (r"\left(-\frac{7}{3}\right)", Fraction(-7, 3)), (r"0.\overline{3}", Fraction(1, 3)),
+     (r"1.1\overline{6}", Fraction(7, 6)), (r"x = -\frac{14}{6} = -\frac73", Fraction(-7, 3)),
+     (r"-\frac{7}{3} \approx -2.33", Fraction(-7, 3)), ("7/3 (about 2.33)", Fraction(7, 3)),
+     ("7 \u2248 8", None), ("7/3 (about 3)", None), ("41 = 42", None), ("x = 41 = 42", None),
      ("1 2", None), ("", None), ("9" * 41, None), ("1_000", None), ("inf", None), ("nan", None)],
 )  # fmt: skip
 def test_numbers_are_plain_ascii_ones(text: str, value: object) -> None:
@@ -88,6 +97,8 @@ def test_numbers_are_plain_ascii_ones(text: str, value: object) -> None:
 
 
 QUANTITIES = (
+    ("3 k\u2126", "3 \\mathrm{k}\\Omega", "3000\\,\\Omega", "3 kilo-ohms"), ("18 kph", "5 mps"),
+    ("2 M", "2 mol/L", "2 molar"), ("4 kg-m/s**2", "4 N", "4 kg.m.s^-2", "F = 2*2 = 4 N"),
     ("0.5 kN", "500 kg*m/s^2"), ("1 L", "1000 cm^3", "1000 ml", "1 l"), ("36 km/h", "10 m/s"),
     ("1 V", "1 J/C"), ("2 W", "2000 mJ/s"), ("1 Pa", "1 N/m^2"), ("3 kohm", "3000 V/A"),
     ("1.5e3 m", "1.5 km", "1,500 m", "1 500 metres"), ("2 x 10^3 J", "2 kJ",
@@ -195,6 +206,16 @@ FORMS = (
     ("1 \\pm \\sqrt{2}", ("1+\\sqrt2, 1-\\sqrt2",), ("1+\\sqrt2", "1-\\sqrt2, 1-\\sqrt2")),
     ("x \\in (-\\infty, 3) \\cup (5, \\infty)", ("(-\u221e,3)\u222a(5,\u221e)",), ("(-\u221e,3)",)),
     ("12:30", ("12 : 30",), ("30:12",)),
+    ("\\frac{1}{2x}", ("1/(2x)", "\\frac{1}{x\\cdot 2}", "1/2/x"), ("x/2", "\\frac{x}{2}")),
+    ("\\frac{3}{2\\pi}", ("3/(2\\pi)",), ("\\frac{3\\pi}{2}",)),
+    ("\\frac{1}{2\\sqrt{3}}", ("\\frac{\\sqrt3}{6}",), ("\\frac{\\sqrt3}{2}",)),
+    ("x^{2n}", ("(x^n)^2", "x^{n}x^{n}"), ("n x^2", "x^2 n")),
+    ("e^{2x}", ("\\exp(2x)", "(e^x)^2"), ("x e^2",)),
+    ("\\sin 2x", ("2\\sin x\\cos x", "\\sin(2x)"), ("x\\sin 2", "\\sin(2)x")),
+    ("x\\sqrt2", ("\\sqrt{2}x",), ("2\\sqrt x",)),
+    ("\\frac{1}{n!}", ("1/n!", "\\frac{n+1}{(n+1)!}"), ("n!", "1/(n+1)!")),
+    ("16\\pi \\text{ cm}^2", ("16\\pi", "16\\pi\\text{ cm}^2"), ("16\\pi\\text{ m}^2", "16")),
+    ("16\\pi", ("16\\pi\\text{ square units}",), ("16\\pi x", "16")),
 )  # fmt: skip
 
 
@@ -251,11 +272,12 @@ LETTERED = {
           "B) Paris.", "B. paris", "B) **Paris**", "**B. Paris**", "B: Paris", "B - Paris",
           "Option B",
           "option (B)",          "\\textbf{(B) } Paris", "Paris", "PARIS.", "B, because it is.",
-          "B) Paris (the capital)",
+          "B) Paris (the capital)", "Paris (B)", "Paris, option B", "\uff22",
           "The correct option is B.", "B is correct."),
     "C": ("a cat", "C) A cat"), "D": ("3.5", "D) 3.5"),
     "E": ("1/2", "\\dfrac12", "E. $\\frac12$"),
-    None: ("G", "B) Rome", "A or B", "A B", "A, B", "B) Paris, or A) Rome", "not B", "Bob",
+    None: ("G", "B) Rome", "Rome (B)", "Rome, option B", "A or B",
+           "A B", "A, B", "B) Paris, or A) Rome", "not B", "Bob",
      "D) 3", "",
            "A) Rome B) Paris", "both A and B", "I think B", "B) P", "Paris or Rome", "D) 3.6"),
 }  # fmt: skip
@@ -275,7 +297,9 @@ ANSWERED = ("arithmetic", "lookup", "equations", "science_units", "multiple_choi
             "needle", "graph_walk", "search_pivot")  # fmt: skip
 WAYS = ("\\boxed{@}", "$\\boxed{\\text{@}}$", "The answer is @.", "So the final answer is **@**.",
         "Answer: @\n\nLet me know if you need more or less.", "**Answer:** @", "### Answer\n\n@",
-        "It is so.\n#### @", "First \\boxed{~}, then \\boxed{@}.", "Answer: $@$")  # fmt: skip
+        "It is so.\n#### @", "<answer>@</answer>", "<answer>\nAnswer: @\n</answer>",
+        "So the answer is:\n\n@\n\nThis was asked for.",
+        "First \\boxed{~}, then \\boxed{@}.", "Answer: $@$")  # fmt: skip
 
 
 def test_every_environment_reads_its_answer_in_every_way() -> None:
