@@ -44,7 +44,7 @@ _SYMBOLS = {
     "\\": ";", "backslash": "\\", "ohm": "ohm", "Omega": "ohm", "micro": "\u00b5", "prime": "'",
 }  # fmt: skip
 _UNICODE = {
-    **{chr(0xFEE0 + code): chr(code) for code in range(0x21, 0x7F) if chr(code) not in "\\{}0123456789"},
+    **{chr(0xFEE0 + code): chr(code) for code in (*range(0x21, 0x30), *range(0x3A, 0x5B))},
     **dict.fromkeys("−–—‐‑﹣－", "-"), **dict.fromkeys("×⋅·∙∗✕", "*"), "÷": "/", "⁄": "/", "∕": "/",
     **dict.fromkeys("\u00a0\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "), "√": r"\sqrt ",
     **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""), "π": r"\pi ", "∞": r"\infty ",
