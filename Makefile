@@ -24,7 +24,7 @@ REQUIREMENTS := requirements.txt pyproject.toml constraints-py311.txt constraint
 comma := ,
 # Two workers: a test is mostly compilation, which one core does.
 WORKERS := --numprocesses 2 --dist loadfile
-FAST := -m "not slow and not hf and not prove_tpu" --ignore=tests/hf $(WORKERS)
+FAST := -m "not slow and not more and not hf and not prove_tpu" --ignore=tests/hf $(WORKERS)
 ALL := -m "not hf and not prove_tpu" --ignore=tests/hf $(WORKERS)
 
 .PHONY: help
@@ -60,6 +60,10 @@ report: $(VENV)/.installed  ## evaluate RUN=runs/tiny into build/report/report.h
 .PHONY: test
 test: $(VENV)/.installed  ## run every fast test
 	@$(VENV)/bin/python -m pytest $(FAST)
+
+.PHONY: test-more
+test-more: $(VENV)/.installed  ## run the crossings that `test` only samples (half an hour)
+	@$(VENV)/bin/python -m pytest -m "more and not slow" --ignore=tests/hf $(WORKERS)
 
 .PHONY: test-all
 test-all: $(VENV)/.installed  ## run the slow tests too
