@@ -210,8 +210,8 @@ def _check_count(config: RunConfig, target: str, count: int) -> None:
     fsdp = count // data if count % data == 0 else count
     data = count // fsdp
     raise ValueError(
-        f"target={target!r} has {count} devices, but mesh.data={config.mesh.data} times "
-        f"mesh.fsdp={config.mesh.fsdp} is {config.mesh.size}; such as --config.mesh.data={data} "
+        f"target={target!r} has {count} devices, but the mesh of {config.mesh.named} is "
+        f"{config.mesh.size}; such as --config.mesh.data={data} "
         f"--config.mesh.fsdp={fsdp} would use them all"
     )
 

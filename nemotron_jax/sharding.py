@@ -5,6 +5,7 @@ parameters and batches and from `shard`; what sorts, scans or calls a kernel run
 each device sees its own part alone.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +17,20 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.config.run import MeshConfig
-from nemotron_jax.types import Weight
+from nemotron_jax.types import Rows, Weight
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
-ROWS = ("data", "fsdp")  # both share the rows of a batch
+ROWS = ("data", "fsdp", "expert")  # all share the rows of a batch
+# These share matrices, whose parts products gather; but whole experts stay with their `OWNERS`.
+SHARES = ("fsdp", "expert", "context")
+OWNERS = ("expert", "tensor")
 
 # Logical axes of parameters and of their moments. Of the mesh axes named here, each goes to the
 # first axis of an array that names it and that it divides; what it does not divide stays whole.
 # Heads are one unit, so that no head is cut; the groups of B and C move with Mamba's heads.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "vocabulary": ("tensor",),
-    "width": ("fsdp",),
+    "width": SHARES,
     "mtp_width": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -34,10 +38,11 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "mamba_heads": ("tensor",),
     "mamba_groups": ("tensor",),
     "conv_width": (),
-    "latent": ("fsdp",),
-    "experts": ("expert", "fsdp"),
+    "latent": SHARES,
+    # Owners first: what is gathered along the others are experts that follow one another.
+    "experts": (*OWNERS, "fsdp", "context"),
     "router_experts": (),
-    "expert_hidden": ("tensor", "fsdp"),
+    "expert_hidden": SHARES,
     "mlp_hidden": ("tensor",),
     "rank": (),
 }
@@ -67,8 +72,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """
     if config.size > len(devices):
         raise ValueError(
-            f"MeshConfig: data={config.data} times fsdp={config.fsdp} is {config.size} devices, "
-            f"but there are {len(devices)}; lower one, or on a CPU start with "
+            f"MeshConfig: {config.named} is {config.size} devices, but there are {len(devices)}; "
+            "lower one, or on a CPU start with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.size}"
         )
     shape = tuple(getattr(config, axis) for axis in MESH_AXES)
@@ -153,8 +158,14 @@ def shard_parameter(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def gather_parameter(x: jax.Array, axes: Axes) -> jax.Array:
-    """`x`, laid out as a parameter with these logical axes, with every device's FSDP part."""
-    whole = lambda sizes: parameter_spec(axes, x.shape, {**sizes, "fsdp": 1})
+    """`x`, laid out as a parameter with these logical axes, with the parts that devices share."""
+
+    def whole(sizes: Mapping[str, int]) -> PartitionSpec:
+        parts = dict(_cuts(axes, x.shape, sizes).gathered)
+        spec = parameter_spec(axes, x.shape, sizes)
+        kept = lambda axis, entry: tuple(n for n in _names(entry) if n not in parts.get(axis, ()))
+        return PartitionSpec(*(kept(axis, entry) or None for axis, entry in enumerate(spec)))
+
     return _constrained(x, whole)
 
 
@@ -168,16 +179,16 @@ def part_shape(axes: Axes, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def local(
-    function: Callable[..., Any],
-    in_axes: Sequence[Axes | Weight | None],
-    out_axes: Any,
+    function: Callable[..., Any], in_axes: Sequence[Any], out_axes: Any
 ) -> Callable[..., Any]:
     """`function` on each device's own part of its arguments; the function itself without a mesh.
 
-    `in_axes` hold for each argument the logical axes of an activation, leading ones first (None: it
-    is whole everywhere), or the `Weight` whose value it is. `out_axes` are the results', leading
-    axes likewise; a result that has one entry for each device's part names it "batch". Rows that
-    the devices do not divide are computed by all of them. Differentiate it from outside only.
+    Arguments and results are pytrees. `in_axes` hold for each argument the logical axes of its
+    arrays, activations all, leading ones first (None: whole everywhere); a `Weight`, whose value it
+    is; or the class `Weight` or `Rows`, of which it is made and which bring their own. `out_axes`
+    are the results', leading axes likewise; a result that has one entry for each device's part
+    names it "batch". Rows that the devices do not divide are computed by all of them. Differentiate
+    it from outside only.
     """
     sizes = _sizes()
     if math.prod(sizes.values()) == 1:
@@ -186,10 +197,8 @@ def local(
     def run(*arguments: Any) -> Any:
         chosen: dict[str, tuple[str, ...]] = {}  # mesh axes by logical axis, found once
         specs = [
-            parameter_spec(axes.axes, value.shape, sizes)
-            if isinstance(axes, Weight)
-            else _local_spec(axes, value, sizes, chosen)
-            for axes, value in zip(in_axes, arguments, strict=True)
+            _local_specs(axes, argument, sizes, chosen)
+            for axes, argument in zip(in_axes, arguments, strict=True)
         ]
         is_axes = lambda node: (
             isinstance(node, tuple) and all(isinstance(name, str | None) for name in node)
@@ -205,56 +214,80 @@ def local(
     return run
 
 
-def cut_axis(weight: Weight) -> int | None:
-    """The axis of a weight along which FSDP cuts it, for `gathered`; None where it stays whole."""
-    spec = parameter_spec(weight.axes, weight.value.shape, _sizes())
-    return next((axis for axis, names in enumerate(spec) if "fsdp" in (names or ())), None)
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """The mesh axes that cut each axis of an array: those whose parts a product gathers, and those
+    whose parts stay with their devices."""
+
+    gathered: tuple[tuple[int, tuple[str, ...]], ...] = ()
+    kept: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Of an array of experts, the mesh axes along which devices have experts of their own."""
+        return dict(self.kept).get(0, ())
+
+
+def cuts_of(weight: Weight) -> Cuts:
+    """How the devices share a weight, whole experts staying with their owners."""
+    return _cuts(weight.axes, weight.value.shape, _sizes())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
-    """Inside `local`, a whole weight from this device's part of it, cut along `axis`.
+def gathered(part: jax.Array, cuts: Cuts, dtype: jnp.dtype) -> jax.Array:
+    """Inside `local`, a whole weight (of all own experts) from this device's part of it.
 
     It travels in `dtype`, whose values the result has; its gradient is summed, and scattered over
-    the devices, in its own. Outside `local`, and with `axis` None, the weight as it is.
+    the devices, in its own. Outside `local`, and where nothing is cut, the weight as it is.
     """
-    if axis is None:
-        return part
-    return whole(part, axis, dtype).astype(part.dtype)
+    return whole(part, cuts, dtype).astype(part.dtype) if cuts.gathered else part
 
 
-def _gathered_forward(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> tuple:
-    return gathered(part, axis, dtype), None
+def _gathered_forward(part: jax.Array, cuts: Cuts, dtype: jnp.dtype) -> tuple:
+    return gathered(part, cuts, dtype), None
 
 
-def _gathered_backward(axis: int | None, dtype: jnp.dtype, _: None, gradient: jax.Array) -> tuple:
-    if axis is None:
-        return (gradient,)
-    return (jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=axis, tiled=True),)
+def _gathered_backward(cuts: Cuts, dtype: jnp.dtype, _: None, gradient: jax.Array) -> tuple:
+    for axis, names in cuts.gathered:
+        gradient = jax.lax.psum_scatter(gradient, names, scatter_dimension=axis, tiled=True)
+    return (gradient,)
 
 
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def whole(part: jax.Array, axis: int | None, dtype: jnp.dtype) -> jax.Array:
+def whole(part: jax.Array, cuts: Cuts, dtype: jnp.dtype) -> jax.Array:
     """What `gathered` gives, in `dtype` and without a gradient: for products with their own."""
     part = part.astype(dtype)
-    return part if axis is None else jax.lax.all_gather(part, "fsdp", axis=axis, tiled=True)
+    for axis, names in cuts.gathered:
+        part = jax.lax.all_gather(part, names, axis=axis, tiled=True)
+    return part
 
 
-def scattered(gradient: jax.Array, axis: int | None) -> jax.Array:
-    """This device's part of a whole weight's gradient, summed over the devices of FSDP: what the
-    backward pass of `gathered` gives, at once."""
-    (part,) = _gathered_backward(axis, gradient.dtype, None, gradient)
+def scattered(gradient: jax.Array, cuts: Cuts) -> jax.Array:
+    """This device's part of a whole weight's gradient, summed over the devices that share it: what
+    the backward pass of `gathered` gives, at once."""
+    (part,) = _gathered_backward(cuts, gradient.dtype, None, gradient)
     # The compiler would add up the gradients of a weight that is used twice, or in a loop, and
     # scatter the sum: several whole ones would be held. It adds nothing across a barrier.
-    return part if axis is None else jax.lax.optimization_barrier(part)
+    return jax.lax.optimization_barrier(part) if cuts.gathered else part
 
 
-def max_over_devices(value: jax.Array) -> jax.Array:
-    """The largest of all devices' values inside `local`; the value itself elsewhere."""
+def row_axes(rows: int) -> tuple[str, ...]:
+    """The mesh axes along which devices share a batch of so many rows, inside `local`."""
+    return _fitting(ACTIVATIONS["batch"], rows, _sizes(), set())
+
+
+def first_expert(owners: Sequence[str], own: int) -> jax.Array | int:
+    """The number of this device's first expert, of which each device along `owners` has `own`."""
+    return jax.lax.axis_index(tuple(owners)) * own if owners else 0
+
+
+def max_over_devices(value: jax.Array, *, owners: Sequence[str] = ()) -> jax.Array:
+    """The largest of all devices' values inside `local`; the value itself elsewhere. Along `owners`
+    devices have values of their own."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    axes = tuple(axis for axis in ROWS if axis in manual)
+    axes = tuple(axis for axis in ROWS if axis in manual and axis not in owners)
     return jax.lax.pmax(value, axes) if axes else value
 
 
@@ -287,11 +320,44 @@ def _fitting(
     return found
 
 
+def _cuts(axes: Axes, shape: Sequence[int], sizes: Mapping[str, int]) -> Cuts:
+    """`parameter_spec` by who gathers what."""
+    spec = parameter_spec(axes, shape, sizes)
+    names = (None,) * (len(spec) - len(axes)) + tuple(axes)
+    shared, kept = [], []
+    for axis, (name, entry) in enumerate(zip(names, spec)):
+        travel = set(SHARES).difference(OWNERS if name == "experts" else ())
+        shared.append((axis, tuple(n for n in _names(entry) if n in travel)))
+        kept.append((axis, tuple(n for n in _names(entry) if n not in travel)))
+    some = lambda pairs: tuple(pair for pair in pairs if pair[1])
+    return Cuts(some(shared), some(kept))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec, which turns a single name into a string."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _local_specs(
+    axes: Any, argument: Any, sizes: Mapping[str, int], chosen: dict[str, tuple[str, ...]]
+) -> Any:
+    """One argument's placement, leaf by leaf."""
+    if isinstance(axes, Weight):
+        return parameter_spec(axes.axes, axes.value.shape, sizes)
+    if axes is Weight:
+        own = lambda weight: parameter_spec(weight.axes, weight.value.shape, sizes)
+        return jax.tree.map(own, argument, is_leaf=lambda node: isinstance(node, Weight))
+    if axes is Rows:
+        own = lambda path, leaf: _local_spec(Rows.AXES[path[-1].name], leaf, sizes, chosen)
+        return jax.tree_util.tree_map_with_path(own, argument)
+    return jax.tree.map(lambda leaf: _local_spec(axes, leaf, sizes, chosen), argument)
+
+
 def _local_spec(
     axes: Axes | None, value: Any, sizes: Mapping[str, int], chosen: dict[str, tuple[str, ...]]
 ) -> PartitionSpec:
-    """One argument's placement; a logical axis has the same mesh axes in every argument."""
-    if axes is None or value is None:
+    """One array's placement; a logical axis has the same mesh axes in every array."""
+    if axes is None:
         return PartitionSpec()
     for name, length in zip(axes, value.shape):
         if name is not None and name not in chosen:

@@ -7,7 +7,8 @@ E experts, R experts per token, L latent, F expert hidden; Z prediction targets 
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Bool, Float, Int, UInt32
@@ -62,6 +63,16 @@ class Rows:
     offset: Int[Array, "B"] | None = None  # tokens already in the cache
     numbers: Int[Array, "B T"] | None = None  # each token's among all of the batch
     words: UInt32[Array, "2"] | None = None  # random words of this layer, for stochastic rounding
+
+    # Logical axes of each; the words are the same everywhere.
+    AXES: ClassVar[Mapping[str, tuple[str, ...] | None]] = {
+        "documents": ("batch",),
+        "valid": ("batch",),
+        "lengths": ("batch",),
+        "offset": ("batch",),
+        "numbers": ("batch",),
+        "words": None,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

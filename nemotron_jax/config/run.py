@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 
 from nemotron_jax.config.checks import (
     at_least_one,
@@ -153,11 +154,11 @@ class LoggingConfig:
 class MeshConfig:
     """How many devices lie along each axis of the mesh.
 
-    `data` and `fsdp` share the rows of a batch; `fsdp` also shares parameters and their moments, of
-    which each device gathers one layer at a time. On a CPU a device is a share of its cores: XLA
-    runs the many small products of a step on one core, so two devices train nearly twice as fast as
-    one on two cores. `expert`, `tensor` and `context` are named for checkpoints' sake, and must
-    be 1.
+    `data`, `fsdp` and `expert` share the rows of a batch; `fsdp` and `expert` also share parameters
+    and their moments, of which each device gathers one layer at a time. Routed experts stay with
+    their devices along `expert`: tokens travel to them. On a CPU a device is a share of its cores:
+    XLA runs the many small products of a step on one core, so two devices train nearly twice as
+    fast as one on two cores. `tensor` and `context` are named for checkpoints' sake, and must be 1.
     """
 
     data: int = 1
@@ -171,10 +172,22 @@ class MeshConfig:
         """Devices of the mesh."""
         return math.prod(dataclasses.astuple(self))
 
+    @property
+    def row_shards(self) -> int:
+        """Parts that the rows of a batch are cut into."""
+        return self.data * self.fsdp * self.expert
+
+    @property
+    def named(self) -> str:
+        """The axes as a sentence names them: data and fsdp, and what else is above 1."""
+        sizes = dataclasses.asdict(self).items()
+        shown = [f"{name}={size}" for name, size in sizes if size > 1 or name in ("data", "fsdp")]
+        return " times ".join(shown)
+
     def __post_init__(self) -> None:
         at_least_one(self, "data", "fsdp", "expert", "tensor", "context")
-        rule = "must be 1: no layer is split along it yet; use data and fsdp"
-        for field in ("expert", "tensor", "context"):
+        rule = "must be 1: no layer is split along it yet; use data, fsdp and expert"
+        for field in ("tensor", "context"):
             check(self, field, getattr(self, field) == 1, rule)
 
 
@@ -231,14 +244,16 @@ class RunConfig:
                 "set lora.dropout=0"
             )
             check(self.lora, "dropout", self.lora.dropout == 0, rule)
-        parts, rows = self.training.micro_batches * self.mesh.size, self.data.batch_size
+        parts, rows = self.training.micro_batches * self.mesh.row_shards, self.data.batch_size
         fewer = max(parts, rows - rows % parts)
         rule = (
             f"must be a multiple of training.micro_batches={self.training.micro_batches} times "
-            f"the {self.mesh.size} devices of mesh.data={self.mesh.data} and "
-            f"mesh.fsdp={self.mesh.fsdp}, such as {fewer} or {fewer + parts}"
+            f"the {self.mesh.row_shards} devices of mesh.data={self.mesh.data}, "
+            f"mesh.fsdp={self.mesh.fsdp} and mesh.expert={self.mesh.expert}, such as {fewer} or "
+            f"{fewer + parts}"
         )
         check(self, "data.batch_size", rows % parts == 0, rule)
+        _check_divided(self)
         has_mtp = self.training.mtp_depths == 0 or self.model.mtp is not None
         rule = "needs a model with mtp; set it to 0 or configure model.mtp"
         check(self, "training.mtp_depths", has_mtp, rule)
@@ -247,3 +262,19 @@ class RunConfig:
             f"reaches past a whole row of data.sequence_length={self.data.sequence_length} tokens"
         )
         check(self, "training.mtp_depths", within, rule)
+
+
+def _check_divided(config: RunConfig) -> None:
+    """Raise ValueError where an axis of the mesh does not divide what the model puts along it."""
+    model, mesh = config.model, config.mesh
+    owners = f"mesh.expert={mesh.expert} times mesh.tensor={mesh.tensor}"
+    tensor = f"mesh.tensor={mesh.tensor}"
+    each = [
+        (True, "data.sequence_length", mesh.context, f"mesh.context={mesh.context}"),
+        (model.moe, "model.moe.num_experts", mesh.expert * mesh.tensor, owners),
+        (model.attention, "model.attention.num_heads", mesh.tensor, tensor),
+        (model.mamba, "model.mamba.num_groups", mesh.tensor, tensor),
+    ]
+    for used, field, devices, named in each:
+        whole = not used or operator.attrgetter(field)(config) % devices == 0
+        check(config, field, whole, f"must be a multiple of {named}; change one of them")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -9,6 +10,7 @@ from nemotron_jax import quant
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.linear import normal
 from nemotron_jax.layers.low_rank import LowRank
+from nemotron_jax.sharding import Cuts
 from nemotron_jax.types import Context, Rows, Weight
 from pallas_kernels import combine_rows, gather_rows, sort_by_expert
 
@@ -55,12 +57,14 @@ def mix(
     context: Context,
     *,
     num_experts: int,
-    cuts: tuple[int | None, int | None] = (None, None),
+    cuts: tuple[Cuts, Cuts] = (Cuts(), Cuts()),
 ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
     """Mixed expert outputs and how many tokens each expert got; padding gets zeros.
 
-    A function of tokens that are all at hand: `Rows` hold those of these N. Of the experts' up and
-    down it takes this device's parts, cut along the axes `cuts`.
+    A function of tokens that are all at hand: `Rows` hold those of these N. Experts are counted
+    from this device's first; what `index` has below 0 or from `num_experts` on is another's, and
+    adds nothing. Of up and down it takes this device's parts, which devices share as `cuts` say.
+    Where other devices have experts of their own, results are partial sums, in float32.
     """
     valid = None if rows.valid is None else rows.valid.reshape(-1)
     align = quant.row_alignment(context)
@@ -68,4 +72,5 @@ def mix(
     options = {"cuts": cuts, "rows": rows, "context": context}
     up, down, *adapters = matrices
     sorted_rows = quant.expert_mlp(gather_rows(x, order), up, down, order, adapters, **options)
-    return combine_rows(sorted_rows, weights, order).astype(x.dtype), order.load
+    dtype = jnp.float32 if cuts[0].owners else x.dtype
+    return combine_rows(sorted_rows, weights, order, dtype), order.load

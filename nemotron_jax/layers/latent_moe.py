@@ -5,15 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.model import MoEConfig
+from nemotron_jax.layers.exchange import Exchange
 from nemotron_jax.layers.experts import Experts, mix
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.layers.router import Router, balance_loss, choose
-from nemotron_jax.sharding import cut_axis, gathered, local
-from nemotron_jax.types import Context, Rows
+from nemotron_jax.sharding import Cuts, cuts_of, first_expert, gathered, local
+from nemotron_jax.types import Context, Rows, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -87,27 +88,73 @@ class LatentMoE(nnx.Module):
         context: Context,
     ) -> tuple[Float[Array, "B T L"], Float[Array, "devices E"], Float[Array, "devices"]]:
         """Experts' outputs of each device's own tokens; load and balance loss of each device."""
-        weights = self.experts.matrices()
-        cuts = [cut_axis(weight) for weight in weights]
+        matrices = self.experts.matrices()
+        owned = Owned(
+            tuple(cuts_of(matrix) for matrix in matrices),
+            Exchange.of(matrices[0], latent.shape[0]),
+            self.config,
+            context,
+        )
+        by_row = ("batch",)
+        in_axes = (by_row, by_row, None, Rows, Weight)
+        run = local(owned.route, in_axes, (by_row, by_row, by_row))
+        if context.execution.aux_loss == "rows":
+            rows = dataclasses.replace(rows, documents=None)
+        return run(latent, logits, self.router.selection_bias[...], rows, matrices)
 
-        def route(latent: Array, logits: Array, bias: Array, *others: Array | None) -> tuple:
-            documents, valid, numbers, words, *parts = others
-            own = Rows(documents=documents, valid=valid, numbers=numbers, words=words)
-            flat = lambda array: array.reshape(-1, array.shape[-1])
-            index, weights, scores = choose(flat(logits), bias, self.config)
-            # The products gather the experts' own matrices, each as they need it.
-            adapters = zip(parts[2:], cuts[2:], strict=True)
-            matrices = (*parts[:2], *(gathered(*one, context.dtype) for one in adapters))
-            options = {"num_experts": logits.shape[-1], "cuts": tuple(cuts[:2])}
-            mixed, load = mix(flat(latent), index, weights, matrices, own, context, **options)
-            loss = balance_loss(
-                scores.reshape(logits.shape), self.config.experts_per_token, documents, valid
-            )
-            return mixed.reshape(latent.shape), load.astype(jnp.float32)[None], loss[None]
 
-        by_row, bias = ("batch",), self.router.selection_bias[...]
-        in_axes = (by_row, by_row, None, by_row, by_row, by_row, None, *weights)
-        run = local(route, in_axes, (by_row, by_row, by_row))
-        documents = None if context.execution.aux_loss == "rows" else rows.documents
-        tokens = (documents, rows.valid, rows.numbers, rows.words)
-        return run(latent, logits, bias, *tokens, *(weight.value for weight in weights))
+@dataclasses.dataclass(frozen=True)
+class Owned:
+    """One device's part in a layer: the experts that it owns, and the tokens that reach them."""
+
+    cuts: tuple[Cuts, ...]  # of each matrix of the experts
+    exchange: Exchange
+    config: MoEConfig
+    context: Context
+
+    def route(
+        self,
+        latent: Float[Array, "B T L"],
+        logits: Float[Array, "B T E"],
+        bias: Float[Array, "E"],
+        rows: Rows,
+        matrices: tuple[Weight, ...],
+    ) -> tuple[Float[Array, "B T L"], Float[Array, "1 E"], Float[Array, "1"]]:
+        """The layer inside `local`: this device's tokens choose among all experts, and get the sum
+        of what their owners make of them."""
+        flat = lambda array: array.reshape(-1, array.shape[-1])
+        index, weights, scores = choose(flat(logits), bias, self.config)
+        scores = scores.reshape(logits.shape)
+        loss = balance_loss(scores, self.config.experts_per_token, rows.documents, rows.valid)
+        mixed, load = self.mixed(flat(latent), index, weights, rows, matrices)
+        return mixed.reshape(latent.shape), load.astype(jnp.float32)[None], loss[None]
+
+    def mixed(
+        self,
+        x: Float[Array, "N L"],
+        index: Int[Array, "N R"],
+        weights: Float[Array, "N R"],
+        rows: Rows,
+        matrices: tuple[Weight, ...],
+    ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
+        """The experts' weighted sums for this device's tokens, and how many tokens each of its own
+        experts got of all devices'; others' are zeros."""
+        exchange, num_experts = self.exchange, self.config.num_experts
+        count = num_experts // exchange.devices
+        first = first_expert(exchange.owners, count)
+        up, down, *adapters = (matrix.value for matrix in matrices)
+        # Up's and down's products gather them, each as it needs them.
+        of_adapters = zip(adapters, self.cuts[2:], strict=True)
+        adapters = [gathered(part, cuts, self.context.dtype) for part, cuts in of_adapters]
+        flat = lambda array: None if array is None else exchange.to_owners(array.reshape(-1))
+        own, load = mix(
+            exchange.to_owners(x),
+            exchange.to_owners(index) - first,
+            exchange.to_owners(weights),
+            (up, down, *adapters),
+            Rows(valid=flat(rows.valid), numbers=flat(rows.numbers), words=rows.words),
+            self.context,
+            num_experts=count,
+            cuts=self.cuts[:2],
+        )
+        return exchange.from_owners(own).astype(x.dtype), exchange.among_all(load, num_experts)

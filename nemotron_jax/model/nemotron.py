@@ -21,7 +21,7 @@ from nemotron_jax.model.block import make_stack
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.mtp import MTPBlock
 from nemotron_jax.model.stack import Stacks, run_stack, split_layers
-from nemotron_jax.sharding import cut_axis, gathered, local, shard, target_platform
+from nemotron_jax.sharding import cuts_of, gathered, local, shard, target_platform
 from nemotron_jax.types import Context, Origin, Output, Rows, Weight
 from pallas_kernels import nvfp4
 
@@ -308,8 +308,8 @@ def _sequences(tokens: Array, rows: Rows, execution: Execution) -> Float[Array, 
 def _embed(model: Nemotron, tokens: Int[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
     """The tokens' rows of the embedding table, looked up by each device for its own tokens."""
     table = Weight(model.embedding[...], model.embedding.axes)
-    cut = cut_axis(table)
-    look_up = lambda part, tokens: gathered(part, cut, context.dtype)[tokens].astype(context.dtype)
+    cuts = cuts_of(table)
+    look_up = lambda part, tokens: gathered(part, cuts, context.dtype)[tokens].astype(context.dtype)
     x = local(look_up, (table, ("batch",)), ("batch",))(table.value, tokens)
     return shard(x, "batch", "tokens", "width")
 

@@ -26,7 +26,14 @@ from nemotron_jax.quant.operands import (
     stream,
     treatments,
 )
-from nemotron_jax.sharding import gather_parameter, gathered, scattered, shard_parameter, whole
+from nemotron_jax.sharding import (
+    Cuts,
+    gather_parameter,
+    gathered,
+    scattered,
+    shard_parameter,
+    whole,
+)
 from pallas_kernels import grouped_matmul, grouped_outer, nvfp4
 
 
@@ -39,7 +46,7 @@ class Spec:
     options: NVFP4Config
     out_dtypes: tuple[jnp.dtype, ...]  # one for each weight
     axes: tuple[tuple[str, ...], ...] = ()  # the weights' logical axes; () where they are whole
-    cut: int | None = None  # of experts inside `local`: the axis along which devices share them
+    cuts: Cuts = Cuts()  # of experts inside `local`: how devices share them
     implementation: str | None = None  # of kernels, as the two things their ops choose by
     target: str | None = None
 
@@ -119,12 +126,12 @@ def grouped_dot(
     """Each row times its expert's matrix; every expert's rows and matrix are tensors of their own.
 
     Groups start at multiples of the blocks' rows and are filled up with rows of zeros, as
-    `sort_by_expert` with `align` makes them. `weight` may be this device's part, cut along the axis
-    `spec.cut`: whole experts are quantised where they lie, and then gathered.
+    `sort_by_expert` with `align` makes them. `weight` may be this device's part, cut as
+    `spec.cuts` say: whole experts are quantised where they lie, and then gathered.
     """
-    if spec.cut:
-        weight = gathered(weight, spec.cut, x.dtype)
-        spec = dataclasses.replace(spec, cut=None)
+    if any(axis > 0 for axis, _ in spec.cuts.gathered):
+        weight = gathered(weight, spec.cuts, x.dtype)
+        spec = dataclasses.replace(spec, cuts=dataclasses.replace(spec.cuts, gathered=()))
     padding = [(0, -size % spec.step) for size in weight.shape[1:]]
     y = _grouped_dot(
         spec,
@@ -173,7 +180,7 @@ def _grouped_backward(spec, residuals, dy):
     right, gradient_scale = _operand(spec, dy, WGRAD, GRADIENT, draw, groups)
     left, right = left.astype(dtype), right.astype(dtype)
     dweight = grouped_outer(left, right, group_sizes, scale=scale * gradient_scale, **spec.kernel)
-    dweight = scattered(dweight, spec.cut).astype(weight.dtype)
+    dweight = scattered(dweight, spec.cuts).astype(weight.dtype)
     return dx.astype(dtype), dweight, None, None, None
 
 
@@ -217,16 +224,17 @@ def _expert_operand(
     flat = weight.reshape(count * rows, columns)
     operand, scale = _operand(spec, flat, product, WEIGHT, groups=groups)
     operand = operand.reshape(weight.shape)
-    if spec.cut is None:
+    if not spec.cuts.gathered:
         return operand, scale
-    return whole(operand, spec.cut, jnp.bfloat16), whole(scale, spec.cut, scale.dtype)
+    return whole(operand, spec.cuts, jnp.bfloat16), whole(scale, spec.cuts, scale.dtype)
 
 
 def _row_groups(spec: Spec, x: Float[Array, "rows _"], group_sizes: Int[Array, "E"]) -> Groups:
     starts = spec.step * jnp.arange(x.shape[0] // spec.step, dtype=jnp.int32)
     of_rows = jnp.searchsorted(jnp.cumsum(group_sizes), starts, side="right")
     last = group_sizes.shape[0] - 1  # rows past all groups are zeros and belong to any
-    return Groups(jnp.minimum(of_rows, last).astype(jnp.int32), group_sizes.shape[0])
+    of_rows = jnp.minimum(of_rows, last).astype(jnp.int32)
+    return Groups(of_rows, group_sizes.shape[0], owners=spec.cuts.owners)
 
 
 def _draw(

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.precision import HIGH, ROLES
 from nemotron_jax.quant import emulated
 from nemotron_jax.quant.operands import alignment
-from nemotron_jax.sharding import gather_parameter, gathered, scattered, shard_parameter, whole
+from nemotron_jax.sharding import (
+    Cuts,
+    first_expert,
+    gather_parameter,
+    gathered,
+    scattered,
+    shard_parameter,
+    whole,
+)
 from nemotron_jax.types import Context, Rows, Weight
 from pallas_kernels import (
     ExpertOrder,
@@ -86,12 +94,12 @@ def expert_mlp(
     *,
     context: Context,
     rows: Rows = Rows(),
-    cuts: tuple[int | None, int | None] = (None, None),
+    cuts: tuple[Cuts, Cuts] = (Cuts(), Cuts()),
 ) -> Float[Array, "rows L"]:
     """Squared-ReLU experts over rows sorted by expert; rows past the groups' sum give zeros.
 
     `up` [E L F] and `down` [E F L] are masters, or inside `local` this device's parts of them, cut
-    along the axes `cuts`: they are gathered here, and their gradients scattered, one at a time.
+    as `cuts` say: they are gathered here, and their gradients scattered, one at a time.
     `adapters` are A and B of up, then of down: each product gets `x A B` of its input added, in
     high precision.
     """
@@ -103,7 +111,8 @@ def expert_mlp(
     tokens = order.entry_row.shape[0]
     numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
     entries = numbers[order.row_token] * choices + order.row_entry % choices
-    entries = jnp.where(order.holds, entries, ~jnp.arange(entries.shape[0]))
+    fillers = _fillers(sizes, entries.shape[0], row_alignment(context), cuts[0].owners)
+    entries = jnp.where(order.holds, entries, ~fillers)
     grouped = functools.partial(grouped_matmul, **kernel)
     each = enumerate(zip(EXPERT_ROLES, (up, down), cuts, strict=True))
     for number, (role, weight, cut) in each:
@@ -116,9 +125,18 @@ def expert_mlp(
         if context.format(role) == HIGH:
             x = grouped(x, gathered(weight, cut, context.dtype), sizes) + added
         else:
-            spec = _spec(role, context, (jnp.dtype(context.dtype),), cut=cut)
+            spec = _spec(role, context, (jnp.dtype(context.dtype),), cuts=cut)
             x = emulated.grouped_dot(spec, x, weight, sizes, _words(role, rows), entries) + added
     return x
+
+
+def _fillers(sizes: Array, rows: int, align: int, owners: Sequence[str]) -> Int[Array, "rows"]:
+    """Numbers of the rows that fill groups up: by expert and place from the group's end, so that
+    they do not depend on which experts share a device."""
+    ends, row = jnp.cumsum(sizes), jnp.arange(rows)
+    group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), sizes.shape[0] - 1)
+    expert = first_expert(owners, sizes.shape[0]) + group
+    return expert * align + ends[group] - 1 - row
 
 
 def _spec(
@@ -126,11 +144,11 @@ def _spec(
     context: Context,
     out_dtypes: tuple[jnp.dtype, ...],
     axes: tuple[tuple[str, ...], ...] = (),
-    cut: int | None = None,
+    cuts: Cuts = Cuts(),
 ) -> emulated.Spec:
     options = context.execution.precision.nvfp4
     kernel = context.kernel("grouped_matmul"), context.target
-    return emulated.Spec(role, context.format(role), options, out_dtypes, axes, cut, *kernel)
+    return emulated.Spec(role, context.format(role), options, out_dtypes, axes, cuts, *kernel)
 
 
 def _words(role: str, rows: Rows) -> Array | None:
@@ -165,7 +183,7 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mlp(
-    cuts: tuple[int | None, int | None],
+    cuts: tuple[Cuts, Cuts],
     kernel: tuple[str | None, str | None],
     x: Array,
     up: Array,

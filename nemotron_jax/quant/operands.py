@@ -38,6 +38,7 @@ class Groups:
     of_rows: Int[Array, "R/n"]
     count: int
     shared: bool = True  # whether other devices hold rows of the same tensors
+    owners: tuple[str, ...] = ()  # mesh axes along which devices have tensors of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def quantized(
             rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
         )
         found = jnp.maximum(found, 0)  # an empty group's maximum is -inf
-        found = max_over_devices(found) if groups.shared else found
+        found = max_over_devices(found, owners=groups.owners) if groups.shared else found
         of_strips = found[groups.of_rows][:, None]  # of 16 rows each
     draws = {} if draw is None else {"words": draw.words, "rows": draw.rows}
     operand = nvfp4.round_trip(

@@ -31,7 +31,7 @@ def check_kernels(config: RunConfig) -> None:
             )
     if any(execution.kernel(op) != "auto" for op in KERNEL_OPS):
         data, mesh = config.data, config.mesh
-        rows = data.batch_size // config.training.micro_batches // mesh.size
+        rows = data.batch_size // config.training.micro_batches // mesh.row_shards
         tokens = jax.ShapeDtypeStruct((rows, data.sequence_length), "int32")
         plain = dataclasses.replace(execution, precision=PrecisionConfig())
         run = lambda model, tokens: model(tokens, execution=plain).hidden
@@ -47,10 +47,10 @@ def check_memory(config: RunConfig) -> None:
     devices, mesh = jax.devices(), config.mesh
     on_cpu = devices[0].platform == "cpu"
     # A CPU's devices share one memory.
-    shards, sharing = (mesh.fsdp, 1) if not on_cpu else (1, mesh.size)
+    shards, sharing = (mesh.fsdp * mesh.expert, 1) if not on_cpu else (1, mesh.row_shards)
     words = 4 if config.training.trains == "all" else 1  # weight, two moments, gradient
     weights = 4 * words * parameters(config.model).total // shards
-    rows = config.data.batch_size // config.training.micro_batches // mesh.size * sharing
+    rows = config.data.batch_size // config.training.micro_batches // mesh.row_shards * sharing
     layers, width = config.model.num_layers, config.model.width
     half = 2 if config.execution.compute_dtype == "bfloat16" else 4
     hidden = rows * config.data.sequence_length * width * layers * half
@@ -61,7 +61,7 @@ def check_memory(config: RunConfig) -> None:
     if weights > limit:
         raise ValueError(
             f"RunConfig.model: its weights, moments and gradient take {told}; train a smaller "
-            "model, or share it by mesh.fsdp among more devices"
+            "model, or share it by mesh.fsdp or mesh.expert among more devices"
         )
     raise ValueError(
         f"RunConfig.data.batch_size={config.data.batch_size}: a step of rows of "

@@ -14,7 +14,7 @@ from nemotron_jax.config.run import TrainingConfig
 from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.nemotron import Nemotron, number_documents
 from nemotron_jax.model.parameters import load_by_bias
-from nemotron_jax.sharding import cut_axis, gathered, local, scattered
+from nemotron_jax.sharding import Cuts, cuts_of, gathered, local, scattered
 from nemotron_jax.types import Batch, Weight
 
 Sums = dict[str, Array | dict[str, Array]]
@@ -117,11 +117,11 @@ def _mean_nll(
     """Cross entropy of the tokens `distance` + 1 further on, each device's rows by itself."""
     weights = batch.weights[..., distance] / jnp.maximum(totals.valid_tokens[distance], 1.0)
     head = model.head.matrix()
-    cut = cut_axis(head)
+    cuts = cuts_of(head)
 
     def own(hidden: Array, part: Array, targets: Array, weights: Array) -> Float[Array, "devices"]:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return weighted_nll(flat, part, targets.reshape(-1), weights.reshape(-1), chunk, cut)[None]
+        return weighted_nll(flat, part, targets.reshape(-1), weights.reshape(-1), chunk, cuts)[None]
 
     by_row = ("batch",)
     run = local(own, (by_row, head, by_row, by_row), by_row)
@@ -139,10 +139,10 @@ def token_nll(
     Never holds more than [chunk, V] logits: the backward pass makes them anew. Differentiable in
     `hidden` and the head's value.
     """
-    cut = cut_axis(head)
+    cuts = cuts_of(head)
 
     def own(hidden: Array, part: Array, targets: Array) -> Float[Array, "B T"]:
-        matrix = gathered(part, cut, hidden.dtype)
+        matrix = gathered(part, cuts, hidden.dtype)
         flat = hidden.reshape(-1, hidden.shape[-1])
         count = flat.shape[0]
         rows, labels, _ = _chunks(flat, targets.reshape(-1), jnp.zeros(count), chunk)
@@ -161,16 +161,16 @@ def weighted_nll(
     targets: Int[Array, "N"],
     weights: Float[Array, "N"],
     chunk: int,
-    cut: int | None = None,
+    cuts: Cuts = Cuts(),
 ) -> Float[Array, ""]:
     """Sum of weights times cross entropy, never holding more than [chunk, V] logits; float32.
 
-    Inside `local`, `head` may be this device's part, cut along the axis `cut`. Differentiable in
+    Inside `local`, `head` may be this device's part, cut as `cuts` say. Differentiable in
     `hidden` and `head`. Its gradient is made in the same pass as the loss, while a chunk's logits
     are at hand, so that no logits are computed twice; until the backward pass asks for it, each
     device keeps its part of the head's.
     """
-    head = gathered(head, cut, hidden.dtype)
+    head = gathered(head, cuts, hidden.dtype)
 
     def add(total: Array, part: tuple) -> tuple[Array, None]:
         rows, labels, weight = part
@@ -180,9 +180,9 @@ def weighted_nll(
 
 
 def _nll_forward(
-    hidden: Array, part: Array, targets: Array, weights: Array, chunk: int, cut: int | None
+    hidden: Array, part: Array, targets: Array, weights: Array, chunk: int, cuts: Cuts
 ) -> tuple[Array, tuple]:
-    head = gathered(part, cut, hidden.dtype)
+    head = gathered(part, cuts, hidden.dtype)
     matrix = head.astype(hidden.dtype)
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
@@ -198,10 +198,10 @@ def _nll_forward(
     parts = _chunks(hidden, targets, weights, chunk)
     (total, dhead), dhidden = jax.lax.scan(add, start, parts)
     dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return total, (dhidden.astype(hidden.dtype), scattered(dhead, cut).astype(part.dtype))
+    return total, (dhidden.astype(hidden.dtype), scattered(dhead, cuts).astype(part.dtype))
 
 
-def _nll_backward(chunk: int, cut: int | None, residuals: tuple, cotangent: Array) -> tuple:
+def _nll_backward(chunk: int, cuts: Cuts, residuals: tuple, cotangent: Array) -> tuple:
     dhidden, dhead = residuals
     return dhidden * cotangent.astype(dhidden.dtype), dhead * cotangent, None, None
 

@@ -6,6 +6,7 @@ scattered and sums have one order: results are deterministic.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -162,11 +163,15 @@ def _gather_rows_backward(order, drows):
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def combine_rows(
-    rows: Float[Array, "rows L"], weights: Float[Array, "tokens R"], order: ExpertOrder
+    rows: Float[Array, "rows L"],
+    weights: Float[Array, "tokens R"],
+    order: ExpertOrder,
+    out_dtype: jnp.dtype | None = None,
 ) -> Float[Array, "tokens L"]:
-    """Each token's weighted sum of its experts' rows, in their dtype, summed in float32 by choice.
+    """Each token's weighted sum of its experts' rows, summed in float32 by choice; in `out_dtype`,
+    or the rows'.
 
     Entries without an expert add nothing, and neither they nor their weights receive a gradient.
     """
@@ -183,14 +188,14 @@ def combine_rows(
         total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
         each = (order.entry_row.T, weights.T)
         total = jax.lax.scan(lambda total, one: (add(total, *one), None), total, each)[0]
-    return total.astype(rows.dtype)
+    return total.astype(out_dtype or rows.dtype)
 
 
-def _combine_rows_forward(rows, weights, order):
-    return combine_rows(rows, weights, order), (rows, weights, order)
+def _combine_rows_forward(rows, weights, order, out_dtype):
+    return combine_rows(rows, weights, order, out_dtype), (rows, weights, order)
 
 
-def _combine_rows_backward(residuals, dout):
+def _combine_rows_backward(out_dtype, residuals, dout):
     rows, weights, order = residuals
     routed = order.routed
     weights_f32 = weights.astype(jnp.float32).reshape(-1)

@@ -13,7 +13,7 @@ from nemotron_jax.config.precision import NVFP4Config
 from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.quant import emulated
 from nemotron_jax.quant.operands import DGRAD, GRADIENT, INPUT, WGRAD, stream
-from nemotron_jax.sharding import make_mesh
+from nemotron_jax.sharding import Cuts, make_mesh
 from pallas_kernels import nvfp4
 from tests.tiny_models import quick_jit
 
@@ -183,8 +183,8 @@ def test_experts_that_devices_share_are_quantised_as_one_device_quantises_them(c
     sizes, rows = jnp.array([32, 0, 16, 48]), jnp.arange(112)
     mesh = make_mesh(MeshConfig(fsdp=4), jax.devices())
 
-    def grouped(cut, x, w, dy):
-        chosen = dataclasses.replace(spec(), cut=cut)
+    def grouped(cuts, x, w, dy):
+        chosen = dataclasses.replace(spec(), cuts=cuts)
         product = lambda x, w: emulated.grouped_dot(chosen, x, w, sizes, WORDS, rows)
         y, pull = jax.vjp(product, x, w)
         return y, *pull(dy)
@@ -193,9 +193,11 @@ def test_experts_that_devices_share_are_quantised_as_one_device_quantises_them(c
     whole = PartitionSpec()
     options = {"in_specs": (whole, part, whole), "out_specs": (whole, whole, part)}
     options |= {"mesh": mesh, "check_vma": False}
-    shared = quick_jit(jax.shard_map(functools.partial(grouped, cut), **options))
+    shared = quick_jit(
+        jax.shard_map(functools.partial(grouped, Cuts(((cut, ("fsdp",)),))), **options)
+    )
     found = shared(x, w, dy)
-    expected = quick_jit(functools.partial(grouped, None))(x, w, dy)
+    expected = quick_jit(functools.partial(grouped, Cuts()))(x, w, dy)
     for got, value in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_array_equal(got, value)
     close(found[2], 4 * expected[2])  # every device has the same rows

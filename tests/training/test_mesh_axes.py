@@ -1,0 +1,111 @@
+"""Losses, loads and every gradient of a step on crossings of the mesh's axes are one device's."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from nemotron_jax.config.model import AttentionConfig, MambaConfig, MoEConfig
+from nemotron_jax.config.run import MeshConfig, RunConfig
+from nemotron_jax.sharding import make_mesh, place_batch
+from nemotron_jax.training.losses import pretrain_objective
+from nemotron_jax.training.prepared import place_state, prepare_run
+from nemotron_jax.training.step import _gradients
+from tests.tiny_models import quick_jit
+from tests.training.runs import changed, small_run
+from tests.training.test_mesh import DOCUMENTS, LENGTH, uneven_batch
+
+LIMIT = 2e-6  # float32 sums made in another order
+MESHES = ((2, 1, 2), (1, 2, 2), (2, 2, 2), (1, 1, 8), (4, 1, 2), (1, 4, 2))  # data, fsdp, expert
+SAMPLE = [((2, 2, 2), 2, "documents", "E")]
+CROSSINGS = [
+    pytest.param(mesh, micro_batches, sequences, "M*E", marks=pytest.mark.more)
+    for mesh in MESHES
+    for micro_batches in (1, 2)
+    for sequences in ("rows", "documents")
+]
+
+
+@pytest.mark.parametrize("mesh, micro_batches, sequences, pattern", SAMPLE + CROSSINGS)
+def test_gradients_on_a_mesh_equal_one_device(mesh, micro_batches, sequences, pattern):
+    expected, sums = gradients((1, 1, 1), 1, sequences, pattern)
+    got, own_sums = gradients(mesh, micro_batches, sequences, pattern)
+    for name, value in sums.items():
+        if name.endswith("router_load"):
+            jax.tree.map(np.testing.assert_array_equal, own_sums[name], value)
+        else:
+            np.testing.assert_allclose(own_sums[name], value, rtol=LIMIT, err_msg=name)
+    for name, value in expected.items():
+        gap = np.linalg.norm(got[name] - value) / (np.linalg.norm(value) + 1e-12)
+        assert gap < LIMIT, (name, gap)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "sentence"),
+    [
+        (
+            {"expert": 3},
+            3,
+            r"RunConfig.model.moe.num_experts=8: must be a multiple of mesh.expert=3",
+        ),
+        ({"expert": 2, "fsdp": 2}, 6, r"data.batch_size=6: must be .* the 4 devices of .*expert=2"),
+        ({"tensor": 2}, 4, "MeshConfig.tensor=2: must be 1"),
+        ({"context": 2}, 4, "MeshConfig.context=2: must be 1"),
+        ({"expert": 0}, 4, "MeshConfig.expert=0"),
+    ],
+)
+def test_a_mesh_that_divides_nothing_is_one_sentence(mesh, rows, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        changed(small((1, 1, 1)), mesh=mesh, data={"batch_size": rows})
+
+
+def test_devices_along_data_fsdp_and_expert_share_rows():
+    mesh = MeshConfig(data=2, fsdp=3, expert=5)
+    assert (mesh.row_shards, mesh.size) == (30, 30)
+    assert mesh.named == "data=2 times fsdp=3 times expert=5"
+
+
+def small(
+    mesh: tuple[int, int, int], micro_batches: int = 1, sequences: str = "rows", pattern: str = "E"
+) -> RunConfig:
+    """A run of one unit; of a pattern with attention, with an MTP block too."""
+    moe = MoEConfig(
+        num_experts=8, experts_per_token=2, expert_width=16, shared_width=32, latent_width=16
+    )
+    model = {
+        "pattern": pattern,
+        "vocab_size": 64,
+        "moe": moe,
+        "mamba": MambaConfig(num_heads=4, head_dim=8, state_size=8, num_groups=2, chunk=16),
+        "attention": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+    }
+    return changed(
+        small_run("somewhere"),
+        model=model,
+        mesh=dict(zip(("data", "fsdp", "expert"), mesh)),
+        execution={"aux_loss": sequences},
+        training={
+            "micro_batches": micro_batches,
+            "mtp_depths": 1 if "*" in pattern else 0,
+            "aux_loss_scale": 0.1,
+        },
+        data={"sequence_length": LENGTH, "batch_size": len(DOCUMENTS)},
+    )
+
+
+@functools.cache
+def gradients(
+    mesh: tuple[int, int, int], micro_batches: int, sequences: str, pattern: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Every gradient of a step by name, and its sums."""
+    config = small(mesh, micro_batches, sequences, pattern)
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
+        run = prepare_run(config)
+        state = place_state(run)
+        state = dataclasses.replace(state, step=state.step + 5)
+        batch = place_batch(uneven_batch(config.training.mtp_depths))
+        objective = pretrain_objective(config.training, config.execution)
+        step = quick_jit(lambda state, batch: _gradients(state, batch, run, objective))
+        return jax.device_get(step(state, batch))
