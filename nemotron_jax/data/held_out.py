@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt64
+from jaxtyping import Bool, Float, Int, UInt64
 
 from nemotron_jax.data.sources import Collection, Document
 
@@ -41,12 +41,17 @@ def split_documents(collections: Sequence[Collection], held_out_fraction: float)
     held_out = tuple(d for d, kept in zip(candidates, keep, strict=True) if kept)
     dropped = tuple(d.name for d, kept in zip(candidates, keep, strict=True) if not kept)
     if not held_out:
-        raise ValueError(
-            f"held-out text of {[c.source for c in collections]}: all {len(dropped)} candidates "
-            f"share more than {LARGEST_SHARED_FRACTION:.0%} of their {GRAM_WORDS}-word sequences "
-            "with training text; remove duplicates, add text, or raise data.held_out_fraction"
-        )
+        raise nothing_left([collection.source for collection in collections], len(dropped))
     return Split(train, held_out, dropped)
+
+
+def nothing_left(sources: Sequence[str], dropped: int) -> ValueError:
+    """The error of sources whose held-out documents all repeat training text."""
+    return ValueError(
+        f"held-out text of {list(sources)}: all {dropped} candidates "
+        f"share more than {LARGEST_SHARED_FRACTION:.0%} of their {GRAM_WORDS}-word sequences "
+        "with training text; remove duplicates, add text, or raise data.held_out_fraction"
+    )
 
 
 def shared_gram_fractions(
@@ -56,32 +61,93 @@ def shared_gram_fractions(
 
     Grams are compared as 64-bit hashes. Only the candidates' grams are kept in memory.
     """
-    words: dict[str, int] = {}
-    for document in candidates:
-        for word in document.text.split():
-            words.setdefault(word, len(words) + 2)  # 0 pads short documents, 1 is any other word
-    grams = [_grams(document.text, words) for document in candidates]
-    known = np.unique(np.concatenate(grams)) if grams else np.zeros(0, np.uint64)
-    seen = np.zeros(len(known), bool)
+    grams = Grams.of([document.text for document in candidates])
+    seen = np.zeros(len(grams.known), bool)
     for document in training:
-        found = _grams(document.text, words)
-        places = np.minimum(np.searchsorted(known, found), len(known) - 1)
-        seen[places[known[places] == found]] = True
-    return np.array([seen[np.searchsorted(known, own)].mean() for own in grams])
+        seen[grams.found_in(document.text)] = True
+    return grams.fractions(seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grams:
+    """The distinct 13-grams of candidate texts, to be looked for in other texts."""
+
+    words: dict[str, int]
+    known: UInt64[np.ndarray, "known"]  # sorted hashes
+    own: tuple[Int[np.ndarray, "distinct"], ...]  # of each candidate, as places in `known`
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> "Grams":
+        words: dict[str, int] = {}
+        for text in texts:
+            for word in text.split():
+                words.setdefault(word, len(words) + 2)  # 0 pads short texts, 1 is any other word
+        grams = [_grams(text, words) for text in texts]
+        known = np.unique(np.concatenate(grams)) if grams else np.zeros(0, np.uint64)
+        return cls(words, known, tuple(np.searchsorted(known, one) for one in grams))
+
+    def found_in(self, text: str) -> Int[np.ndarray, "found"]:
+        """Places in `known` of the grams that occur in a text."""
+        found = _grams(text, self.words)
+        places = np.minimum(np.searchsorted(self.known, found), len(self.known) - 1)
+        return places[self.known[places] == found]
+
+    def fractions(self, seen: Bool[np.ndarray, "known"]) -> Float[np.ndarray, "candidates"]:
+        """For each candidate, the fraction of its grams that were seen."""
+        return np.array([seen[places].mean() for places in self.own])
+
+
+@dataclasses.dataclass
+class Draws:
+    """How many documents a source has, and the lowest and the two highest of their numbers."""
+
+    count: int = 0
+    lowest: float = 1.0
+    highest: tuple[float, float] = (-1.0, -1.0)  # rising
+
+    def add(self, name: str) -> float:
+        """A document's number in [0, 1), by its name alone."""
+        draw = _uniform(name)
+        self.join(Draws(1, draw, (-1.0, draw)))
+        return draw
+
+    def join(self, other: "Draws") -> None:
+        self.count += other.count
+        self.lowest = min(self.lowest, other.lowest)
+        _, _, second, first = sorted((*self.highest, *other.highest))
+        self.highest = (second, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Border:
+    """Which part each document of a source belongs to."""
+
+    source: str
+    fraction: float
+    highest: float | None  # number of the last document held out; None: one document, to be cut
+
+    @classmethod
+    def of(cls, source: str, draws: Draws, fraction: float) -> "Border":
+        if draws.count == 1:
+            return cls(source, fraction, None)
+        return cls(source, fraction, min(max(fraction, draws.lowest), draws.highest[0]))
+
+    def parts(self, document: Document) -> tuple[Document | None, Document | None]:
+        """What is for training and what is held out of a document."""
+        if self.highest is None:
+            return _cut(self.source, document, self.fraction)
+        return (document, None) if _uniform(document.name) > self.highest else (None, document)
 
 
 def _split_one(
     collection: Collection, fraction: float
 ) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    documents = collection.documents
-    if len(documents) == 1:
-        return _cut(collection.source, documents[0], fraction)
-    draws = [_uniform(document.name) for document in documents]
-    border = min(max(fraction, min(draws)), sorted(draws)[-2])  # neither part empty
-    return (
-        tuple(d for d, draw in zip(documents, draws, strict=True) if draw > border),
-        tuple(d for d, draw in zip(documents, draws, strict=True) if draw <= border),
-    )
+    draws = Draws()
+    for document in collection.documents:
+        draws.add(document.name)
+    border = Border.of(collection.source, draws, fraction)
+    train, held_out = zip(*map(border.parts, collection.documents), strict=True)
+    return tuple(filter(None, train)), tuple(filter(None, held_out))
 
 
 def _uniform(name: str) -> float:
@@ -89,9 +155,7 @@ def _uniform(name: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _cut(
-    source: str, document: Document, fraction: float
-) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+def _cut(source: str, document: Document, fraction: float) -> tuple[Document, Document]:
     text = document.text
     place = text.rfind("\n", 0, round(len(text) * (1 - fraction))) + 1
     if not text[:place].strip() or not text[place:].strip():
@@ -100,8 +164,8 @@ def _cut(
             f"to hold out the last {fraction:.0%}; give at least two documents"
         )
     return (
-        (Document(text[:place], f"{document.name}#train"),),
-        (Document(text[place:], f"{document.name}#held_out"),),
+        Document(text[:place], f"{document.name}#train"),
+        Document(text[place:], f"{document.name}#held_out"),
     )
 
 

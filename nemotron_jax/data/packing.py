@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+from nemotron_jax.data import order
 from nemotron_jax.data.held_out import mix64
+from nemotron_jax.data.order import Documents, Order
 from nemotron_jax.types import Batch
 
 HELD_OUT_KEY = 0  # the order of held-out rows is the same in every run
@@ -34,6 +36,29 @@ class DocumentTokens:
                 "non-empty documents; rebuild the corpus"
             )
 
+    @property
+    def token_count(self) -> int:
+        return len(self.tokens)
+
+    @functools.cached_property
+    def unit_tokens(self) -> Int[np.ndarray, "units"]:
+        """The tokens of each run of order.UNIT_DOCUMENTS documents."""
+        return np.diff(self.offsets[:-1][:: order.UNIT_DOCUMENTS], append=self.offsets[-1])
+
+    def table(self, unit: int) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """Tokens of each document of a unit, and where it begins."""
+        first = unit * order.UNIT_DOCUMENTS
+        bounds = self.offsets[first : first + order.UNIT_DOCUMENTS + 1]
+        return np.diff(bounds), bounds[:-1]
+
+    def piece(self, place: int, start: int, count: int) -> Integer[np.ndarray, "count"]:
+        """Tokens start .. start + count of the document that begins at a place."""
+        return self.tokens[place + start : place + start + count]
+
+    def counts(self, size: int) -> Int[np.ndarray, "V"]:
+        """How often each of `size` ids occurs."""
+        return np.bincount(self.tokens, minlength=size)
+
 
 class Row(NamedTuple):
     """Tokens of one row and the few after it, with the document that each belongs to.
@@ -52,21 +77,20 @@ def lookahead_of(mtp_depths: int) -> int:
 
 
 class Stream:
-    """An endless stream of one source's documents, newly shuffled at each epoch.
+    """An endless stream of one source's documents, newly shuffled at each epoch: see order.py.
 
-    The order of epoch e is a function of (seed, source, e), by a hash of our own: NumPy does not
-    promise the same permutations from version to version. Reading costs one binary search and the
-    documents that are touched; an epoch keeps one table with an entry for each document.
+    Reading costs two binary searches and the documents that are touched.
     """
 
-    def __init__(self, documents: DocumentTokens, seed: int, source: int = 0) -> None:
+    def __init__(self, documents: Documents, seed: int, source: int = 0) -> None:
         self._documents = documents
-        self._key = mix64(mix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(source))
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
+        key = mix64(mix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(source))
+        self._order = Order(documents, key)
 
     def order(self, epoch: int) -> Int[np.ndarray, "documents"]:
         """The documents in the order of an epoch."""
-        return self._epoch(epoch)[0]
+        windows = range(len(self._order.window_ends(epoch)))
+        return np.concatenate([self._order.window(epoch, n).documents for n in windows])
 
     def row(self, index: int, length: int, lookahead: int) -> Row:
         """Row `index` of the stream cut in rows of `length` tokens, with what follows it."""
@@ -75,31 +99,33 @@ class Stream:
     def read(self, start: int, count: int) -> Row:
         """`count` tokens of the stream from position `start` on."""
         tokens, segments = np.empty(count, np.int32), np.empty(count, np.int32)
-        epoch, place = divmod(start, len(self._documents.tokens))
-        order, ends = self._epoch(epoch)
-        ordinal = int(np.searchsorted(ends, place, side="right"))
         filled, segment = 0, 1
-        while filled < count:
-            if ordinal == len(order):
-                epoch, ordinal, place = epoch + 1, 0, 0
-                order, ends = self._epoch(epoch)
-            stop = int(self._documents.offsets[order[ordinal] + 1])
-            begin = stop - int(ends[ordinal]) + place
-            taken = min(stop - begin, count - filled)
-            tokens[filled : filled + taken] = self._documents.tokens[begin : begin + taken]
+        for place, first, length in self._from(start):
+            taken = min(length - first, count - filled)
+            tokens[filled : filled + taken] = self._documents.piece(place, first, taken)
             segments[filled : filled + taken] = segment
             filled, segment = filled + taken, segment + 1
-            place, ordinal = int(ends[ordinal]), ordinal + 1
-        return Row(tokens, segments)
+            if filled == count:
+                return Row(tokens, segments)
+        raise AssertionError("a stream has no end")
 
-    def _make_epoch(
-        self, epoch: int
-    ) -> tuple[Int[np.ndarray, "documents"], Int[np.ndarray, "documents"]]:
-        """The order of the documents, and where each ends in the epoch."""
-        lengths = np.diff(self._documents.offsets)
-        key = mix64(self._key ^ np.uint64(epoch))
-        order = np.argsort(mix64(np.arange(len(lengths), dtype=np.uint64) ^ key), kind="stable")
-        return order, np.cumsum(lengths[order])
+    def _from(self, start: int) -> Iterator[tuple[int, int, int]]:
+        """Place, first token and length of the documents from a position of the stream on."""
+        epoch, rest = divmod(start, self._documents.token_count)
+        ends = self._order.window_ends(epoch)
+        number = int(np.searchsorted(ends, rest, side="right"))
+        rest -= int(ends[number - 1]) if number else 0
+        while True:
+            window = self._order.window(epoch, number)
+            ordinal = int(np.searchsorted(window.ends, rest, side="right"))
+            begin = int(window.ends[ordinal - 1]) if ordinal else 0
+            first = rest - begin
+            for place, end in zip(window.places[ordinal:], window.ends[ordinal:], strict=True):
+                yield int(place), first, int(end) - begin
+                begin, first = int(end), 0
+            number, rest = number + 1, 0
+            if number == len(self._order.window_ends(epoch)):
+                epoch, number = epoch + 1, 0
 
 
 def count_rows(documents: DocumentTokens, length: int) -> int:

@@ -10,12 +10,15 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 PYTHON_STDLIB = "python_stdlib"
 FILES_PREFIX = "hf:"
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (".jsonl", ".parquet", *TEXT_SUFFIXES)
+# Bytes of files that one text source may have: prepared in memory, they take some eight times as
+# much (strings, their word sequences, ids), so that a host of 16 GB manages. More is for shards.
+MOST_TEXT_BYTES = 2_000_000_000
 TEXT_COLUMN = "text"  # the field of a .jsonl row and the column of a .parquet table
 
 # Tests repeat the library's code; encodings, pydoc_data and lib2to3 are tables, idlelib is an
@@ -123,48 +126,89 @@ def collect(source: str) -> Collection:
     missing, holds no document, or has a row that cannot be read. Only in `python_stdlib` is a file
     that is not UTF-8 skipped, and named in `skipped`.
     """
-    left_out: list[str] = []
-    if source == PYTHON_STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = list(_library_files(root))
-    elif source.startswith(FILES_PREFIX):
-        if source == FILES_PREFIX:
-            raise ValueError(f"data source {source!r} names no file or folder; as in hf:texts")
-        given = Path(source.removeprefix(FILES_PREFIX)).expanduser()
-        root = given if given.is_dir() else given.parent
-        paths, left_out = _user_files(source, given)
-    else:
+    found = files_of(source)
+    if (size := sum(path.stat().st_size for path in found.paths)) > MOST_TEXT_BYTES:
         raise ValueError(
-            f"data source {source!r} is unknown: name {PYTHON_STDLIB!r}, or {FILES_PREFIX}PATH "
-            f"of a {', '.join(SUFFIXES)} file or a folder of them"
+            f"data source {source!r} has {size:,} bytes of files, and text is prepared in memory "
+            f"up to {MOST_TEXT_BYTES:,}; make token shards of it once with python -m "
+            "nemotron_jax.data.tokenize, and name shards:DIR instead"
         )
     documents: list[Document] = []
     files: list[FileRecord] = []
     skipped: list[str] = []
-    for path in paths:
-        name = path.relative_to(root).as_posix()
+    for name, path in found.named():
+        with opened(source, name, path) as file:
+            content = file.read()
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"data source {source!r}: {name} cannot be read ({error})") from None
-        try:
-            read = list(_documents(source, name, content))
+            documents += documents_in(source, name, io.BytesIO(content))
         except UnicodeDecodeError as error:
-            if source != PYTHON_STDLIB:
-                raise ValueError(
-                    f"data source {source!r}: {name} is not UTF-8 at byte {error.start}; "
-                    "convert the file or leave it out of the folder"
-                ) from None
+            check_skipped(source, name, error)
             skipped.append(name)
             continue
         files.append(FileRecord(name, len(content), hashlib.sha256(content).hexdigest()))
-        documents += [document for document in read if document.text.strip()]
     if not documents:
+        raise no_text(found)
+    return Collection(source, tuple(documents), tuple(files), tuple(skipped), found.left_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFiles:
+    """The files of a source, sorted by path."""
+
+    source: str
+    root: Path
+    paths: tuple[Path, ...]
+    left_out: tuple[str, ...] = ()  # files of a folder whose ending is none that is read
+
+    def named(self) -> Iterator[tuple[str, Path]]:
+        """Each file with its name below the root."""
+        for path in self.paths:
+            yield path.relative_to(self.root).as_posix(), path
+
+
+def files_of(source: str) -> SourceFiles:
+    """The files of a text source; raises ValueError where it is unknown or missing."""
+    if source == PYTHON_STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return SourceFiles(source, root, tuple(_library_files(root)))
+    if not source.startswith(FILES_PREFIX):
         raise ValueError(
-            f"data source {source!r} holds no text: read {len(files)} files below {root}; "
-            f"name a {', '.join(SUFFIXES)} file with text, or a folder of them{_unread(left_out)}"
+            f"data source {source!r} is unknown: name {PYTHON_STDLIB!r}, or {FILES_PREFIX}PATH "
+            f"of a {', '.join(SUFFIXES)} file or a folder of them"
         )
-    return Collection(source, tuple(documents), tuple(files), tuple(skipped), tuple(left_out))
+    if source == FILES_PREFIX:
+        raise ValueError(f"data source {source!r} names no file or folder; as in hf:texts")
+    given = Path(source.removeprefix(FILES_PREFIX)).expanduser()
+    paths, left_out = _user_files(source, given)
+    root = given if given.is_dir() else given.parent
+    return SourceFiles(source, root, tuple(paths), tuple(left_out))
+
+
+def opened(source: str, name: str, path: Path) -> BinaryIO:
+    """A source's file, to be read; raises ValueError where it cannot be."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ValueError(f"data source {source!r}: {name} cannot be read ({error})") from None
+
+
+def check_skipped(source: str, name: str, error: UnicodeDecodeError) -> None:
+    """Raise ValueError for a file that is not UTF-8, but for one of the standard library."""
+    if source != PYTHON_STDLIB:
+        raise ValueError(
+            f"data source {source!r}: {name} is not UTF-8 at byte {error.start}; "
+            "convert the file or leave it out of the folder"
+        ) from None
+
+
+def no_text(found: SourceFiles) -> ValueError:
+    """The error of a source without a document."""
+    left_out = found.left_out
+    unread = f"; {left_out[0]} is of a kind that is not read: convert it" if left_out else ""
+    return ValueError(
+        f"data source {found.source!r} holds no text: read {len(found.paths)} files below "
+        f"{found.root}; name a {', '.join(SUFFIXES)} file with text, or a folder of them{unread}"
+    )
 
 
 def _library_files(root: Path) -> Iterator[Path]:
@@ -195,18 +239,21 @@ def _user_files(source: str, given: Path) -> tuple[list[Path], list[str]]:
     return [given], []
 
 
-def _unread(left_out: list[str]) -> str:
-    return f"; {left_out[0]} is of a kind that is not read: convert it" if left_out else ""
+def documents_in(source: str, name: str, file: BinaryIO) -> Iterator[Document]:
+    """The documents of one file, blank ones left out; of a table one row is read at a time.
+
+    Raises ValueError naming the row that cannot be read, UnicodeDecodeError where it is not UTF-8.
+    """
+    return (document for document in _documents(source, name, file) if document.text.strip())
 
 
-def _documents(source: str, name: str, content: bytes) -> Iterator[Document]:
-    content = content.removeprefix(codecs.BOM_UTF8)
+def _documents(source: str, name: str, file: BinaryIO) -> Iterator[Document]:
     if name.lower().endswith(".jsonl"):
-        rows: Iterable[tuple[int, Any]] = _json_rows(source, name, content)
+        rows: Iterable[tuple[int, Any]] = _json_rows(source, name, file)
     elif name.lower().endswith(".parquet"):
-        rows = _parquet_rows(source, name, content)
+        rows = _parquet_rows(source, name, file)
     else:
-        yield Document(content.decode("utf-8"), name)
+        yield Document(file.read().removeprefix(codecs.BOM_UTF8).decode("utf-8"), name)
         return
     for number, text in rows:
         place = f"data source {source!r}: {name} row {number}"
@@ -229,9 +276,10 @@ def _documents(source: str, name: str, content: bytes) -> Iterator[Document]:
         yield Document(text, f"{name}:{number}")
 
 
-def _json_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, Any]]:
-    # bytes.split: str.splitlines would also cut at U+2028, which JSON strings may hold unescaped
-    for number, line in enumerate(content.split(b"\n"), start=1):
+def _json_rows(source: str, name: str, file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    # lines of bytes: str.splitlines would also cut at U+2028, which JSON strings may hold unescaped
+    for number, line in enumerate(file, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
         try:
@@ -248,10 +296,10 @@ def _json_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, An
         yield number, row if is_whole else row[TEXT_COLUMN]
 
 
-def _parquet_rows(source: str, name: str, content: bytes) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(source: str, name: str, file: BinaryIO) -> Iterator[tuple[int, Any]]:
     parquet = _import_parquet(source, name)
     try:
-        table = parquet.ParquetFile(io.BytesIO(content))
+        table = parquet.ParquetFile(file)
         if TEXT_COLUMN not in table.schema_arrow.names:
             raise ValueError(f"it has columns {table.schema_arrow.names}, none named 'text'")
         number = 0
