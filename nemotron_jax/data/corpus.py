@@ -12,9 +12,18 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from nemotron_jax.config.run import DataConfig
-from nemotron_jax.data.held_out import Split, split_documents
+from nemotron_jax.data.held_out import Split
+from nemotron_jax.data.opened import (
+    Opened,
+    describe_source,
+    in_order,
+    open_sources,
+    shards_of,
+    split_sources,
+)
 from nemotron_jax.data.packing import DocumentTokens, Stream
-from nemotron_jax.data.sources import Collection, Document, Manifest, collect, manifest_of
+from nemotron_jax.data.shards import SHARDS_PREFIX, TokenShards
+from nemotron_jax.data.sources import Document, Manifest, manifest_of
 from nemotron_jax.data.tokenizer import (
     Tokenizer,
     check_end,
@@ -50,7 +59,7 @@ class Corpus:
     `fingerprint` is one SHA-256 over the data's manifest and the tokenizer.
     """
 
-    train: tuple[DocumentTokens, ...]
+    train: tuple[DocumentTokens | TokenShards, ...]
     held_out: DocumentTokens
     byte_lengths: Int[np.ndarray, "V"]  # bytes of text that each id stands for
     facts: HeldOutFacts
@@ -86,24 +95,24 @@ def prepare(
     """
     directory = Path(directory)
     folder = RunDirectory(directory).corpus
-    collections = [collect(source) for source in data.sources]
-    manifest = manifest_of(collections, data.held_out_fraction)
-    for collection in collections:
-        progress(_describe_source(collection))
+    opened = open_sources(data)
+    manifest = manifest_of(opened, data.held_out_fraction)
+    for source in opened:
+        progress(describe_source(source))
     stored = _read_stored(directory)
     if stored is not None:
         _check_same_data(directory, Manifest.from_json(stored["manifest"]), manifest)
-    tokenizer = _existing_tokenizer(data, directory, stored)
+    tokenizer = _existing_tokenizer(data, directory, stored, shards_of(opened))
     if tokenizer is not None:
         check_vocabulary(tokenizer, vocab_size)
         check_end(tokenizer, eos_token)
         _check_trained_for(data, directory, stored, vocab_size)
-        if stored is not None and (corpus := _load(directory, stored, tokenizer)) is not None:
+        if stored is not None and (corpus := _load(directory, stored, tokenizer, opened)):
             progress(f"{folder}: {_describe(corpus)}, as stored with the run")
             return tokenizer, corpus
         if stored is not None:
             progress(f"{folder}: stored arrays are missing or damaged, making new ones")
-    split = split_documents(collections, data.held_out_fraction)
+    split = split_sources(opened, data)
     progress(
         f"held out: {len(split.held_out)} documents; "
         f"{len(split.dropped)} more dropped as near-duplicates of training text"
@@ -114,7 +123,7 @@ def prepare(
         check_end(tokenizer, eos_token)
         progress(f"tokenizer: {tokenizer.vocab_size} ids learned from {len(texts)} documents")
     tokenizer.save(directory)
-    corpus = build_corpus(split, tokenizer, manifest)
+    corpus = build_corpus(split, opened, tokenizer, manifest)
     progress(f"{folder}: {_describe(corpus)}")
     _save(directory, corpus, tokenizer, manifest, split, vocab_size)
     return tokenizer, corpus
@@ -123,7 +132,7 @@ def prepare(
 def repetitions(corpus: Corpus, data: DataConfig, steps: int) -> list[str]:
     """A line for each source that a run reads so often that a model learns it by heart."""
     lines, length = [], data.sequence_length
-    sizes = [len(part.tokens) for part in corpus.train]
+    sizes = [part.token_count for part in corpus.train]
     for source, size, times in zip(
         data.sources, sizes, times_read(sizes, data, steps), strict=True
     ):
@@ -145,11 +154,16 @@ def times_read(sizes: Sequence[int], data: DataConfig, steps: int) -> list[float
     ]
 
 
-def build_corpus(split: Split, tokenizer: Tokenizer, manifest: Manifest) -> Corpus:
+def build_corpus(
+    split: Split,
+    opened: Sequence[Opened],
+    tokenizer: Tokenizer,
+    manifest: Manifest,
+) -> Corpus:
     """The split's documents as ids, each closed by eos, with the facts of its held-out part."""
-    train = tuple(tokenize(documents, tokenizer) for documents in split.train)
+    train = in_order(opened, (tokenize(documents, tokenizer) for documents in split.train))
     held_out = tokenize(split.held_out, tokenizer)
-    counts = sum(np.bincount(d.tokens, minlength=tokenizer.vocab_size) for d in train)
+    counts = sum(documents.counts(tokenizer.vocab_size) for documents in train)
     text = "".join(document.text for document in split.held_out).encode()
     facts = HeldOutFacts(
         bytes=len(text),
@@ -178,19 +192,8 @@ def unigram_entropy(counts: Int[np.ndarray, "V"], tokens: Integer[np.ndarray, "N
     return float(-np.log(smoothed / smoothed.sum())[tokens].mean())
 
 
-def _describe_source(collection: Collection) -> str:
-    size = sum(record.bytes for record in collection.files) / 1e6
-    line = f"{len(collection.documents)} documents, {len(collection.files)} files, {size:.2f} MB"
-    if collection.skipped:
-        line += f", {len(collection.skipped)} files skipped as not UTF-8"
-    if others := collection.left_out:
-        names = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
-        line += f", {len(others)} files of other kinds left out ({names})"
-    return f"{collection.source}: {line}"
-
-
 def _describe(corpus: Corpus) -> str:
-    tokens = sum(len(documents.tokens) for documents in corpus.train)
+    tokens = sum(documents.token_count for documents in corpus.train)
     return f"{tokens:,} training tokens, {corpus.facts.tokens:,} held out"
 
 
@@ -257,10 +260,21 @@ def _check_same_data(directory: Path, before: Manifest, now: Manifest) -> None:
 
 
 def _existing_tokenizer(
-    data: DataConfig, directory: Path, stored: dict[str, Any] | None
+    data: DataConfig,
+    directory: Path,
+    stored: dict[str, Any] | None,
+    shards: Sequence[TokenShards],
 ) -> Tokenizer | None:
-    """The run's or the configured tokenizer; None when one is still to be trained."""
+    """The run's, the configured or the shards' tokenizer; None when one is still to be trained."""
     given = None if data.tokenizer == TRAIN_TOKENIZER else Tokenizer.load(data.tokenizer)
+    given = given or (shards[0].tokenizer if shards else None)
+    for source in shards:
+        if source.index.tokenizer != given.fingerprint():
+            raise ValueError(
+                f"data source {source.source!r} was made with another tokenizer than "
+                f"{given.origin}; set data.tokenizer={str(source.directory)!r}, or make all shards "
+                "with one tokenizer"
+            )
     own = Tokenizer.load(directory) if RunDirectory(directory).tokenizer.exists() else None
     if own is None and stored is not None and given is None:
         raise ValueError(
@@ -281,9 +295,10 @@ def _existing_tokenizer(
     return own or given
 
 
-def _arrays(directory: Path, sources: int) -> list[tuple[Path, Path]]:
-    """Token and offset files: one pair for each source's training part, then the held-out one."""
-    names = [f"train_{source}" for source in range(sources)] + ["held_out"]
+def _arrays(directory: Path, sources: Sequence[str]) -> list[tuple[Path, Path]]:
+    """Token and offset files: a pair for each text source, then the one of held-out text."""
+    numbers = [n for n, source in enumerate(sources) if not source.startswith(SHARDS_PREFIX)]
+    names = [f"train_{number}" for number in numbers] + ["held_out"]
     folder = RunDirectory(directory).corpus
     return [(folder / f"{name}.tokens.npy", folder / f"{name}.offsets.npy") for name in names]
 
@@ -297,8 +312,9 @@ def _save(
     vocab_size: int,
 ) -> None:
     sums = {}
-    pairs = _arrays(directory, len(corpus.train))
-    for paths, documents in zip(pairs, (*corpus.train, corpus.held_out), strict=True):
+    pairs = _arrays(directory, manifest.sources)
+    texts = [documents for documents in corpus.train if isinstance(documents, DocumentTokens)]
+    for paths, documents in zip(pairs, (*texts, corpus.held_out), strict=True):
         for path, array in zip(paths, (documents.tokens, documents.offsets), strict=True):
             with atomic_writer(path) as file:
                 np.save(file, array)
@@ -318,18 +334,24 @@ def _save(
         file.write(json.dumps(stored, indent=1).encode())
 
 
-def _load(directory: Path, stored: dict[str, Any], tokenizer: Tokenizer) -> Corpus | None:
+def _load(
+    directory: Path,
+    stored: dict[str, Any],
+    tokenizer: Tokenizer,
+    opened: Sequence[Opened],
+) -> Corpus | None:
     """The stored corpus, its arrays mapped from their files; None when one is not whole."""
-    pairs = _arrays(directory, len(stored["manifest"]["sources"]))
+    pairs = _arrays(directory, [source.source for source in opened])
     for path in (path for pair in pairs for path in pair):
         if not path.exists() or _sha256(path) != stored["arrays"].get(path.name):
             return None
-    *train, held_out = (
+    *texts, held_out = (
         DocumentTokens(np.load(tokens, mmap_mode="r"), np.load(offsets))
         for tokens, offsets in pairs
     )
     facts = HeldOutFacts(**stored["held_out_facts"])
-    return Corpus(tuple(train), held_out, tokenizer.byte_lengths, facts, stored["fingerprint"])
+    train = in_order(opened, texts)
+    return Corpus(train, held_out, tokenizer.byte_lengths, facts, stored["fingerprint"])
 
 
 def _sha256(path: Path) -> str:

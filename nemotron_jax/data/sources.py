@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 PYTHON_STDLIB = "python_stdlib"
 FILES_PREFIX = "hf:"
@@ -107,7 +107,14 @@ class Manifest:
         return lines
 
 
-def manifest_of(collections: Iterable[Collection], held_out_fraction: float) -> Manifest:
+class WithFiles(Protocol):
+    """A source that was opened: a Collection, or token shards."""
+
+    source: str
+    files: tuple[FileRecord, ...]
+
+
+def manifest_of(collections: Iterable[WithFiles], held_out_fraction: float) -> Manifest:
     """The manifest of the collections, to be stored with the run."""
     collections = tuple(collections)
     sources = tuple(collection.source for collection in collections)
@@ -174,7 +181,7 @@ def files_of(source: str) -> SourceFiles:
     if not source.startswith(FILES_PREFIX):
         raise ValueError(
             f"data source {source!r} is unknown: name {PYTHON_STDLIB!r}, or {FILES_PREFIX}PATH "
-            f"of a {', '.join(SUFFIXES)} file or a folder of them"
+            f"of a {', '.join(SUFFIXES)} file or a folder of them, or for pre-training shards:DIR"
         )
     if source == FILES_PREFIX:
         raise ValueError(f"data source {source!r} names no file or folder; as in hf:texts")

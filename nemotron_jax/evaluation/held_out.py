@@ -70,7 +70,7 @@ def _entropy_of(corpus: Corpus, batches: Sequence[Batch]) -> float:
     if len(tokens) >= len(corpus.held_out.tokens):
         return corpus.facts.unigram_entropy
     size = len(corpus.byte_lengths)
-    counts = sum(np.bincount(d.tokens, minlength=size) for d in corpus.train)
+    counts = sum(documents.counts(size) for documents in corpus.train)
     return unigram_entropy(counts, tokens)
 
 

@@ -13,8 +13,10 @@ from nemotron_jax.config.run import DataConfig
 from nemotron_jax.data.corpus import Corpus
 from nemotron_jax.data.held_out import split_documents
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
+from nemotron_jax.data.opened import open_sources
 from nemotron_jax.data.packing import HELD_OUT_KEY, Stream
-from nemotron_jax.data.sources import collect
+from nemotron_jax.data.shards import TokenShards
+from nemotron_jax.data.sources import Collection
 from nemotron_jax.evaluation.evaluator import Plot, Result, Subject, Table
 from nemotron_jax.evaluation.held_out import token_nats
 from nemotron_jax.model.nemotron import Nemotron
@@ -124,27 +126,28 @@ def ratio_over_documents(
 
 def held_out_sources(data: DataConfig) -> Int[np.ndarray, "documents"]:
     """The source of each held-out document, in the corpus's order; reads the sources anew."""
-    collections = [collect(source) for source in data.sources]
-    owner = {
-        id(document): number
-        for number, collection in enumerate(collections)
-        for document in collection.documents
-    }
+    opened = open_sources(data)
+    texts = [(n, source) for n, source in enumerate(opened) if isinstance(source, Collection)]
+    owner = {id(document): number for number, source in texts for document in source.documents}
     # A source of one document is cut in two, so that its held-out part is a new document.
     cut = {
-        collection.documents[0].text: number
-        for number, collection in enumerate(collections)
-        if len(collection.documents) == 1
+        source.documents[0].text: number for number, source in texts if len(source.documents) == 1
     }
-    split = split_documents(collections, data.held_out_fraction)
-    return np.array(
-        [
-            owner[id(document)]
-            if id(document) in owner
-            else next(number for text, number in cut.items() if text.endswith(document.text))
-            for document in split.held_out
-        ]
-    )
+    collections = [source for _, source in texts]
+    split = split_documents(collections, data.held_out_fraction).held_out if texts else ()
+    of_texts = [
+        owner[id(document)]
+        if id(document) in owner
+        else next(number for text, number in cut.items() if text.endswith(document.text))
+        for document in split
+    ]
+    of_shards = [
+        number
+        for number, source in enumerate(opened)
+        if isinstance(source, TokenShards)
+        for _ in range(source.index.held_out.documents)
+    ]
+    return np.array(of_texts + of_shards)
 
 
 def _documents(corpus: Corpus, scored: Bool[np.ndarray, "rows T"]) -> Int[np.ndarray, "N"]:

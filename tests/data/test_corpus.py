@@ -87,7 +87,7 @@ def test_a_second_call_finds_the_first_ones_work(config, tmp_path, monkeypatch):
     def never(*arguments):
         raise AssertionError("made again")
 
-    for name in ("train_tokenizer", "tokenize", "split_documents"):
+    for name in ("train_tokenizer", "tokenize", "split_sources"):
         monkeypatch.setattr(module, name, never)
     again_tokenizer, again = quietly(config, 300, tmp_path / "run")
     assert again_tokenizer.fingerprint() == tokenizer.fingerprint()
