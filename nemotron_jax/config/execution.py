@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nemotron_jax.config.checks import check, one_of
+from nemotron_jax.config.checks import check, one_of, positive
 from nemotron_jax.config.precision import PrecisionConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -25,7 +25,9 @@ class Execution:
     follows the target platform; a name holds for every op, `op=name` for one, as in
     `auto,ssd_scan=xla`. `aux_loss`: the sequence balance loss takes each row as one
     sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
-    low-precision format.
+    low-precision format. `expert_rows`: rows that a device makes room for in a layer of experts, as
+    a multiple of a balanced load; where its router sends it more, it takes them in several windows.
+    (In a lower format, and with adapters, there is room for all rows.)
     """
 
     compute_dtype: str = "auto"
@@ -34,6 +36,7 @@ class Execution:
     kernels: str = "auto"
     aux_loss: str = "rows"
     precision: PrecisionConfig = PrecisionConfig()
+    expert_rows: float = 1.25
 
     def __post_init__(self) -> None:
         one_of(self, "compute_dtype", DTYPES)
@@ -44,6 +47,7 @@ class Execution:
         rule = f"names of {', '.join(KERNELS)}, or op=name with ops of {', '.join(KERNEL_OPS)}"
         check(self, "kernels", known, f"must be {rule}, separated by commas")
         one_of(self, "aux_loss", AUX_LOSS)
+        positive(self, "expert_rows")
 
     def at_step(self, step: int) -> "Execution":
         """How the step after `step` others is computed: with that step's precision."""

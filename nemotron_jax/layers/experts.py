@@ -58,19 +58,25 @@ def mix(
     *,
     num_experts: int,
     cuts: tuple[Cuts, Cuts] = (Cuts(), Cuts()),
+    devices: int = 1,
 ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
     """Mixed expert outputs and how many tokens each expert got; padding gets zeros.
 
     A function of tokens that are all at hand: `Rows` hold those of these N. Experts are counted
     from this device's first; what `index` has below 0 or from `num_experts` on is another's, and
     adds nothing. Of up and down it takes this device's parts, which devices share as `cuts` say.
-    Where other devices have experts of their own, results are partial sums, in float32.
+    Where `devices` are more than one and have experts of their own, results are partial sums, in
+    float32.
     """
     valid = None if rows.valid is None else rows.valid.reshape(-1)
     align = quant.row_alignment(context)
     order = sort_by_expert(index, num_experts, valid, align=align)
-    options = {"cuts": cuts, "rows": rows, "context": context}
     up, down, *adapters = matrices
+    window = quant.window_rows(index.size, devices, context)
+    if window and align == 1 and not adapters:
+        options = {"context": context, "cuts": cuts}
+        return quant.mix_in_windows(x, weights, up, down, order, window, **options), order.load
+    options = {"cuts": cuts, "rows": rows, "context": context}
     sorted_rows = quant.expert_mlp(gather_rows(x, order), up, down, order, adapters, **options)
     dtype = jnp.float32 if cuts[0].owners else x.dtype
     return combine_rows(sorted_rows, weights, order, dtype), order.load

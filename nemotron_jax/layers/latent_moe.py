@@ -155,6 +155,7 @@ class Owned:
             Rows(valid=flat(rows.valid), numbers=flat(rows.numbers), words=rows.words),
             self.context,
             num_experts=count,
+            devices=exchange.devices,
             cuts=self.cuts[:2],
         )
         return exchange.from_owners(own).astype(x.dtype), exchange.among_all(load, num_experts)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nemotron_jax import quant
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.config.precision import NVFP4
@@ -30,7 +31,7 @@ CASES = {
     "data, fsdp and expert": ((2, 2, 2), ROWS, "plain"),
     "rows that expert does not divide": ((1, 2, 4), 2, "plain"),
     "adapters": ((1, 2, 2), ROWS, "adapters"),
-    "all tokens to the experts of one device": ((1, 1, 8), ROWS, "crowded"),
+    "all tokens to the experts of one device": ((1, 1, 4), ROWS, "crowded"),
     "nvfp4": ((1, 1, 4), ROWS, "nvfp4"),
 }
 MORE = {
@@ -52,9 +53,40 @@ def test_a_layer_on_a_mesh_equals_one_device(case):
     expected, loads = on_mesh((1, 1, 1), rows, variant)
     got, own_loads = on_mesh(sizes, rows, variant)
     np.testing.assert_array_equal(own_loads, loads)
+    assert_close(got, expected)
+
+
+def assert_close(got: dict, expected: dict) -> None:
     for name, value in expected.items():
         gap = np.linalg.norm(got[name] - value) / (np.linalg.norm(value) + 1e-12)
         assert np.linalg.norm(value) > 0 and gap < LIMIT, (name, gap)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factor"),
+    [
+        ((1, 1, 4), 0.3),
+        pytest.param((1, 1, 1), 0.3, marks=pytest.mark.more),
+        pytest.param((1, 1, 4), 1.0, marks=pytest.mark.more),
+        pytest.param((1, 1, 8), 0.01, marks=pytest.mark.more),
+        pytest.param((1, 1, 8), 8.0, marks=pytest.mark.more),
+    ],
+)
+def test_windows_of_any_size_give_the_same_numbers(sizes, factor):
+    expected, loads = on_mesh((1, 1, 1), ROWS, "crowded")
+    got, own_loads = on_mesh(sizes, ROWS, "crowded", factor)
+    np.testing.assert_array_equal(own_loads, loads)
+    assert_close(got, expected)
+
+
+def test_a_window_is_a_share_of_a_balanced_load_or_there_is_none():
+    context = lambda factor: Context(Execution(expert_rows=factor), jnp.float32)
+    assert quant.window_rows(8 * 8192 * 22, 8, context(1.25)) == 8192 * 22 * 5 // 4
+    assert quant.window_rows(8192 * 22, 1, context(1.25)) is None  # one device has all
+    assert quant.window_rows(800, 8, context(8.0)) is None
+    assert quant.window_rows(800, 8, context(0.001)) == 8
+    with pytest.raises(ValueError, match="Execution.expert_rows=0: must be positive"):
+        context(0)
 
 
 def test_experts_stay_where_they_are_and_other_parts_travel():
@@ -82,12 +114,14 @@ def test_every_axis_that_shares_rows_cuts_a_matrix():
 
 
 @functools.cache
-def on_mesh(sizes: tuple[int, int, int], rows: int, variant: str) -> tuple[dict, np.ndarray]:
+def on_mesh(
+    sizes: tuple[int, int, int], rows: int, variant: str, factor: float = 1.25
+) -> tuple[dict, np.ndarray]:
     """Output, balance loss and every gradient by name, and the experts' loads."""
     mesh = MeshConfig(*sizes)
     layer, x, cotangent = layer_of(variant), *normal(0, 2, rows, LENGTH, WIDTH)
     with jax.set_mesh(make_mesh(mesh, jax.devices())):
-        run = gradient(NVFP4 if variant == "nvfp4" else "")
+        run = gradient(NVFP4 if variant == "nvfp4" else "", factor)
         (of_layer, of_x), (y, metrics) = jax.device_get(run(layer, x, cotangent))
     state = nnx.to_flat_state(nnx.state(of_layer, nnx.Param))
     found = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
@@ -96,12 +130,12 @@ def on_mesh(sizes: tuple[int, int, int], rows: int, variant: str) -> tuple[dict,
 
 
 @functools.cache
-def gradient(format: str):
+def gradient(format: str, factor: float):
     """Of the sum of outputs times a cotangent, and of the balance loss."""
-    return quick_jit(jax.grad(functools.partial(loss, format), (0, 1), has_aux=True))
+    return quick_jit(jax.grad(functools.partial(loss, format, factor), (0, 1), has_aux=True))
 
 
-def loss(format: str, layer: LatentMoE, x: jax.Array, cotangent: jax.Array) -> tuple:
+def loss(format: str, factor: float, layer: LatentMoE, x: jax.Array, cotangent: jax.Array) -> tuple:
     rows, length = x.shape[:2]
     starts = np.random.default_rng(1).random((rows, length)) < 0.3
     starts[:, 0] = False
@@ -113,7 +147,8 @@ def loss(format: str, layer: LatentMoE, x: jax.Array, cotangent: jax.Array) -> t
         words=jnp.array([1, 2], jnp.uint32),
     )
     formats = tuple((role, format) for role in EXPERT_ROLES if format)
-    context = Context(Execution(aux_loss="documents"), jnp.float32, formats=formats, target="cpu")
+    execution = Execution(aux_loss="documents", expert_rows=factor)
+    context = Context(execution, jnp.float32, formats=formats, target="cpu")
     y, _, metrics = layer(x, described, None, context)
     return jnp.sum(y * cotangent) + metrics.aux_loss, (y, metrics)
 
