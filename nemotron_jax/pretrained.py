@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from nemotron_jax.config.checks import check_value, local_path
 from nemotron_jax.config.dtypes import dtype_name
-from nemotron_jax.config.lora import REFUSED_BY_PEFT
+from nemotron_jax.config.lora import REFUSED_BY_PEFT, LoRAConfig
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import DataConfig, RunConfig
 from nemotron_jax.data import companions
 from nemotron_jax.data.corpus import TRAIN_TOKENIZER
@@ -61,7 +62,7 @@ def begin_run(run: Prepared, start: str | None = None) -> TrainState:
     other libraries will not load.
     """
     config, start = run.config, run.config.init_from if start is None else start
-    _warn_of_targets(config)
+    _warn_of_targets(config.lora, config.model)
     if not start:
         return place_state(run)
     model = load_pretrained(start, mesh=current_mesh())
@@ -76,8 +77,8 @@ def begin_run(run: Prepared, start: str | None = None) -> TrainState:
     return place_state(run, model)
 
 
-def _warn_of_targets(config: RunConfig) -> None:
-    chosen = config.lora.chosen(config.model) if config.lora else ()
+def _warn_of_targets(lora: LoRAConfig | None, model: ModelConfig) -> None:
+    chosen = lora.chosen(model) if lora else ()
     if refused := [target for target in chosen if target in REFUSED_BY_PEFT]:
         warnings.warn(
             f"RunConfig.lora.targets: PEFT loads no adapter with {', '.join(refused)} onto this "

@@ -1,6 +1,5 @@
 """Loss on text that training never saw, in nats per token and in bits per byte."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.run import DataConfig
 from nemotron_jax.data.corpus import Corpus, unigram_entropy
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
 from nemotron_jax.model.nemotron import Nemotron
@@ -23,8 +22,8 @@ from nemotron_jax.types import Batch
 MOST_TOKENS_AT_END = 2_000_000
 
 
-def held_out_evaluator(
-    corpus: Corpus, config: RunConfig
+def held_out_probe(
+    corpus: Corpus, data: DataConfig, rows: int, chunk: int
 ) -> Callable[[Nemotron, Execution], dict[str, float]]:
     """A function of a model and how to run it: `held_out_loss` (nats per token) and `bits_per_byte`
     of held-out rows, beside the `unigram_entropy` of those rows' tokens.
@@ -33,9 +32,8 @@ def held_out_evaluator(
     byte compare models with different tokenizers; the end of a document is scored as a token and
     spells no byte.
     """
-    batches = held_out_batches(corpus, config.data, 0, config.logging.evaluate_rows)
+    batches = held_out_batches(corpus, data, 0, rows)
     entropy = _entropy_of(corpus, batches)
-    chunk = config.training.loss_chunk
 
     def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
         nats, tokens = held_out_nats(model, batches, chunk=chunk, execution=execution)
@@ -49,15 +47,13 @@ def held_out_evaluator(
     return evaluate
 
 
-def whole_evaluator(
-    corpus: Corpus, config: RunConfig
+def whole_probe(
+    corpus: Corpus, data: DataConfig, chunk: int
 ) -> Callable[[Nemotron, Execution], dict[str, float]] | None:
     """The same of all held-out text, as eval.py's perplexity says; None where there is too much."""
     if len(corpus.held_out.tokens) > MOST_TOKENS_AT_END:
         return None
-    rows = max(1, held_out_row_count(corpus, config.data))
-    whole = dataclasses.replace(config.logging, evaluate_rows=rows)
-    return held_out_evaluator(corpus, dataclasses.replace(config, logging=whole))
+    return held_out_probe(corpus, data, max(1, held_out_row_count(corpus, data)), chunk)
 
 
 def _bytes_of(corpus: Corpus, batches: Sequence[Batch]) -> int:
@@ -74,13 +70,12 @@ def _entropy_of(corpus: Corpus, batches: Sequence[Batch]) -> float:
     return unigram_entropy(counts, tokens)
 
 
-def learned_evaluator(
-    batches: Sequence[Batch], config: RunConfig
+def learned_probe(
+    batches: Sequence[Batch], chunk: int
 ) -> Callable[[Nemotron, Execution], dict[str, float]]:
     """A function of a model and how to run it: `held_out_loss`, nats per learned token."""
 
     def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
-        chunk = config.training.loss_chunk
         nats, tokens = held_out_nats(model, batches, chunk=chunk, execution=execution)
         return {"held_out_loss": nats / tokens}
 

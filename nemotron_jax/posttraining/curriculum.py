@@ -54,11 +54,11 @@ def step_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
 
 
-def held_out_tasks(config: RunConfig, count: int) -> list[Task]:
+def held_out_tasks(config: RolloutConfig, seed: int, count: int) -> list[Task]:
     """The first `count` held-out tasks of each environment of a run."""
     return [
-        environment.split(config.seed, "held_out", index, level=level)
-        for environment, level in played_environments(config.rl.rollout)
+        environment.split(seed, "held_out", index, level=level)
+        for environment, level in played_environments(config)
         for index in range(count)
     ]
 

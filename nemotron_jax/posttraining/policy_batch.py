@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.config.rl import ObjectiveConfig
+from nemotron_jax.config.rl import ObjectiveConfig, RolloutConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import pack_whole
 from nemotron_jax.model.nemotron import Nemotron
@@ -50,10 +50,9 @@ def place_episodes(lengths: Sequence[int], rows: int, row_tokens: int) -> list[P
     return [found[episode] for episode in range(len(lengths))]
 
 
-def rows_needed(config: RunConfig) -> int:
+def rows_needed(rollout: RolloutConfig, row_tokens: int) -> int:
     """Rows that hold a step's episodes whatever their lengths."""
-    rollout = config.rl.rollout
-    fit = config.data.sequence_length // rollout.max_tokens
+    fit = row_tokens // rollout.max_tokens
     return -(-rollout.prompts * rollout.generations // fit) if fit else 0
 
 

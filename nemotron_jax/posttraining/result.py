@@ -27,7 +27,7 @@ def result(before: Nemotron, after: Nemotron, tokenizer: Tokenizer, config: RunC
     The same tasks are played once each by both, sampled as in training. `easy_…` are those of the
     tasks that the slip `rl.easy_slip` gets right; `environments` holds the same for each one.
     """
-    tasks = held_out_tasks(config, config.rl.result_tasks)
+    tasks = held_out_tasks(config.rl.rollout, config.seed, config.rl.result_tasks)
     sampler = make_sampler(config.rl.rollout)
     execution = config.execution.at_step(config.training.steps - 1)
     rewards = []

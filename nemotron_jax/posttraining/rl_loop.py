@@ -232,7 +232,8 @@ def check_rollouts(config: RunConfig) -> None:
         make_judge(
             config.rl.preference
         )  # refuses a key that is not there, before anything is played
-    data, rollout, needed = config.data, config.rl.rollout, rows_needed(config)
+    data, rollout = config.data, config.rl.rollout
+    needed = rows_needed(rollout, data.sequence_length)
     drafts = rollout.speculative == 0 or config.model.mtp is not None
     rule = "needs an MTP block to draft with, and model.mtp is None; use 0"
     check_value("RolloutConfig", "speculative", rollout.speculative, drafts, rule)

@@ -20,14 +20,14 @@ from nemotron_jax.playing.rollout import play_episodes
 from nemotron_jax.posttraining.curriculum import PoolPlays, held_out_tasks, step_seed
 from nemotron_jax.posttraining.health import check_counted
 
-Evaluator = Callable[[Nemotron, Execution], dict[str, float]]
+Probe = Callable[[Nemotron, Execution], dict[str, float]]
 
 # Held-out tasks of fine-tuning that are played side by side: each holds a cache of two rows'
 # length.
 _SIDE_BY_SIDE = 64
 
 
-def success_of_oracles(tokenizer: Tokenizer, config: RunConfig) -> Evaluator | None:
+def success_of_oracles(tokenizer: Tokenizer, config: RunConfig) -> Probe | None:
     """A function of a model in fine-tuning: `success`, its mean reward on held-out tasks of the
     oracle sources.
 
@@ -69,10 +69,10 @@ def success_of_oracles(tokenizer: Tokenizer, config: RunConfig) -> Evaluator | N
 
 def success_of_tasks(
     tokenizer: Tokenizer, config: RunConfig, sampler: Sampler | None = None
-) -> Evaluator:
+) -> Probe:
     """A function of a model: `success`, its mean reward on held-out tasks, and that of each
     environment. `sampler` is the run's, by default one of its own."""
-    tasks = held_out_tasks(config, config.rl.held_out_tasks)
+    tasks = held_out_tasks(config.rl.rollout, config.seed, config.rl.held_out_tasks)
     sampler = sampler or make_sampler(config.rl.rollout)
 
     def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:

@@ -176,7 +176,7 @@ def _reinforce(run: Prepared, start: str, mesh: Mesh, pay: Pay) -> bool:
         outcome = loop.run(
             run,
             data=rollouts,
-            evaluators=[success_of_tasks(tokenizer, config, sampler)],
+            probes=[success_of_tasks(tokenizer, config, sampler)],
             begin=lambda run: begin_run(run, start),
         )
     write_page(directory)

@@ -1,7 +1,6 @@
 """Stage `pretrain`: next tokens of a corpus."""
 
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -11,12 +10,13 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import ChatCorpus
 from nemotron_jax.data.corpus import Corpus, prepare, repetitions
 from nemotron_jax.data.loader import TrainLoader
-from nemotron_jax.evaluation.held_out import held_out_evaluator, whole_evaluator
+from nemotron_jax.evaluation.held_out import held_out_probe, whole_probe
 from nemotron_jax.evaluation.samples import make_sampler
 from nemotron_jax.pretrained import begin_run, data_of
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import limits, loop
 from nemotron_jax.training.prepared import Prepared, prepare_run
+from nemotron_jax.training.report import Probe, Sampler
 from nemotron_jax.training.summary import summary
 
 
@@ -27,15 +27,14 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
     data = data_of(config, directory)
     eos = model.eos_token
     tokenizer, corpus = prepare(data, model.vocab_size, directory.path, eos_token=eos)
-    given = dataclasses.replace(config, data=data)
-    tokens = logging.sample_tokens
+    tokens, chunk = logging.sample_tokens, config.training.loss_chunk
     return learn(
         prepared,
         mesh,
         corpus,
         notes=repetitions(corpus, config.data, config.training.steps),
-        evaluators=[held_out_evaluator(corpus, given)],
-        final=whole_evaluator(corpus, given),
+        probes=[held_out_probe(corpus, data, logging.evaluate_rows, chunk)],
+        final=whole_probe(corpus, data, chunk),
         sampler=make_sampler(tokenizer, tokens, seed=config.seed) if tokens else None,
     )
 
@@ -54,9 +53,9 @@ def learn(
     corpus: Corpus | ChatCorpus,
     *,
     notes: Sequence[str],
-    evaluators: Sequence[loop.Evaluator],
-    final: loop.Evaluator | None = None,
-    sampler: loop.Sampler | None = None,
+    probes: Sequence[Probe],
+    final: Probe | None = None,
+    sampler: Sampler | None = None,
 ) -> int:
     """Train on the rows of a corpus and say what a finished run reached; the exit status."""
     for line in notes:
@@ -68,7 +67,7 @@ def learn(
             run,
             data=loader,
             begin=begin_run,
-            evaluators=evaluators,
+            probes=probes,
             final=final,
             sampler=sampler,
         )

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import prepare_conversations, repetitions
-from nemotron_jax.evaluation.held_out import learned_evaluator
+from nemotron_jax.evaluation.held_out import learned_probe
 from nemotron_jax.posttraining.success import success_of_oracles
 from nemotron_jax.pretrained import data_of
 from nemotron_jax.run_directory import RunDirectory
@@ -33,5 +33,5 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
         mesh,
         corpus,
         notes=repetitions(corpus, data, config.training.steps),
-        evaluators=[learned_evaluator(batches, given), *([played] if played else [])],
+        probes=[learned_probe(batches, config.training.loss_chunk), *([played] if played else [])],
     )

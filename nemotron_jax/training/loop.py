@@ -6,30 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import tensorboardX
 
 from nemotron_jax.config.convert import to_json
-from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data import companions
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import unflatten
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.sharding import place_batch
-from nemotron_jax.training.checkpoint import Checkpoints, load_parameters
-from nemotron_jax.training.merge import merge, minus_sqrt_weights
-from nemotron_jax.training.metrics import MetricsLog, Record, SamplesLog, Speed
-from nemotron_jax.training.plots import draw_curves
+from nemotron_jax.training.checkpoint import Checkpoints
+from nemotron_jax.training.metrics import Record
 from nemotron_jax.training.prepared import Prepared, place_state
-from nemotron_jax.training.progress import Progress
+from nemotron_jax.training.report import Probe, Reporter, Sampler
 from nemotron_jax.training.signals import StopSignal, sole_owner
 from nemotron_jax.training.state import TrainState
 from nemotron_jax.training.step import Metrics, compile_train_step
 from nemotron_jax.types import Batch
-
-Evaluator = Callable[[Nemotron, Execution], Mapping[str, float]]
-Sampler = Callable[[Nemotron], str]
 
 
 class Loader(Protocol):
@@ -73,14 +65,14 @@ def run(
     run: Prepared,
     *,
     data: Loader | ModelLoader,
-    evaluators: Sequence[Evaluator] = (),
+    probes: Sequence[Probe] = (),
     sampler: Sampler | None = None,
-    final: Evaluator | None = None,
+    final: Probe | None = None,
     begin: Callable[[Prepared], TrainState] = place_state,
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
-    `evaluators` give values of the model, run as the step runs it, for the record of every
+    `probes` give values of the model, run as the step runs it, for the record of every
     evaluation, `sampler` a text; `final` gives values of the last model, which its record holds as
     `whole_…`; `begin` makes the first state, where there is no checkpoint;
     Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
@@ -99,7 +91,7 @@ def run(
         with atomic_writer(directory.config) as out:
             out.write(files[directory.config.name].encode())
         companions.keep(config, directory)
-        reporter = stack.enter_context(_Reporter(run, step, evaluators, sampler))
+        reporter = stack.enter_context(Reporter(run, step, probes, sampler))
         stop = stack.enter_context(StopSignal())
         parts = _Parts(data, checkpoints, files, reporter, stop)
         state, step = _train(run, state, step, parts)
@@ -132,7 +124,7 @@ class _Parts:
     data: Loader | ModelLoader
     checkpoints: Checkpoints
     files: dict[str, str]  # that every checkpoint keeps
-    reporter: "_Reporter"
+    reporter: Reporter
     stop: StopSignal
 
     def next(self, model: Nemotron) -> Any:
@@ -165,7 +157,7 @@ def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[
         evaluates = last or step % logging.evaluate_every == 0
         saves = last or step % logging.checkpoint_every == 0
         if evaluates or saves or step % logging.log_every == 0:
-            _check_finite(metrics, step, config)
+            _check_finite(metrics, step, config.training.max_skipped_steps)
         if evaluates or step % logging.log_every == 0:
             values = {**jax.device_get(metrics), **parts.report()}
             reporter.report(step, values, state.model, evaluates)
@@ -180,9 +172,9 @@ def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[
     return state, step
 
 
-def _check_finite(metrics: Metrics, step: int, config: RunConfig) -> None:
+def _check_finite(metrics: Metrics, step: int, limit: int) -> None:
     """Raise TrainingStopped after too many skipped steps in a row; waits for the step."""
-    skipped, limit = int(metrics["skipped_in_a_row"]), config.training.max_skipped_steps
+    skipped = int(metrics["skipped_in_a_row"])
     if skipped >= limit:
         raise TrainingStopped(
             f"training stopped at step {step}: the last {skipped} steps had a non-finite loss or "
@@ -196,104 +188,3 @@ def _files(config: RunConfig, directory: RunDirectory) -> dict[str, str]:
     if directory.tokenizer.exists():
         files[directory.tokenizer.name] = directory.tokenizer.read_text("utf-8")
     return files
-
-
-class _Reporter:
-    """Everything a session writes and shows."""
-
-    def __init__(
-        self,
-        run: Prepared,
-        step: int,
-        evaluators: Sequence[Evaluator],
-        sampler: Sampler | None,
-    ) -> None:
-        self._run, config, directory = run, run.config, run.directory
-        self._evaluators, self._sampler = evaluators, sampler
-        self.log = MetricsLog(directory.metrics, step)
-        self._samples = None if sampler is None else SamplesLog(directory.samples, step)
-        self._board = tensorboardX.SummaryWriter(
-            str(directory.tensorboard), purge_step=step + 1 if step else None
-        )
-        before = self.log.records[-1].get("seconds") if self.log.records else None
-        self.speed = Speed(config, step, before or 0.0)
-        self.progress = Progress(config.training.steps, step)
-        if step:
-            self.progress.note(f"resumed after step {step}")
-
-    def __enter__(self) -> "_Reporter":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.progress.close()
-        self.log.close()
-        with contextlib.suppress(OSError):  # a full disk has been told of; curves are copies
-            self._board.close()
-
-    def report(self, step: int, values: dict[str, Any], model: Nemotron, evaluates: bool) -> None:
-        """Write the record of a step, with evaluation, sample and plot where they are due."""
-        values = {
-            name: getattr(value, "item", lambda v=value: v)() for name, value in values.items()
-        }
-        del values["skipped_in_a_row"]
-        record = {"step": step, "tokens": step * self._run.tokens_per_step, **values}
-        record |= self.speed.read(step)
-        self.speed.pause()
-        if evaluates:
-            record |= self._evaluate(model, step)
-        self.log.append(record)
-        record = self.log.records[-1]
-        for name, value in record.items():
-            if name not in ("step", "tokens") and value is not None:
-                self._board.add_scalar(name, value, step)
-        self.progress.show(record)
-        if evaluates:
-            self._illustrate(step, model)
-        self.speed.resume()
-
-    def whole(self, model: Nemotron, final: Evaluator | None) -> None:
-        """Add what `final` says to the last record, once."""
-        records = self.log.records
-        if final is None or not records or "whole_held_out_loss" in records[-1]:
-            return
-        step = records[-1]["step"]
-        values = final(model, self._run.config.execution.at_step(step - 1))
-        self.log.extend_last({f"whole_{name}": value for name, value in values.items()})
-
-    def merged(self, model: Nemotron) -> None:
-        """Compare the merged newest checkpoints with the last one, where the config asks for it."""
-        window = self._run.config.logging.merge_window
-        steps = self._run.directory.steps()[-window:] if window else []
-        done = not self.log.records or "merged_steps" in self.log.records[-1]
-        if len(steps) < 2 or not self._evaluators or done:
-            return
-        schedule = self._run.config.training.schedule
-        weights = minus_sqrt_weights(
-            steps, schedule.final_learning_rate / schedule.peak_learning_rate
-        )
-        tables = (load_parameters(self._run.directory.at(step))[-1] for step in steps)
-        last = self.log.records[-1]
-        values = self._evaluate(unflatten(model, merge(tables, weights)), last["step"])
-        self.log.extend_last(
-            {"merged_steps": len(steps), **{f"merged_{name}": v for name, v in values.items()}}
-        )
-        self.progress.note(
-            f"merged the checkpoints of steps {', '.join(map(str, steps))}: "
-            + ", ".join(
-                f"{name} {value:.4f} (last: {last[name]:.4f})"
-                for name, value in values.items()
-                if value != last[name]
-            )
-        )
-
-    def _evaluate(self, model: Nemotron, step: int) -> dict[str, float]:
-        execution = self._run.config.execution.at_step(step - 1)
-        values = (evaluate(model, execution) for evaluate in self._evaluators)
-        return {name: value for found in values for name, value in found.items()}
-
-    def _illustrate(self, step: int, model: Nemotron) -> None:
-        draw_curves(self.log.records, self._run.directory)
-        if self._sampler is not None:
-            text = self._sampler(model)
-            self._samples.append(step, text)
-            self._board.add_text("sample", text, step)

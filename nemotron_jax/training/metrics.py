@@ -11,10 +11,8 @@ from typing import Any
 
 import jax
 
-from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.files import atomic_writer
-from nemotron_jax.model.accounting import training_flops
 
 Record = dict[str, Any]
 
@@ -106,11 +104,10 @@ class Speed:
     What is not training (compiling, evaluating, sampling) is taken out by `pause` and `resume`.
     """
 
-    def __init__(self, config: RunConfig, step: int, seconds: float = 0.0) -> None:
-        data, depths = config.data, config.training.mtp_depths
-        self._tokens = data.batch_size * data.sequence_length
-        flops = training_flops(config.model, data.sequence_length, mtp_depths=depths)
-        self._flops = flops.total
+    def __init__(
+        self, tokens_per_step: int, flops_per_token: float, step: int, seconds: float = 0.0
+    ) -> None:
+        self._tokens, self._flops = tokens_per_step, flops_per_token
         self._peak = peak_flops()
         self._seconds = seconds  # of training since the run began
         self._read_step, self._read_seconds = step, seconds

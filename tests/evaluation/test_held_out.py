@@ -9,7 +9,7 @@ import pytest
 
 from nemotron_jax.data.corpus import prepare
 from nemotron_jax.data.loader import held_out_batches
-from nemotron_jax.evaluation.held_out import held_out_evaluator, held_out_nats
+from nemotron_jax.evaluation.held_out import held_out_nats, held_out_probe
 from nemotron_jax.evaluation.samples import PROMPTS, make_sampler
 from nemotron_jax.training.prepared import init_state, prepare_run
 from tests.training.runs import changed, small_run, write_texts
@@ -39,7 +39,8 @@ def test_loss_and_bits_are_those_of_plain_logits(setting):
         scored = batch.weights[..., 0] > 0
         nats += float(np.asarray(losses, np.float64)[scored].sum())
         tokens += scored.sum()
-    values = held_out_evaluator(corpus, config)(model, config.execution)
+    probe = held_out_probe(corpus, config.data, config.logging.evaluate_rows, 512)
+    values = probe(model, config.execution)
     assert values["held_out_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     # Every byte of the held-out text but those of each document's first token.
     starts = corpus.held_out.tokens[corpus.held_out.offsets[:-1]]

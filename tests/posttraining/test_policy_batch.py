@@ -222,7 +222,7 @@ def test_rows_always_suffice_and_too_few_are_named(config) -> None:
     )
     run = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=rollout))
     run = changed(run, data={"sequence_length": 100})
-    assert rows_needed(run) == 24
+    assert rows_needed(run.rl.rollout, run.data.sequence_length) == 24
     for _ in range(50):
         lengths = generator.integers(2, 31, 70).tolist()
         place_episodes(lengths, 24, 100)

@@ -22,7 +22,7 @@ from nemotron_jax.config.run import (
 )
 from nemotron_jax.data.corpus import prepare
 from nemotron_jax.data.loader import TrainLoader
-from nemotron_jax.evaluation.held_out import held_out_evaluator
+from nemotron_jax.evaluation.held_out import held_out_probe
 from nemotron_jax.pretrained import begin_run, data_of
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import loop
@@ -91,6 +91,7 @@ def changed(config: RunConfig, **parts: dict) -> RunConfig:
 
 def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None) -> loop.Outcome:
     """What train.py does, without its command line."""
+    chunk = config.training.loss_chunk
     data_config = data_of(config, RunDirectory(workdir))
     _, corpus = prepare(data_config, config.model.vocab_size, workdir, progress=lambda line: None)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
@@ -98,7 +99,7 @@ def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None
         return loop.run(
             prepare_run(config, RunDirectory(workdir)),
             data=loader if data is None else data(loader),
-            evaluators=[held_out_evaluator(corpus, config)],
+            probes=[held_out_probe(corpus, config.data, config.logging.evaluate_rows, chunk)],
             sampler=sampler,
             begin=begin_run,
         )

@@ -137,11 +137,11 @@ def test_utilisation_is_flops_over_the_peak(texts, monkeypatch):
     clock = iter([10.0, 12.0, 12.0, 20.0, 50.0, 51.0, 51.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(metrics, "peak_flops", lambda: 1e9)
-    speed = Speed(config, 0)
+    flops = training_flops(config.model, LENGTH, mtp_depths=2).total
+    speed = Speed(ROWS * LENGTH, flops, 0)
     speed.resume()
     read = speed.read(4)
     assert read["tokens_per_second"] == 4 * ROWS * LENGTH / 2
-    flops = training_flops(config.model, LENGTH, mtp_depths=2).total
     assert read["mfu"] == pytest.approx(2 * ROWS * LENGTH * flops / 1e9)
     speed.pause()  # at 20 s, and until 50 s the run evaluates
     speed.resume()

@@ -6,7 +6,7 @@ import pytest
 
 from nemotron_jax.config.run import LoggingConfig
 from nemotron_jax.data.corpus import prepare
-from nemotron_jax.evaluation.held_out import held_out_evaluator
+from nemotron_jax.evaluation.held_out import held_out_probe
 from nemotron_jax.model.parameters import abstract_model, unflatten
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.checkpoint import load_parameters
@@ -110,7 +110,7 @@ def test_a_run_compares_its_merged_checkpoints_with_the_last(finished_run, tmp_p
         for name in tables[0]
     }
     _, corpus = prepare(config.data, config.model.vocab_size, tmp_path)
-    evaluate = held_out_evaluator(corpus, config)
+    evaluate = held_out_probe(corpus, config.data, config.logging.evaluate_rows, 512)
     model = unflatten(abstract_model(config.model), merged)
     loss = evaluate(model, config.execution)["held_out_loss"]
     assert last["merged_held_out_loss"] == pytest.approx(loss, abs=1e-5)
