@@ -19,8 +19,7 @@ from nemotron_jax.playing.players import Here, Players
 from nemotron_jax.playing.rollout import play_episodes
 from nemotron_jax.posttraining.curriculum import PoolPlays, held_out_tasks, step_seed
 from nemotron_jax.posttraining.health import check_counted
-
-Probe = Callable[[Nemotron, Execution], dict[str, float]]
+from nemotron_jax.training.report import Probe
 
 # Held-out tasks of fine-tuning that are played side by side: each holds a cache of two rows'
 # length.
