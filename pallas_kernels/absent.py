@@ -7,10 +7,8 @@ from collections.abc import Sequence
 
 import jax
 
-# High-bandwidth memory of one device in bytes, as published; a TPU7x chip is two devices.
-MEMORY = {"v5e": 16e9, "v5p": 95e9, "v6e": 32e9, "tpu7x": 96e9}
-# The smallest topology that has whole hosts, for programs of one device.
-SMALLEST = {"v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
+from pallas_kernels.devices import DEVICES, SMALLEST
+
 # Without these libtpu asks a metadata server what machine this is, and complains of the answer; and
 # one process alone may load it.
 _NO_TPU_HERE = {
@@ -57,7 +55,7 @@ def tpu_devices(target: str) -> Sequence[jax.Device]:
 
 def memory_of(target: str) -> float:
     """Bytes of high-bandwidth memory of one device of a TPU target."""
-    return MEMORY[target.partition(":")[0]]
+    return DEVICES[target.partition(":")[0]].memory
 
 
 def smallest(name: str) -> str:

@@ -7,7 +7,6 @@ trips, or what the matrix units or the memory need where that is more.
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -21,27 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.devices import DEVICES, SMALLEST, Device
 from pallas_kernels.report import report_file
 
 FOLDERS = ("grouped_matmul", "ssd", "nvfp4", "causal_conv1d", "attention")
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What jax calls a device of a TPU; figures as published."""
-
-    cores: int
-    clock_ghz: float
-    tflops: float  # bfloat16, of all cores
-    gbytes_per_s: float  # high-bandwidth memory
-
-
-CHIPS = {
-    "v5e": Chip(1, 1.5, 197, 819),
-    "v5p": Chip(2, 1.75, 459, 2765),
-    "v6e": Chip(1, 1.75, 918, 1640),
-    "tpu7x": Chip(1, 2.2, 1153, 3690),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,8 +60,8 @@ def prove(target: str, kernels: Sequence[str] = (), plain: bool = False) -> Iter
 
         from pallas_kernels import absent
 
-        if target not in CHIPS:
-            raise ValueError(f"target={target!r}: must be one of {', '.join(CHIPS)}")
+        if target not in SMALLEST:
+            raise ValueError(f"target={target!r}: must be one of {', '.join(SMALLEST)}")
         device = SingleDeviceSharding(absent.tpu_devices(absent.smallest(target))[0])
         for proof in all_proofs():
             if not kernels or proof.kernel in kernels:
@@ -120,7 +102,7 @@ def row_of(proof: Any, target: str, device: Any, folder: Path | None, plain: boo
     if program is not None:
         row["temporaries"] = program.memory_analysis().temp_size_in_bytes
         row["vmem_bytes"] = _vmem(program.as_text(), proof.kernel)
-        row |= _static(proof, CHIPS[target], folder) if folder else {}
+        row |= _static(proof, DEVICES[target], folder) if folder else {}
     _empty(folder)
     if plain and proof.plain is not None:
         other, reason = _compiled(proof.plain, proof.operands, device)
@@ -199,7 +181,7 @@ def _vmem(text: str, kernel: str) -> int | None:
     return None
 
 
-def _static(proof: Any, chip: Chip, folder: Path) -> dict:
+def _static(proof: Any, chip: Device, folder: Path) -> dict:
     """Static cycles of one core, spills, and what bounds the time."""
     from pallas_kernels import bundles
 
@@ -210,8 +192,8 @@ def _static(proof: Any, chip: Chip, folder: Path) -> dict:
     found: dict = {"spills": slots and _spills(slots.read_text())}
     multiplied = proof.flops if proof.multiplied_flops is None else proof.multiplied_flops
     needs = {
-        "matrix unit": multiplied / chip.tflops / 1e3,
-        "memory": proof.bytes / chip.gbytes_per_s,
+        "matrix unit": 1e9 * multiplied / chip.flops,
+        "memory": 1e9 * proof.bytes / chip.hbm,
     }
     if listing is not None and proof.steps:
         parts = bundles.parts(listing.read_text())
@@ -245,7 +227,7 @@ def _empty(folder: Path | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.prove", description=__doc__)
     add = parser.add_argument
-    add("--target", required=True, help=f"of {', '.join(CHIPS)}, one or several with commas")
+    add("--target", required=True, help=f"of {', '.join(SMALLEST)}, one or several with commas")
     add("--json", default="", type=report_file, help="a file for the rows")
     add("--kernels", default="", help="names of kernels, with commas; all by default")
     add("--plain", action="store_true", help="compile XLA's version of each too")

@@ -13,24 +13,10 @@ import jax
 
 from nemotron_jax.data.json_lines import keep_damaged, read_objects
 from nemotron_jax.files import atomic_writer
+from pallas_kernels import devices
 
 Record = dict[str, Any]
 
-# Dense bfloat16 FLOP/s of one device by the beginning of its kind, longest first; from the vendors'
-# data sheets (sparsity off).
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v6 lite": 918e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "TPU7": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
 _SAMPLE_HEAD = re.compile(r"step (\d{1,18})")
 
 
@@ -146,11 +132,9 @@ class Speed:
 
 def peak_flops() -> float | None:
     """Dense bfloat16 FLOP/s of all devices together; None where the kind's peak is not known."""
-    devices = jax.devices()
-    for kind, peak in PEAK_FLOPS.items():
-        if devices[0].device_kind.startswith(kind):
-            return peak * len(devices)
-    return None
+    here = jax.devices()
+    known = devices.of_kind(here[0].device_kind)
+    return None if known is None else known.flops * len(here)
 
 
 def read_records(path: Path) -> tuple[list[Record], list[int]]:

@@ -157,7 +157,7 @@ def test_peaks_are_found_by_the_kind_of_device(monkeypatch):
         "TPU v5 lite": 197e12,
         "TPU v5": 459e12,
         "TPU v5p": 459e12,
-        "TPU7x": 2307e12,
+        "TPU7x": 1153e12,
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H100 80GB HBM3": 989e12,
         "NVIDIA H200": 989e12,
