@@ -4,7 +4,14 @@ import collections
 import dataclasses
 import re
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0}  # the others tell theirs in their name
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")

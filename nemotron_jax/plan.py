@@ -1,10 +1,13 @@
-"""Compile a run's train step for devices that are not here, and say what it takes.
+"""Compile a run's train step for devices that are not here, or estimate it, and say what it takes.
 
 python -m nemotron_jax.plan --config=configs/NAME.py --target=v5p:8x8x4 [--json=FILE]
 [--config.a.b=value]. The step is the one that train.py runs, lowered from shapes: no parameter is
-made and no data is read. Targets are TPUs by the sides of their topology, or `cpu:8`.
+made and no data is read. Targets are TPUs by the sides of their topology, or `cpu:8`; several are
+separated by commas. With --estimate nothing is compiled: arithmetic answers at once, of GPUs too
+(`h100:8`), of --stage=decode and grpo, and with --target=all of every slice that is rented.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -21,6 +24,9 @@ from nemotron_jax import command_line, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.files import atomic_writer
+from nemotron_jax.planning import text
+from nemotron_jax.planning.estimate import STAGES, Question, estimate, over_slices, precision_of
+from pallas_kernels.devices import slice_of
 
 if TYPE_CHECKING:
     import jax  # for main, only once it has read how many devices to show
@@ -31,21 +37,70 @@ _MOST_CPU_DEVICES = 1024
 
 
 def main() -> int:
-    """Plan as the flags say; exit status 0 where the step fits, 1 where it does not."""
+    """Plan as the flags say; exit status 0 where the step fits, or one of several, 1 where not."""
     values = flags.FLAGS
-    config = from_config_dict(RunConfig, values["config"].value)
-    target, file = values["target"].value, _report_file(values["json"].value)
+    file = _report_file(values["json"].value)
+    targets = values["target"].value.split(",")
+    reports = _estimated(targets) if values["estimate"].value else _compiled(targets)
+    if file is not None:
+        answer = reports[0] if len(reports) == 1 else {"reports": reports}
+        with atomic_writer(file) as out:
+            out.write((json.dumps(answer, indent=2) + "\n").encode())
+    if len(reports) == 1:
+        print(text.one(reports[0]) if reports[0]["estimated"] else table(reports[0]))
+    elif all(report.get("estimated", True) for report in reports):
+        print(text.many(reports))
+    else:
+        print("\n\n".join(map(table, reports)))
+    return 0 if any(report.get("fits") for report in reports) else 1
+
+
+def _compiled(targets: list[str]) -> list[dict]:
+    """Reports of the targets, each compiled by its own compiler."""
+    config, stage = from_config_dict(RunConfig, flags.FLAGS["config"].value), flags.FLAGS["stage"]
+    if stage.value != "train" or "all" in targets:
+        asked = "--target=all" if "all" in targets else f"--stage={stage.value}"
+        raise ValueError(f"{asked}: is estimated, not compiled; add --estimate")
+    counts = [count for target in targets if (count := _cpu_devices(target)) is not None]
+    for target in targets:
+        if (count := _cpu_devices(target)) is not None:
+            _check_count(config, target, count)  # before so many are made
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # its time is what is asked for
-    if (count := _cpu_devices(target)) is not None:
-        _check_count(config, target, count)  # before so many are made
-        host.show_cpu_devices(count)
-    report = plan(config, target)
-    if file is not None:
-        with atomic_writer(file) as out:
-            out.write((json.dumps(report, indent=2) + "\n").encode())
-    print(table(report))
-    return 0 if report["fits"] else 1
+    if counts:
+        host.show_cpu_devices(max(counts))
+    return [plan(config, target) for target in targets]
+
+
+def _estimated(targets: list[str]) -> list[dict]:
+    """Reports of the targets by arithmetic alone."""
+    values, names = flags.FLAGS, ("rows", "context", "experts", "speculative", "acceptance")
+    tree = copy.deepcopy(values["config"].value)
+    mesh = {axis: _positive(axis, size) for axis, size in tree.mesh.items()}
+    for axis in mesh:  # of which the estimate takes any, and a run so far not all
+        tree.mesh[axis] = 1
+    asked = any(name.startswith("mesh.") for name in command_line.overrides())
+    question = Question(
+        from_config_dict(RunConfig, tree),
+        stage=values["stage"].value,
+        mesh=mesh if asked else None,
+        links=values["links"].value,
+        **{name: values[name].value for name in names},
+    )
+    if targets == ["all"]:
+        return over_slices(question)
+    found = []
+    for target in targets:
+        place = slice_of(target)
+        own = asked or math.prod(mesh.values()) == place.size
+        found.append(estimate(dataclasses.replace(question, mesh=mesh if own else None), place))
+    return found
+
+
+def _positive(axis: str, size: object) -> int:
+    if type(size) is not int or size < 1:
+        raise ValueError(f"MeshConfig.{axis}={size!r}: must be an integer of at least 1")
+    return size
 
 
 def plan(config: RunConfig, target: str) -> dict:
@@ -74,6 +129,8 @@ def plan(config: RunConfig, target: str) -> dict:
         temporaries, total = memory_of_program(program, target)
     return {
         "target": target,
+        "stage": "train",
+        "estimated": False,
         "fits": program is not None and total <= memory,
         "bytes_per_device": {
             "parameters": parameters,
@@ -89,7 +146,7 @@ def plan(config: RunConfig, target: str) -> dict:
         "sequence_length": config.data.sequence_length,
         "micro_batches": config.training.micro_batches,
         "remat": config.execution.remat,
-        "precision": _precision(config),
+        "precision": precision_of(config),
         "trains": config.training.trains,
         "jax": jax.__version__,
         "why": why,
@@ -253,19 +310,17 @@ def _bytes_used(why: str) -> int:
     return int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " "))) if found else 0
 
 
-def _precision(config: RunConfig) -> str:
-    execution = config.execution
-    text = execution.compute_dtype
-    formats = set(execution.precision.formats.values())
-    if formats:
-        high = execution.precision.num_last_layers_high
-        text += f", emulated {' and '.join(sorted(formats))} but in the last {high} layers"
-    return text
-
-
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "The run: a file of configs/.")
-    flags.DEFINE_string("target", None, "The devices: v5p:8x8x4, v6e:8x8, cpu:8.")
+    flags.DEFINE_string("target", None, "The devices: v5p:8x8x4, h100:8, cpu:8; commas, or all.")
+    flags.DEFINE_bool("estimate", False, "Answer by arithmetic, without compiling.")
+    flags.DEFINE_enum("stage", "train", STAGES, "What runs there; all but train are estimated.")
+    flags.DEFINE_integer("rows", None, "Rows that decode at a time, on the whole slice (64).")
+    flags.DEFINE_integer("context", None, "Tokens of context of each of them (32,768).")
+    flags.DEFINE_string("experts", "dense", "Format of the experts that decode: dense, nvfp4.")
+    flags.DEFINE_integer("speculative", 0, "Drafts of a round of decoding.")
+    flags.DEFINE_float("acceptance", None, "Mean tokens of such a round, the sure one included.")
+    flags.DEFINE_integer("links", None, "Links that weights move over; by default the mesh's own.")
     flags.DEFINE_string("json", "", "A file for the report.")
     flags.mark_flags_as_required(["config", "target"])
     command_line.run("plan", main)

@@ -28,6 +28,7 @@ FLOORS = {
     "nemotron_jax.layers": 5,
     "nemotron_jax.data": 5,
     "nemotron_jax.model": 6,
+    "nemotron_jax.planning": 7,
     "nemotron_jax.training": 7,
     "nemotron_jax.decoding": 7,
     "nemotron_jax.interop": 7,

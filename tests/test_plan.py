@@ -197,6 +197,14 @@ def test_a_tpu_program_is_read_too() -> None:
     assert {one.dtype for one in found if one.kind == "all-gather"} == {"bf16"}
 
 
+def test_rows_that_differ_in_number_are_a_kind_of_their_own() -> None:
+    text = TPU_TEXT.replace(
+        "bf16[64,8]{1,0} all-gather(%p.1), dimensions={0}",
+        "bf16[64,8]{1,0} ragged-all-to-all(%p.1), replica_groups={{0,1,2,3}}",
+    )
+    assert summary(collectives(text))["ragged-all-to-all"] == {"count": 1, "bytes": 64 * 8 * 2}
+
+
 def test_a_loop_whose_end_is_not_a_constant_counts_once() -> None:
     for text in (
         TPU_TEXT.replace("constant(42)", "negate(%counter)"),

@@ -5,6 +5,7 @@ is what one token touches: of the routed experts only `experts_per_token`.
 """
 
 import dataclasses
+import functools
 import math
 
 from nemotron_jax.config.checks import check_value
@@ -63,6 +64,7 @@ class DecodeState:
         return sum(dataclasses.astuple(self))
 
 
+@functools.lru_cache(maxsize=64)
 def parameters(config: ModelConfig) -> ParameterCount:
     """Parameters by part, the router's selection biases included."""
     kinds = {
@@ -94,6 +96,7 @@ def hub_tensors(config: ModelConfig) -> tuple[int, int]:
     return main, _num_tensors(_mtp_tensors(config))
 
 
+@functools.lru_cache(maxsize=64)
 def forward_flops(config: ModelConfig, context: int, *, mtp_depths: int = 0) -> TokenFlops:
     """FLOPs of one token's forward pass when it attends to `context` tokens, itself included.
 

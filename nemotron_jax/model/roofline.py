@@ -19,6 +19,41 @@ class Device:
     flops_per_second: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a call of decoding reads and writes, and computes."""
+
+    bytes: float
+    flops: float
+
+    def seconds(self, device: Device) -> float:
+        """The longer of both."""
+        return max(self.bytes / device.bytes_per_second, self.flops / device.flops_per_second)
+
+
+def step_work(
+    config: ModelConfig,
+    *,
+    rows: int,
+    tokens: int = 1,
+    context: int,
+    weight_bytes: float = 2,
+    expert_bytes: float | None = None,
+) -> Work:
+    """One call of `tokens` tokens for each of `rows` rows; `expert_bytes`: where experts' differ.
+
+    Keys and values are read once a row; a recurrent state is read once, and written after every
+    token, so that a rejection can select one.
+    """
+    state = accounting.decode_state(config, context)
+    weights, experts = _weights(config, config.pattern, rows * tokens)
+    weights += config.vocab_size * config.width
+    expert_bytes = weight_bytes if expert_bytes is None else expert_bytes
+    moved = weights * weight_bytes + experts * expert_bytes
+    moved += rows * (state.kv + (1 + tokens) * (state.ssm + state.conv))
+    return Work(moved, rows * tokens * accounting.forward_flops(config, context).total)
+
+
 def step_seconds(
     config: ModelConfig,
     device: Device,
@@ -26,34 +61,41 @@ def step_seconds(
     rows: int,
     tokens: int = 1,
     context: int,
-    weight_bytes: int = 2,
+    weight_bytes: float = 2,
 ) -> float:
-    """The longer of reading and computing one call of `tokens` tokens for each of `rows` rows.
-
-    Keys and values are read once a row; a recurrent state is read once, and written after every
-    token, so that a rejection can select one.
-    """
-    state = accounting.decode_state(config, context)
-    weights = _weights(config, config.pattern, rows * tokens) + config.vocab_size * config.width
-    moved = weights * weight_bytes + rows * (state.kv + (1 + tokens) * (state.ssm + state.conv))
-    flops = rows * tokens * accounting.forward_flops(config, context).total
-    return max(moved / device.bytes_per_second, flops / device.flops_per_second)
+    """The longer of reading and computing one call of `tokens` tokens for each of `rows` rows."""
+    work = step_work(config, rows=rows, tokens=tokens, context=context, weight_bytes=weight_bytes)
+    return work.seconds(device)
 
 
-def draft_seconds(
-    config: ModelConfig, device: Device, *, rows: int, context: int, weight_bytes: int = 2
-) -> float:
-    """The same of one step of the MTP block for each of `rows` rows, the output head included."""
+def draft_work(
+    config: ModelConfig,
+    *,
+    rows: int,
+    context: int,
+    weight_bytes: float = 2,
+    expert_bytes: float | None = None,
+) -> Work:
+    """One step of the MTP block for each of `rows` rows, the output head included."""
     check_value(
         "draft_seconds", "config.mtp", config.mtp, config.mtp is not None, "must be configured"
     )
     width = config.width
-    weights = 2 * width * width + config.vocab_size * width
-    weights += _weights(config, config.mtp.pattern, rows)
-    moved = weights * weight_bytes + rows * accounting.decode_state(config, context).mtp_kv
+    weights, experts = _weights(config, config.mtp.pattern, rows)
+    weights += 2 * width * width + config.vocab_size * width
+    expert_bytes = weight_bytes if expert_bytes is None else expert_bytes
+    moved = weights * weight_bytes + experts * expert_bytes
+    moved += rows * accounting.decode_state(config, context).mtp_kv
     with_draft = accounting.forward_flops(config, context, mtp_depths=1).total
-    flops = rows * (with_draft - accounting.forward_flops(config, context).total)
-    return max(moved / device.bytes_per_second, flops / device.flops_per_second)
+    return Work(moved, rows * (with_draft - accounting.forward_flops(config, context).total))
+
+
+def draft_seconds(
+    config: ModelConfig, device: Device, *, rows: int, context: int, weight_bytes: float = 2
+) -> float:
+    """The longer of reading and computing one step of the MTP block for each of `rows` rows."""
+    work = draft_work(config, rows=rows, context=context, weight_bytes=weight_bytes)
+    return work.seconds(device)
 
 
 def break_even(
@@ -81,13 +123,19 @@ def experts_touched(num_experts: int, experts_per_token: int, tokens: int) -> fl
     return num_experts * (1 - (1 - experts_per_token / num_experts) ** tokens)
 
 
-def _weights(config: ModelConfig, pattern: str, tokens: int) -> float:
-    """Parameters in the layers of a pattern that `tokens` tokens touch between them."""
-    layers = dataclasses.replace(config, pattern=pattern, mtp=None)
-    active = accounting.active_parameters(layers, embedding=False, head=False)
+def touched_experts(config: ModelConfig, pattern: str, tokens: int) -> float:
+    """Parameters of the experts in a pattern's layers that `tokens` tokens touch between them."""
     if "E" not in pattern:
-        return active
+        return 0.0
     moe = config.moe
     expert = 2 * moe.expert_width * (moe.latent_width or config.width)
     touched = experts_touched(moe.num_experts, moe.experts_per_token, tokens)
-    return active + pattern.count("E") * expert * (touched - moe.experts_per_token)
+    return pattern.count("E") * expert * touched
+
+
+def _weights(config: ModelConfig, pattern: str, tokens: int) -> tuple[float, float]:
+    """Parameters in the layers of a pattern that `tokens` tokens touch: experts' apart."""
+    layers = dataclasses.replace(config, pattern=pattern, mtp=None)
+    active = accounting.active_parameters(layers, embedding=False, head=False)
+    chosen = touched_experts(config, pattern, 1)  # of which a token's own are among the active
+    return active - chosen, touched_experts(config, pattern, tokens)
