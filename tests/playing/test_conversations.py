@@ -1,10 +1,13 @@
 """Whoever asks a model to go on gets the same: tokens and log-probabilities, turn after turn."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import nemotron_jax as nj
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.data.tokenizer import train_tokenizer
 from nemotron_jax.decoding.wanted import Budget, Wanted
 from nemotron_jax.playing.conversations import OnSlots, Policy, SideBySide
 from nemotron_jax.terminal import engine_writer
@@ -94,23 +97,29 @@ def check_by_one_pass(model, rows, temperature: float) -> None:
 
 @pytest.mark.parametrize("speculative", [0, 2])
 def test_a_chats_turns_are_those_of_generate_and_read_little_again(speculative) -> None:
-    model = old_model()
-    engine = make(model, speculative, prefix_cache=True)
+    model, tokenizer = old_model(), train_tokenizer([], 272)
+    engine = make(model, speculative, prefix_cache=True, tokenizer=tokenizer)
     wanted = Wanted(NEW, temperature=0.8, top_p=0.95, seed=3)
-    write, text = engine_writer(engine, wanted, LENGTH), PROMPTS[4]
-    unread = len(text)
+    write, prompt, unread = engine_writer(engine, wanted, LENGTH), PROMPTS[4], 7
+    options = {"temperature": 0.8, "top_p": 0.95, "speculative": speculative}
     for turn in range(2):
         before = engine.stats().prompt_tokens
-        new = list(write(text))
-        options = {"temperature": 0.8, "top_p": 0.95, "speculative": speculative}
-        found = nj.generate(model, [text], NEW, seed=3 + turn, **options)
+        new = list(write(prompt))
+        found = nj.generate(model, [prompt], NEW, seed=3 + turn, **options)
         assert new == found.tokens[0].tolist()
         assert engine.stats().prompt_tokens - before == unread
-        text = [*text, *new[:6], 1, 2]  # as where the template drops a turn's reasoning
-        unread = 8
-    stopped = write(PROMPTS[0])
-    next(stopped)
-    stopped.close()
+        if turn == 0:
+            prompt = [*prompt, *new[:6], 1, 2]  # as where the template drops some of a turn
+            unread = 8
+    # A string ends the turn where it does in `generate`, within an accepted draft too.
+    place = next(n for n in range(2, NEW) if min(new[n - 1 : n + 1]) >= 16)  # no special tokens
+    stops = {"stop_strings": tokenizer.decode(new[place - 1 : place + 1]), "seed": 4}
+    (stopped,) = nj.generate(model, [prompt], NEW, tokenizer=tokenizer, **stops, **options).lengths
+    again = engine_writer(engine, dataclasses.replace(wanted, **stops), LENGTH)
+    assert list(again(prompt)) == new[:stopped] and stopped <= place + 1 < NEW
+    cut_off = write(PROMPTS[0])
+    next(cut_off)
+    cut_off.close()
     assert not engine.step() and engine.stats().cancelled == 1
     with pytest.raises(ValueError, match="no room to answer"):
         next(write([1] * LENGTH))
