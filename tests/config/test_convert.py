@@ -200,3 +200,15 @@ def test_the_first_version_named_where_largest_magnitudes_are_taken() -> None:
     values = {"execution": {"precision": {"nvfp4": {"amax": "global", "hadamard": True}}}}
     kept = convert.MIGRATIONS[1](values)
     assert kept == {"execution": {"precision": {"nvfp4": {"hadamard": True}}}}
+
+
+@pytest.mark.parametrize("rewards", ["earned", "permuted"])
+def test_a_control_of_an_older_version_is_refused_and_other_runs_are_read(rewards: str) -> None:
+    values = json.loads(to_json(run_config()))
+    values["rl"]["rollout"]["rewards"] = rewards
+    text = json.dumps(values | {"format_version": 2})
+    if rewards == "earned":
+        assert from_json(text) == run_config()
+    else:
+        with pytest.raises(ValueError, match=r"rewards='permuted': a control is an arm of"):
+            from_json(text)
