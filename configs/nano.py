@@ -3,8 +3,9 @@
 Command:  python train.py --config=configs/nano.py --workdir=runs/nano \
               --config.data.sources='hf:/data/pretraining'
 Hardware: v6e:8x8, 64 chips, mesh fsdp=64, one row a chip in each of 48 micro-batches: 22.2 of
-          32 GB a chip as compiled (docs/sharding.md). One process drives all devices so far, so a
-          slice of several hosts does not run yet. Weights, gradients and moments are 505 GB.
+          32 GB a chip as compiled (docs/sharding.md), 99 s a step as estimated. One process drives
+          all devices so far, so a slice of several hosts does not run yet. Weights, gradients
+          and moments are 505 GB.
 Expected: not run here. The tests build the model's shapes and pin the schedule.
 Source:   Nemotron 3 Nano report, arXiv:2512.20848; the length of the decay is taken from Super.
 """

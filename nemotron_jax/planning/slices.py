@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from nemotron_jax.config.run import MeshConfig, RunConfig
+from nemotron_jax.config.run import RunConfig
 from nemotron_jax.planning.decode import HEADROOM
 from nemotron_jax.planning.train import Planner, Step
 from pallas_kernels.devices import Slice, slice_of
@@ -43,8 +43,7 @@ def rented() -> list[Slice]:
 def best(config: RunConfig, place: Slice, links: int | None = None) -> Choice:
     """The fastest mesh that fits, or where none does the one that needs the fewest bytes.
 
-    Only meshes that a run takes today are tried. Raises ValueError where the batch has no row for
-    every device.
+    Raises ValueError where the batch has no row for every device.
     """
     if config.data.batch_size % place.size:
         raise ValueError(
@@ -61,7 +60,8 @@ def best(config: RunConfig, place: Slice, links: int | None = None) -> Choice:
 
 def _meshes(config: RunConfig, place: Slice) -> Iterator[tuple[int, int, int, int]]:
     """Sizes of data, fsdp and expert, and micro-batches."""
-    experts = [n for n in _divisors(place.size) if n == 1 or _splits_experts(config, n)]
+    count = config.model.moe.num_experts if config.model.moe else 1
+    experts = [n for n in _divisors(place.size) if count % n == 0]
     for rows in _ROWS:
         micro, left = divmod(config.data.batch_size, place.size * rows)
         for expert in experts if not left else ():
@@ -73,20 +73,6 @@ def _named(sizes: tuple[int, int, int, int]) -> tuple[dict[str, int], int]:
     """A mesh by its axes, and its micro-batches."""
     data, fsdp, expert, micro = sizes
     return {"data": data, "fsdp": fsdp, "expert": expert}, micro
-
-
-def _splits_experts(config: RunConfig, expert: int) -> bool:
-    moe = config.model.moe
-    return _expert_axis_runs() and moe is not None and moe.num_experts % expert == 0
-
-
-def _expert_axis_runs() -> bool:
-    """Whether a run's mesh may have an axis of experts."""
-    try:
-        MeshConfig(expert=2)
-    except ValueError:
-        return False
-    return True
 
 
 def _divisors(size: int) -> list[int]:

@@ -103,6 +103,8 @@ class Planner:
         # This micro-batch's gradients, before and after their sum over data; all micro-batches'.
         copies = 1 + (data > 1) + (micro_batches > 1)
         temporaries = copies * FLOAT32 * self._trained / shares
+        if self._trained < self._total / 2:  # of what is frozen a copy to compute with is kept
+            temporaries += itemsize(self.config.execution) * self._total / shares
         blocks = sum(part.count for part in self._parts)
         kept, working, more = _held(self.config, blocks, tokens, expert)
         size = {
@@ -319,9 +321,10 @@ def _held(config: RunConfig, blocks: int, tokens: int, expert: int) -> tuple[flo
     # Inputs of the blocks; `full` keeps those of units of about two and a half.
     kept = {"none": 12, "mixers": 4 / 3, "full": 0.4}[execution.remat]
     kept *= blocks * tokens * model.width * word
-    more = working = 0.0
-    if learns:  # gradients of embedding and head, whole, for each loss
-        more = FLOAT32 * model.vocab_size * model.width * (3 + 2 * training.mtp_depths)
+    table, working = model.vocab_size * model.width, 0.0
+    more = 2.0 * word * table  # embedding and head, gathered
+    if learns:  # their gradients, whole, for each loss
+        more += FLOAT32 * table * (3 + 2 * training.mtp_depths)
     if moe := model.moe:
         matrix = moe.num_experts * (moe.latent_width or model.width) * moe.expert_width / expert
         working = matrix * (word + FLOAT32 * learns)

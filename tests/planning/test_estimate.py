@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import nano, pretrain_super_phase1, rlvr_super, sft_super
+from configs import nano, pretrain_super_phase1, rlvr_super, sft_nano, sft_super
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.precision import PrecisionConfig
 from nemotron_jax.config.run import RunConfig
@@ -37,6 +37,7 @@ def of(config: RunConfig, mesh: dict | None, links: int | None = None, target: s
         (pretrain_super_phase1, "v5p:8x8x4", ALONG_FSDP, 66.6),
         (sft_super, "v5p:8x8x4", ALONG_FSDP, 59.0),
         (nano, "v6e:8x8", {"fsdp": 64}, 22.2),
+        (sft_nano, "v6e:4x4", {"fsdp": 16}, 18.3),
     ],
 )
 def test_bytes_are_near_those_of_the_compiled_step(build, target, mesh, gigabytes) -> None:
@@ -85,7 +86,7 @@ def test_experts_that_stay_pay_over_five_links() -> None:
     mesh = {"data": 2, "fsdp": 16, "expert": 8}
     for config, least in ((SUPER, 0.36), (BF16, 0.43)):
         report = of(config, mesh)
-        assert report["mfu"] >= least - 5e-4 and report["constants"]["links"] == 5
+        assert report["mfu"] >= least and report["constants"]["links"] == 5
         assert (
             report["link_bytes_per_device"] < 0.28 * of(config, ALONG_FSDP)["link_bytes_per_device"]
         )
