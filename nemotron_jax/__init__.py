@@ -14,12 +14,14 @@ _HOMES = {
     "ModelConfig": "nemotron_jax.config.model",
     "Nemotron": "nemotron_jax.model.nemotron",
     "Wanted": "nemotron_jax.decoding.wanted",
+    "bytes_of": "nemotron_jax.model.packing",
     "chat": "nemotron_jax.answer",
     "for_decoding": "nemotron_jax.decoding.step",
     "generate": "nemotron_jax.decoding.generate",
     "load_pretrained": "nemotron_jax.pretrained",
     "load_tokenizer": "nemotron_jax.pretrained",
     "save_pretrained": "nemotron_jax.pretrained",
+    "unpacked": "nemotron_jax.model.packing",
 }
 
 __all__ = sorted(_HOMES)

@@ -20,6 +20,7 @@ from nemotron_jax.interop.hf_export import save_hub
 from nemotron_jax.interop.hf_import import MTP, load_hub
 from nemotron_jax.model.adapters import abstract_adapted, has_adapters
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.packing import FORMATS
 from nemotron_jax.model.parameters import flatten, unflatten
 from nemotron_jax.run_directory import TOKENIZER, RunDirectory
 from nemotron_jax.sharding import current_mesh
@@ -35,6 +36,7 @@ def load_pretrained(
     *,
     mtp: str = "keep",
     mesh: Mesh | None = None,
+    experts: str = "dense",
 ) -> Nemotron:
     """The model of a hub directory, or of a run's directory as of its newest whole checkpoint, or
     of one checkpoint, `RUN/checkpoints/step_…`.
@@ -44,15 +46,23 @@ def load_pretrained(
     `dtype` is that of the matrices (None: as stored); what the family computes in float32 stays
     float32. `mtp="drop"` leaves the MTP block out, which directories saved by transformers lack.
     `mesh` lays the parameters out on its devices as the step does; each host reads its own parts.
+    `experts="nvfp4"` keeps the codes and scales of routed experts that are stored so, for decoding
+    on one device; otherwise matrices of a quantised directory are dequantised.
     Raises ValueError when the directory holds neither, or a file of it is damaged.
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
+    rule = f"must be one of {', '.join(FORMATS)}"
+    check_value("load_pretrained", "experts", experts, experts in FORMATS, rule)
+    rule = "NVFP4 codes are not shared over a mesh yet; leave one of the two out"
+    check_value("load_pretrained", "experts", experts, experts == "dense" or mesh is None, rule)
     dtype = None if dtype is None else dtype_name("load_pretrained", dtype)
     local_path("load_pretrained", "path", path)
     run = RunDirectory.of_model(path, "load_pretrained")
     if run is not None:
+        rule = "a run stores floats; load it, and for_decoding(model, experts='nvfp4') rounds them"
+        check_value("load_pretrained", "experts", experts, experts == "dense", rule)
         return _load_run(run, dtype, mesh, drop_mtp=mtp == "drop")
-    return load_hub(Path(path), dtype, mtp=mtp, mesh=mesh)
+    return load_hub(Path(path), dtype, mtp=mtp, mesh=mesh, experts=experts)
 
 
 def begin_run(run: Prepared, start: str | None = None) -> TrainState:
@@ -125,6 +135,11 @@ def save_pretrained(model: Nemotron, path: str | os.PathLike, dtype: str | None 
         raise ValueError(
             f"save_pretrained: {path} is a run's directory, whose config.json would be lost; name "
             "another"
+        )
+    if model.experts_format != "dense":
+        raise ValueError(
+            "save_pretrained: the model's experts are NVFP4 codes, and floats are written; save "
+            "unpacked(model)"
         )
     if has_adapters(model):
         raise ValueError(

@@ -17,7 +17,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.config.run import MeshConfig
-from nemotron_jax.types import Rows, Weight
+from nemotron_jax.types import Packed, Rows, Weight
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 ROWS = ("data", "fsdp", "expert")  # all share the rows of a batch
@@ -228,8 +228,18 @@ class Cuts:
         return dict(self.kept).get(0, ())
 
 
-def cuts_of(weight: Weight) -> Cuts:
-    """How the devices share a weight, whole experts staying with their owners."""
+def cuts_of(weight: Weight | Packed) -> Cuts:
+    """How the devices share a weight, whole experts staying with their owners.
+
+    Raises ValueError for codes on more than one device.
+    """
+    if isinstance(weight, Packed):
+        if math.prod(_sizes().values()) > 1:
+            raise ValueError(
+                f"{weight.name} are NVFP4 codes, which no mesh shares yet; run on one device, or "
+                "take unpacked(model)"
+            )
+        return Cuts()
     return _cuts(weight.axes, weight.value.shape, _sizes())
 
 

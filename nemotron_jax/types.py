@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.precision import HIGH
+from pallas_kernels import PackedExperts
 
 Array = jax.Array
 
@@ -105,6 +106,15 @@ class Weight:
 
     value: Float[Array, "..."]
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # logical, one an axis
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Matrices of experts that stay codes: their products take them apart, and nothing trains."""
+
+    value: PackedExperts
+    name: str = dataclasses.field(metadata={"static": True})  # whose, for errors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

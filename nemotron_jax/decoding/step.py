@@ -6,32 +6,39 @@ needs a token and the hidden state of the one before, which may lie in another c
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import abstract_model
+from nemotron_jax.model.packing import FORMATS, pack_experts, unpacked
+from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
 
 
-def for_decoding(model: Nemotron, dtype: str | None = None) -> Nemotron:
+def for_decoding(model: Nemotron, dtype: str | None = None, experts: str | None = None) -> Nemotron:
     """The model with single layers in place of stacks, and its matrices in `dtype`, made once.
 
     Inside a compiled loop a layer of a stack would be copied, and a master cast, at every step. A
     model that is so already is returned as it is; drop the other one to hold the weights once.
+    `experts="nvfp4"` rounds the routed experts to NVFP4 codes, 4.5 bits a weight, before anything
+    else is rounded; "dense" makes floats of codes; None leaves them as they are.
     """
+    rule = f"must be one of {', '.join(FORMATS)}, or None"
+    check_value("for_decoding", "experts", experts, experts in (None, *FORMATS), rule)
+    if experts is not None and experts != model.experts_format:
+        model = pack_experts(model) if experts == "nvfp4" else unpacked(model)
     if dtype is not None and model.embedding[...].dtype != jnp.dtype(dtype):
         if model.is_split:
             raise ValueError(
                 f"for_decoding: dtype={dtype!r} for a model that is split already; give the dtype "
                 "when it is split"
             )
-        leaves, structure = jax.tree.flatten(model)
-        wanted = jax.tree.leaves(abstract_model(model.config, dtype))
-        pairs = zip(leaves, wanted, strict=True)
-        model = jax.tree.unflatten(structure, [leaf.astype(like.dtype) for leaf, like in pairs])
+        wanted = flatten(abstract_model(model.config, dtype))
+        leaves = flatten(model)  # codes are in no dtype
+        cast = {n: a.astype(wanted[n].dtype) if n in wanted else a for n, a in leaves.items()}
+        model = unflatten(model, cast)
     return model if model.is_split else model.split_layers()
 
 

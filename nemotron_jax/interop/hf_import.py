@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
@@ -20,12 +21,13 @@ from nemotron_jax.data import companions
 from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.hf_quantised import Codes, take_codes
 from nemotron_jax.interop.hf_recipe import FILE as RECIPE_FILE
-from nemotron_jax.interop.hf_recipe import read_recipe
+from nemotron_jax.interop.hf_recipe import NVFP4, read_recipe
 from nemotron_jax.interop.hub_files import open_hub
 from nemotron_jax.interop.parts import Destination
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
 from nemotron_jax.model import accounting
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import abstract_model, flatten, model_shardings, unflatten
 from nemotron_jax.types import Origin
 
@@ -41,13 +43,15 @@ def load_hub(
     *,
     mtp: str = "keep",
     mesh: Mesh | None = None,
+    experts: str = "dense",
 ) -> Nemotron:
     """The model of a hub directory, its matrices in `dtype` (None: as stored).
 
     `mtp="drop"` leaves the MTP block out. Tensors are read one at a time, file by file, into the
     memory that a CPU device keeps; with a mesh those that this host's devices hold a part of, and
     of each their parts are kept. Matrices stored as codes become the floats that they stand for,
-    one at a time. Missing, extra and misshapen tensors are one ValueError that lists them all.
+    one at a time; with `experts="nvfp4"` routed experts stay codes. Missing, extra and misshapen
+    tensors are one ValueError that lists them all.
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     directory = Path(path)
@@ -66,6 +70,8 @@ def load_hub(
     tensors = {tensor.name: tensor for tensor in hub_tensors(config, set(shapes))}
     codes = {} if recipe is None else take_codes(recipe, files, tensors, shapes)
     _check(directory, tensors, shapes, files, codes)
+    if experts == "nvfp4":
+        model = _with_codes(directory, model, codes, tensors)
 
     placed = {} if mesh is None else model_shardings(model, mesh)
     into = {
@@ -74,10 +80,12 @@ def load_hub(
     }
     for name, read in _readers(files, codes, into, tensors):
         tensor = tensors[name]
-        if any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
+        if tensor.parameters[0] not in into:
+            _write_codes(into, tensor, codes[name])
+        elif any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
             for parameter, values in tensor.from_hub(read(), shapes):
                 into[parameter].write(tensor.index, values)
-    parameters = {name: into.pop(name).array() for name in shapes}
+    parameters = {name: into.pop(name).array() for name in list(into)}
     loaded = unflatten(model, parameters)
     home = str(directory.resolve())
     loaded.origin = Origin(
@@ -102,8 +110,37 @@ def _readers(
         for name in file.entries:
             yield name, functools.partial(file.read_finite, name)
     for name, matrix in codes.items():
-        dtype = into[tensors[name].parameters[0]].dtype
-        yield name, functools.partial(matrix.read, dtype)
+        parameter = into.get(tensors[name].parameters[0])
+        yield name, functools.partial(matrix.read, parameter and parameter.dtype)
+
+
+def _with_codes(
+    directory: Path, model: Nemotron, codes: dict[str, Codes], tensors: dict[str, HubTensor]
+) -> Nemotron:
+    """Shapes of the model whose experts stay codes, those of the MTP block where they are some.
+
+    Raises ValueError where an expert of the trunk is stored in another way.
+    """
+    experts = [name for name, tensor in tensors.items() if ".mixer.experts." in name]
+    as_codes = {name for name in experts if name in codes and codes[name].kind == NVFP4}
+    for name in experts:
+        if not name.startswith("mtp.") and name not in as_codes:
+            raise ValueError(
+                f"load_pretrained: experts='nvfp4' keeps codes as they are stored, and {directory} "
+                f"stores {name} in another way; load it without, and for_decoding(model, "
+                "experts='nvfp4') rounds it"
+            )
+    mtp = [name in as_codes for name in experts if name.startswith("mtp.")]
+    return jax.eval_shape(lambda model: pack_experts(model, mtp=all(mtp)), model)
+
+
+def _write_codes(into: dict[str, Destination], tensor: HubTensor, codes: Codes) -> None:
+    """The parts of a matrix of experts, in the order of `PackedExperts`."""
+    (matrix,) = tensor.parameters
+    words, scales, factor = codes.packed()
+    into[f"{matrix}.words"].write(tensor.index, words)
+    into[f"{matrix}.scales"].write(tensor.index, scales)
+    into[f"{matrix}.factor"].write(tensor.index, factor)
 
 
 def _dtype_exceptions(files: list[SafetensorsFile], stored: str) -> tuple[tuple[str, str], ...]:

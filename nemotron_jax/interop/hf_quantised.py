@@ -28,6 +28,7 @@ _HINT = "download the checkpoint again"
 _PIECE = 1 << 20  # values dequantised together: their float32 copies stay small
 _MAGNITUDES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)  # E2M1; bit 3 is the sign
 _LARGEST_SCALE = 0x7E  # bits of E4M3's 448; above them are NaN and the negative numbers
+PACKED_BLOCKS = 8  # `PackedExperts` has a multiple of these
 _SCALARS = ((), (1,))
 _FLOATS = ("float32", "bfloat16", "float16")
 # Beside a matrix's own scales. `input_scale` is the activations', for products in the low format.
@@ -80,13 +81,32 @@ class Codes:
             values[start : start + rows] = piece
         return values
 
-    def _nvfp4(self) -> Callable[[slice], np.ndarray]:
-        codes, scales, factor = self.codes.read(), self.scale.read(), self._scalar(self.factor)
+    def packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Words [2, B, N], scales [B, N] and factor [] of `PackedExperts`: the same bits.
+
+        A divisor becomes its reciprocal. Raises ValueError as `read` does.
+        """
+        scales, factor = self._nvfp4_scales()
+        if self.divides:
+            factor = np.float32(1) / factor
+        if not np.isfinite(6 * scales.astype(np.float32).max() * factor):
+            raise self.codes.wrong("holds NaN or infinity once multiplied by its scales")
+        rows, blocks = scales.shape
+        words = self.codes.read().view("<i4").reshape(rows, blocks, 2).transpose(2, 1, 0)
+        filling = -blocks % PACKED_BLOCKS
+        words = np.pad(words, [(0, 0), (0, filling), (0, 0)])
+        return words, np.pad(scales.T, [(0, filling), (0, 0)]), factor
+
+    def _nvfp4_scales(self) -> tuple[np.ndarray, np.float32]:
+        scales, factor = self.scale.read(), self._scalar(self.factor)
         if (scales.view(np.uint8) > _LARGEST_SCALE).any():
             raise self.scale.wrong("holds NaN or a negative number, and scales are neither")
         if self.divides and factor == 0:
             raise self.factor.wrong("is 0, and scales are divided by it")
-        pairs = _pairs()
+        return scales, factor
+
+    def _nvfp4(self) -> Callable[[slice], np.ndarray]:
+        codes, (scales, factor), pairs = self.codes.read(), self._nvfp4_scales(), _pairs()
 
         def piece(rows: slice) -> np.ndarray:
             steps = scales[rows].astype(np.float32)

@@ -10,8 +10,9 @@ from nemotron_jax import quant
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.linear import normal
 from nemotron_jax.layers.low_rank import LowRank
+from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.sharding import Cuts
-from nemotron_jax.types import Context, Rows, Weight
+from nemotron_jax.types import Context, Packed, Rows, Weight
 from pallas_kernels import combine_rows, gather_rows, sort_by_expert
 
 
@@ -29,21 +30,26 @@ class Experts(nnx.Module):
         dtype: str = "float32",
     ) -> None:
         count, hidden = config.num_experts, config.expert_width
-        self.up = nnx.Param(
+        self.up: nnx.Param | PackedMatrix = nnx.Param(
             normal(rngs, (count, width, hidden), std, dtype),
             axes=("experts", "latent", "expert_hidden"),
         )
-        self.down = nnx.Param(
+        self.down: nnx.Param | PackedMatrix = nnx.Param(
             normal(rngs, (count, hidden, width), out_std, dtype),
             axes=("experts", "expert_hidden", "latent"),
         )
         self.up_adapter: LowRank | None = nnx.data(None)
         self.down_adapter: LowRank | None = nnx.data(None)
 
-    def matrices(self) -> tuple[Weight, ...]:
+    def matrices(self) -> tuple[Weight | Packed, ...]:
         """Up and down projections of all experts, as their products take them; with adapters,
         then their factors A and B, up's before down's."""
-        own = tuple(Weight(matrix[...], matrix.axes) for matrix in (self.up, self.down))
+        own = tuple(
+            matrix.weight(f"experts.{name}")
+            if isinstance(matrix, PackedMatrix)
+            else Weight(matrix[...], matrix.axes)
+            for name, matrix in (("up", self.up), ("down", self.down))
+        )
         adapters = (self.up_adapter, self.down_adapter)
         return own + tuple(f for one in adapters if one is not None for f in one.matrices())
 
@@ -52,7 +58,7 @@ def mix(
     x: Float[Array, "N L"],
     index: Int[Array, "N R"],
     weights: Float[Array, "N R"],
-    matrices: Sequence[Float[Array, "E _ _"]],
+    matrices: Sequence[Float[Array, "E _ _"] | Packed],
     rows: Rows,
     context: Context,
     *,

@@ -14,7 +14,7 @@ from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.layers.router import Router, balance_loss, choose
 from nemotron_jax.sharding import Cuts, cuts_of, first_expert, gathered, local
-from nemotron_jax.types import Context, Rows, Weight
+from nemotron_jax.types import Context, Packed, Rows, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +118,7 @@ class Owned:
         logits: Float[Array, "B T E"],
         bias: Float[Array, "E"],
         rows: Rows,
-        matrices: tuple[Weight, ...],
+        matrices: tuple[Weight | Packed, ...],
     ) -> tuple[Float[Array, "B T L"], Float[Array, "1 E"], Float[Array, "1"]]:
         """The layer inside `local`: this device's tokens choose among all experts, and get the sum
         of what their owners make of them."""
@@ -135,14 +135,16 @@ class Owned:
         index: Int[Array, "N R"],
         weights: Float[Array, "N R"],
         rows: Rows,
-        matrices: tuple[Weight, ...],
+        matrices: tuple[Weight | Packed, ...],
     ) -> tuple[Float[Array, "N L"], Int[Array, "E"]]:
         """The experts' weighted sums for this device's tokens, and how many tokens each of its own
         experts got of all devices'; others' are zeros."""
         exchange, num_experts = self.exchange, self.config.num_experts
         count = num_experts // exchange.devices
         first = first_expert(exchange.owners, count)
-        up, down, *adapters = (matrix.value for matrix in matrices)
+        up, down, *adapters = (
+            matrix if isinstance(matrix, Packed) else matrix.value for matrix in matrices
+        )
         # Up's and down's products gather them, each as it needs them.
         of_adapters = zip(adapters, self.cuts[2:], strict=True)
         adapters = [gathered(part, cuts, self.context.dtype) for part, cuts in of_adapters]

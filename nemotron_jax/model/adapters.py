@@ -35,6 +35,11 @@ def add_adapters(model: Nemotron, lora: LoRAConfig, key: Array) -> Nemotron:
     MTP block drafts with its own matrices, and hub libraries have none to adapt. Raises ValueError
     when the model has none of the targets.
     """
+    if model.experts_format != "dense":
+        raise ValueError(
+            "add_adapters: the model's experts are NVFP4 codes, beside which nothing trains yet; "
+            "take unpacked(model)"
+        )
     model = _copied(model)
     chosen = [site for site in adapter_sites(model) if site.target in lora.targets]
     if not chosen:

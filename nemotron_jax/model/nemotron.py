@@ -16,6 +16,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.linear import Linear, normal
 from nemotron_jax.layers.norm import RMSNorm
+from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.block import make_stack
 from nemotron_jax.model.cache import Cache
@@ -167,6 +168,14 @@ class Nemotron(nnx.Module):
     def init_mtp_cache(self, batch: int, max_length: int, dtype: str | None = None) -> Cache:
         """An empty cache for the MTP block's own attention."""
         return self._empty_cache(self.config.mtp.pattern, batch, max_length, dtype)
+
+    @property
+    def experts_format(self) -> str:
+        """How the trunk's routed experts are held: as floats, "dense", or as codes, "nvfp4"."""
+        stack = self._stacks()["E"]
+        block = stack[0] if isinstance(stack, nnx.List) else stack
+        is_packed = block is not None and isinstance(block.mixer.experts.up, PackedMatrix)
+        return "nvfp4" if is_packed else "dense"
 
     @property
     def is_split(self) -> bool:

@@ -3,6 +3,7 @@ place."""
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,12 @@ from nemotron_jax.sharding import (
     shard_parameter,
     whole,
 )
-from nemotron_jax.types import Context, Rows, Weight
+from nemotron_jax.types import Context, Packed, Rows, Weight
 from pallas_kernels import (
     ExpertOrder,
+    PackedExperts,
     grouped_matmul,
+    grouped_matmul_packed,
     grouped_mlp,
     grouped_mlp_gradients,
     nvfp4,
@@ -87,8 +90,8 @@ def row_alignment(context: Context) -> int:
 
 def expert_mlp(
     x: Float[Array, "rows L"],
-    up: Float[Array, "_ _ _"],
-    down: Float[Array, "_ _ _"],
+    up: Float[Array, "_ _ _"] | Packed,
+    down: Float[Array, "_ _ _"] | Packed,
     order: ExpertOrder,
     adapters: Sequence[Float[Array, "E _ _"]] = (),
     *,
@@ -101,9 +104,12 @@ def expert_mlp(
     `up` [E L F] and `down` [E F L] are masters, or inside `local` this device's parts of them, cut
     as `cuts` say: they are gathered here, and their gradients scattered, one at a time.
     `adapters` are A and B of up, then of down: each product gets `x A B` of its input added, in
-    high precision.
+    high precision. Where up and down are codes there are none. Raises ValueError for codes in an
+    emulated format, and where a gradient is asked for through them.
     """
     x, sizes = x.astype(context.dtype), order.group_sizes
+    if isinstance(up, Packed):
+        return _packed_mlp(x, up, down, sizes, context)
     kernel = {"implementation": context.kernel("grouped_matmul"), "target": context.target}
     if not adapters and all(context.format(role) == HIGH for role in EXPERT_ROLES):
         return _mlp(cuts, tuple(kernel.values()), x, up, down, sizes)
@@ -137,6 +143,37 @@ def _fillers(sizes: Array, rows: int, align: int, owners: Sequence[str]) -> Int[
     group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), sizes.shape[0] - 1)
     expert = first_expert(owners, sizes.shape[0]) + group
     return expert * align + ends[group] - 1 - row
+
+
+def _packed_mlp(x: Array, up: Packed, down: Packed, sizes: Array, context: Context) -> Array:
+    if any(context.format(role) != HIGH for role in EXPERT_ROLES):
+        raise ValueError(
+            f"{up.name} are NVFP4 codes, and the precision recipe would quantise them again; use "
+            "an Execution without one, or take unpacked(model)"
+        )
+    kernel = context.kernel("grouped_matmul"), context.target
+    hidden = _packed(up.name, "relu2", kernel, x, up.value, sizes)
+    return _packed(down.name, None, kernel, hidden, down.value, sizes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _packed(
+    name: str,
+    activation: str | None,
+    kernel: tuple[str | None, str | None],
+    x: Array,
+    experts: PackedExperts,
+    sizes: Array,
+) -> Array:
+    options = {"implementation": kernel[0], "target": kernel[1]}
+    return grouped_matmul_packed(x, experts, sizes, activation=activation, **options)
+
+
+@_packed.defjvp
+def _refuse_gradient(name: str, *_: Any) -> None:
+    raise ValueError(
+        f"{name} are NVFP4 codes, through which no gradient is computed; train unpacked(model)"
+    )
 
 
 def _spec(

@@ -6,6 +6,7 @@ is spread or turned over.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,14 @@ class PackedExperts:
     def codes(self) -> UInt8[Array, "E K N"]:
         """What `pack_experts` put together."""
         return jax.vmap(lambda words: unpacked(words)[: self.depth])(self.words)
+
+    def matrices(self, dtype: jnp.dtype) -> Float[Array, "E K N"]:
+        """The floats that they stand for, one expert's after the other, each rounded once.
+
+        An element is its code's number times the float32 product of scale and factor, in the order
+        of the tools that write checkpoints.
+        """
+        return _matrices(self, jnp.dtype(dtype))
 
 
 def pack_experts(
@@ -75,6 +84,16 @@ def quantize_experts(
         return nvfp4.unpack(q.codes, implementation="xla").T, q.scales.T, q.amax / 2688
 
     return pack_experts(*jax.lax.map(one, matrices))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _matrices(packed: PackedExperts, dtype: jnp.dtype) -> Float[Array, "E K N"]:
+    def one(expert: tuple[Array, Array, Array]) -> Float[Array, "K N"]:
+        words, scales, factor = expert
+        steps = jnp.repeat(scales.astype(jnp.float32) * factor, BLOCK, axis=0)
+        return (values(unpacked(words)) * steps)[: packed.depth].astype(dtype)
+
+    return jax.lax.map(one, (packed.words, packed.scales, packed.factor))
 
 
 def unpacked(words: Int[Array, "2 B N"]) -> UInt8[Array, "16*B N"]:

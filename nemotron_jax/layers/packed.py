@@ -1,0 +1,54 @@
+"""Matrices of experts that stay the codes that they are stored as."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from nemotron_jax.types import Array, Packed
+from pallas_kernels import PackedExperts, quantize_experts
+
+_WORDS = ("experts", "half", "block", "column")  # axes of words; no mesh cuts them yet
+
+
+class PackedMatrix(nnx.Module):
+    """Matrices [E, K, N] of experts in NVFP4, after any axes of layers; how they lie says
+    `PackedExperts`."""
+
+    def __init__(
+        self,
+        words: Int[Array, "... E 2 B N"],
+        scales: Float[Array, "... E B N"],
+        factor: Float[Array, "... E"],
+        *,
+        depth: int,
+        axes: tuple[str, ...],
+    ) -> None:
+        self.words = nnx.Param(words, axes=_WORDS)
+        self.scales = nnx.Param(scales, axes=(_WORDS[0], *_WORDS[2:]))
+        self.factor = nnx.Param(factor, axes=_WORDS[:1])
+        self.depth = depth  # K
+        self.axes = axes  # of the matrices
+
+    @classmethod
+    def of(cls, matrices: nnx.Param) -> "PackedMatrix":
+        """Each matrix rounded to the nearest NVFP4 numbers, under its own largest magnitude."""
+        values = matrices[...]
+        *leading, depth, width = values.shape
+        packed = jax.jit(quantize_experts)(values.reshape(-1, depth, width))
+        shaped = lambda array: array.reshape(*leading, *array.shape[1:])
+        arrays = map(shaped, (packed.words, packed.scales, packed.factor))
+        return cls(*arrays, depth=depth, axes=matrices.axes)
+
+    def weight(self, name: str) -> Packed:
+        """The matrices as their product takes them; `name` says in errors whose they are."""
+        value = PackedExperts(self.words[...], self.scales[...], self.factor[...], self.depth)
+        return Packed(value, name)
+
+    def unpacked(self, dtype: jnp.dtype) -> nnx.Param:
+        """The floats that the codes stand for, each rounded once to `dtype`."""
+        leading = self.factor.shape
+        arrays = [self.words[...], self.scales[...], self.factor[...]]
+        flat = (array.reshape(-1, *array.shape[len(leading) :]) for array in arrays)
+        values = PackedExperts(*flat, self.depth).matrices(dtype)
+        return nnx.Param(values.reshape(*leading, *values.shape[1:]), axes=self.axes)

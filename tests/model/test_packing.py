@@ -1,0 +1,133 @@
+"""Experts held as NVFP4 codes compute what their floats compute, in fewer bytes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nemotron_jax as nj
+from nemotron_jax.config.lora import LoRAConfig
+from nemotron_jax.config.precision import nemotron3_nvfp4
+from nemotron_jax.config.run import MeshConfig
+from nemotron_jax.interop.safetensors_file import SafetensorsFile
+from nemotron_jax.layers.packed import PackedMatrix
+from nemotron_jax.model.adapters import add_adapters
+from nemotron_jax.model.packing import pack_experts
+from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.sharding import make_mesh
+from nemotron_jax.types import Rows
+from tests.golden_cases import GOLDEN
+from tests.tiny_models import quick_jit
+
+SUPER = GOLDEN.parent / "quantised" / "super_nvfp4"
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 144, (2, 9)))
+
+
+@pytest.fixture(scope="module")
+def dense() -> nj.Nemotron:
+    return nj.load_pretrained(SUPER)
+
+
+@pytest.fixture(scope="module")
+def stored() -> nj.Nemotron:
+    """The experts' codes as the files have them."""
+    return nj.load_pretrained(SUPER, experts="nvfp4")
+
+
+def assert_same(left, right) -> None:
+    left, right = flatten(left), flatten(right)
+    assert left.keys() == right.keys()
+    for name, leaf in left.items():
+        np.testing.assert_array_equal(leaf, right[name], err_msg=name)
+
+
+def test_codes_and_scales_are_the_files_own(stored) -> None:
+    file = SafetensorsFile(SUPER / "model.safetensors")
+    for part in ("up", "down"):
+        matrix = getattr(stored.moe.mixer.experts, part)
+        packed = nj.for_decoding(stored).moe[2].mixer.experts
+        weight = getattr(packed, part).weight(part).value
+        name = f"backbone.layers.6.mixer.experts.5.{part}_proj.weight"  # the third of its kind
+        halves = file.read(name)
+        codes = np.stack([halves & 15, halves >> 4], axis=-1).reshape(len(halves), -1)
+        np.testing.assert_array_equal(weight.codes()[5], codes.T)
+        scales = file.read(f"{name}_scale").T
+        found = np.asarray(matrix.scales[2, 5])
+        np.testing.assert_array_equal(found[: len(scales)], scales)
+        assert not found[len(scales) :].astype(np.float32).any()
+        assert matrix.factor[2, 5] == file.read(f"{name}_scale_2")
+
+
+def test_unpacked_codes_are_the_dequantised_floats(dense, stored) -> None:
+    assert (dense.experts_format, stored.experts_format) == ("dense", "nvfp4")
+    assert_same(nj.unpacked(stored), dense)
+    assert_same(nj.for_decoding(stored, experts="dense"), nj.for_decoding(dense))
+
+
+def test_rounding_what_codes_stand_for_gives_their_values_back(dense) -> None:
+    once = nj.unpacked(pack_experts(dense))
+    assert_same(nj.unpacked(pack_experts(pack_experts(once))), nj.unpacked(pack_experts(once)))
+
+
+def test_a_layer_of_codes_computes_what_its_floats_compute(stored, dense) -> None:
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 9, 48)), jnp.float32)
+    context = stored._context(nj.Execution())
+    run = quick_jit(lambda mixer: mixer(x, Rows(), None, context)[0])
+    found, expected = (run(nj.for_decoding(m).moe[1].mixer) for m in (stored, dense))
+    # A factor multiplies the products' sums here and the weights there: float32's last digits.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [0, 2])
+def test_generated_tokens_are_those_of_the_floats(stored, dense, k) -> None:
+    options = {"max_new_tokens": 6, "speculative": k}
+    found = nj.generate(stored, TOKENS[:, :5], **options)
+    expected = nj.generate(dense, TOKENS[:, :5], **options)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_bytes_are_those_of_the_buffers(stored, dense) -> None:
+    found, floats = nj.bytes_of(stored), nj.bytes_of(dense)
+    assert floats["total"] == sum(leaf.nbytes for leaf in flatten(dense).values())
+    # Less here than at a real size: a block's rows are filled up, and the MTP block holds floats.
+    assert found["other"] == floats["other"] and found["experts"] < floats["experts"]
+    wide = nnx.Param(jnp.ones((2, 256, 40), jnp.bfloat16), axes=("experts", "latent", "hidden"))
+    packed = jax.eval_shape(PackedMatrix.of, wide)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(packed))
+    assert size == wide[...].size * 9 // 16 + 2 * 4  # 4.5 bits of 16, and a factor each
+
+
+def test_gradients_through_codes_are_refused_by_name(stored) -> None:
+    leaves = flatten(stored)
+
+    def loss(embedding):
+        model = unflatten(stored, leaves | {"embedding": embedding})
+        return jnp.sum(model(TOKENS).hidden)
+
+    with pytest.raises(ValueError, match="experts.up are NVFP4 codes, through which no gradient"):
+        jax.eval_shape(jax.grad(loss), leaves["embedding"])
+
+
+def test_what_codes_cannot_do_is_refused_by_name(stored, dense, tmp_path) -> None:
+    with pytest.raises(ValueError, match="save_pretrained: .* NVFP4 codes.*unpacked"):
+        nj.save_pretrained(stored, tmp_path / "out")
+    with pytest.raises(ValueError, match="add_adapters: .* NVFP4 codes"):
+        add_adapters(stored, LoRAConfig(), jax.random.key(0))
+    with pytest.raises(ValueError, match="for_decoding.experts='fp4': must be one of"):
+        nj.for_decoding(dense, experts="fp4")
+    with pytest.raises(ValueError, match="load_pretrained.experts='nvfp4': .* not shared"):
+        mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+        nj.load_pretrained(SUPER, experts="nvfp4", mesh=mesh)
+    floats = GOLDEN / "hybrid_moe_latent" / "checkpoint"
+    with pytest.raises(ValueError, match="experts.0.up_proj.weight in another way"):
+        nj.load_pretrained(floats, experts="nvfp4")
+    with pytest.raises(ValueError, match="has no routed experts"):
+        nj.for_decoding(nj.load_pretrained(GOLDEN / "dense" / "checkpoint"), experts="nvfp4")
+
+
+def test_codes_are_not_quantised_again(stored) -> None:
+    execution = nj.Execution(precision=nemotron3_nvfp4(num_last_layers_high=0))
+    with pytest.raises(ValueError, match="NVFP4 codes, and the precision recipe would quantise"):
+        jax.eval_shape(lambda: stored(TOKENS, key=jax.random.key(0), execution=execution))
