@@ -122,7 +122,7 @@ def common_cheats(environment: Environment, task: Task) -> dict[str, list[Turn |
 
 def fuzz_faults(environment: Environment, task: Task) -> Iterator[str]:
     """Where a hostile turn gives no verdict, a slow one, or full reward."""
-    clock = time.process_time  # whatever a sandbox or another process takes
+    clock = time.thread_time  # whatever a sandbox or another thread takes
     for name, turns in hostile_turns(environment, task):
         began = clock()
         try:
@@ -210,4 +210,4 @@ def _luck_faults(environment: Environment, seed: int) -> Iterator[str]:
 
 def _clock(environment: Environment) -> Callable[[], float]:
     """CPU seconds, which are one core's whatever else runs; a sandbox's are another process's."""
-    return time.perf_counter if environment.rate == "code" else time.process_time
+    return time.perf_counter if environment.rate == "code" else time.thread_time

@@ -133,12 +133,12 @@ def test_a_stop_string_finds_special_tokens_whole_or_not_at_all():
 def test_acceptance_counts_no_draft_past_a_stop_string(fake):
     tokenizer = train_tokenizer([], 272)
     engine = fake(3, tokenizer=tokenizer, max_length=99, rounds=8)
-    tokens = expected(engine.submit([5], max_new_tokens=60), 3)[0]
+    tokens = expected(submit(engine, [5], temperature=1.0, max_new_tokens=60), 3)[0]
     engine.run()
     whole = engine.stats().acceptance
     string = tokenizer.decode(tokens[20:23])
     assert len(string) == 3, "three bytes"
-    cut = engine.submit([5], max_new_tokens=60, stop_strings=string).wait()
+    cut = submit(engine, [5], temperature=1.0, max_new_tokens=60, stop_strings=string).wait()
     assert len(cut.tokens) < 60 and cut.tokens == tokens[: len(cut.tokens)]
     found = engine.stats().acceptance
     rounds = (found.drafted - whole.drafted) / 3

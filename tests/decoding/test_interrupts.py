@@ -41,9 +41,9 @@ def assert_as_if_alone(engine: Engine, requests: list) -> None:
     assert engine.stats().finished == len(requests)
     given = sum(len(request.tokens) for request in requests)
     assert engine.stats().new_tokens == given
-    if engine.speculative:  # the first token of each is its prompt's
+    if engine.config.speculative:  # the first token of each is its prompt's
         found = engine.stats().acceptance
-        rounds = found.drafted / engine.speculative
+        rounds = found.drafted / engine.config.speculative
         assert found.mean_length == pytest.approx((given - len(requests)) / rounds)
     assert_empty(engine)
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -104,31 +105,46 @@ SHORT = ["{", "\\frac", "\\frac{", "\\sqrt[", "\\text{", "^", "(", "|", "1,", "9
          "\ud800"]  # fmt: skip
 
 
+def seconds(work: Callable[[], None]) -> float:
+    """CPU-seconds of this thread; the better of two tries, where other things happen to fall into
+    the first, such as a collection of garbage."""
+    tries = []
+    while len(tries) < 2 and (not tries or tries[0] > 0.2):
+        began = time.thread_time()
+        work()
+        tries.append(time.thread_time() - began)
+    return min(tries)
+
+
 def test_readers_of_text_take_linear_time() -> None:
     """A whole verdict has one CPU-second; a reader alone stays far below."""
     tasks = [(registry[name], registry[name].split(0, "train", 0)) for name in NAMES]
     for place, unit in enumerate(LONG):
         text = repeated(unit)
-        began = time.process_time()
-        fenced(text)
-        patched("a\nb\n", text)
-        with pytest.raises(ValueError):
-            read_answer(text)
         environment, task = tasks[place % len(tasks)]
-        verdict = play(environment, task, [text])
-        assert verdict.reward == 0 and verdict.infra_error is None
-        assert time.process_time() - began < 1, unit
+
+        def read(text=text, environment=environment, task=task) -> None:
+            fenced(text)
+            patched("a\nb\n", text)
+            with pytest.raises(ValueError):
+                read_answer(text)
+            verdict = play(environment, task, [text])
+            assert verdict.reward == 0 and verdict.infra_error is None
+
+        assert seconds(read) < 1, unit
 
 
 def test_readers_of_answers_take_linear_time() -> None:
     """Answers are short; what nests or multiplies in them is read in no time all the same."""
     for unit in SHORT:
         text = "5" + (unit * MAX_ANSWER)[: MAX_ANSWER - 1]
-        began = time.process_time()
-        final_answer(f"Answer: {text}")
-        number(text), quantity(text), letter_of(text, ["x", text[:50]])
-        same_answer("x^2+1", text), same_answer("(1, 2)", text)
-        assert time.process_time() - began < 0.5, unit
+
+        def read(text=text) -> None:
+            final_answer(f"Answer: {text}")
+            number(text), quantity(text), letter_of(text, ["x", text[:50]])
+            same_answer("x^2+1", text), same_answer("(1, 2)", text)
+
+        assert seconds(read) < 0.5, unit
 
 
 NAMES = ("arithmetic", "equations", "science_units", "multiple_choice", "graph_walk")

@@ -55,6 +55,6 @@ UNITS += ("`", "``", "```", "```\n", "```a\n", "1. ", " -", "\u2028", "**a*", "_
 def test_no_text_takes_long() -> None:
     for unit in UNITS:
         for text in (unit * (200_000 // len(unit)), "x" + unit * (200_000 // len(unit)) + "y"):
-            began = time.process_time()
+            began = time.thread_time()
             style_density(text)
-            assert time.process_time() - began < 1, unit  # each takes up to 0.05
+            assert time.thread_time() - began < 1, unit  # each takes up to 0.05

@@ -84,11 +84,11 @@ def test_the_last_scores_in_json_are_the_verdict(text, verdict) -> None:
 
 
 def test_a_text_of_brackets_costs_no_time() -> None:
-    began = time.process_time()
+    began = time.thread_time()
     for unit in ("{", '{"a":', '{"a":[', '{"a":1,', "{}", '{"score_1":{', "}{"):
         with pytest.raises(NoVerdict):
             score_verdict(unit * (200_000 // len(unit)))
-    assert time.process_time() - began < 2  # takes 0.1
+    assert time.thread_time() - began < 2  # takes 0.1
 
 
 def reply(content, **choice) -> dict:
