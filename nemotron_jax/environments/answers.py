@@ -37,7 +37,7 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 # Where the answer of a sentence ends, and what else follows only explains it.
-_SENTENCE_END = re.compile(r"[.!?](?=\s+\S)|,? (?:because|since|as it|which|so that|so)\b", re.I)
+_SENTENCE_END = re.compile(r"[.!?](?=\s+\S)|,? (?:because|since|as it|which|so that|so)\b")
 _ABBREVIATIONS = frozenset("st dr mr mrs ms mt ft jr sr no vs ca approx prof gen lt fig eq".split())
 # Words that take an answer back wherever they stand behind it, or where they begin a line or
 # sentence; and those that make one bold part of a line no statement.

@@ -37,6 +37,7 @@ _COURTEOUS = frozenset(
 )
 _NEGATIONS = frozenset("not no never none nor neither without hardly".split())
 _SENTENCE = re.compile(r"[.](?!\d)|[!?\n\r]")
+_ASKED = re.compile(r"\d[^.!?\n\r]*\?")
 _CLAUSE = re.compile(r"[,;:\u2013\u2014]|\b(?:and|while|whereas|but|plus)\b")
 _STYLE = re.compile(r"[*#`_|]|^[ \t]*[-\u2022+][ \t]|^[ \t]*\d{1,2}[.)][ \t]", re.MULTILINE)
 _EDGE = "\"'()[]\u2018\u2019\u201c\u201d"
@@ -85,6 +86,8 @@ class Reader:
         """All that a text claims; None where a clause is no plain claim or courtesy."""
         found = set()
         text = _STYLE.sub(" ", text.replace("\u2019", "'")).casefold()
+        if _ASKED.search(text):  # a number in a question is no claim
+            return None
         for sentence in _SENTENCE.split(text):
             self.spoken = False
             for clause in _CLAUSE.split(sentence):

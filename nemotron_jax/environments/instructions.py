@@ -189,6 +189,10 @@ def _sentences(rules: dict, shift: int) -> list[str]:
     return words
 
 
+# Marks and blanks that stand around a whole reply.
+_AROUND = "*`_. \t\r\n"
+
+
 class InverseSession(Session):
     def score(self) -> Verdict:
         data, text = self.task.data, self.text.strip()
@@ -196,7 +200,7 @@ class InverseSession(Session):
         return Verdict(float(kept), answer=text[:200])
 
     def _digit(self, text: str, data: dict) -> bool:
-        told, given = data["number"], text.strip("*`_. ")
+        told, given = data["number"], text.strip(_AROUND)
         return (
             len(given) == len(told)
             and set(given) <= set("0123456789")
@@ -204,19 +208,20 @@ class InverseSession(Session):
         )
 
     def _misspelt(self, text: str, data: dict) -> bool:
-        told, given = data["sentence"].split(), text.split()
+        # A capital is no misspelling, whoever writes it.
+        told, given = data["sentence"].casefold().split(), text.strip(_AROUND).casefold().split()
         if len(told) != len(given):
             return False
         changed = [(a, b) for a, b in zip(told, given) if a != b]
         return len(changed) == data["count"] and all(one_letter_apart(a, b) for a, b in changed)
 
     def _exactly(self, text: str, data: dict) -> bool:
-        return " ".join(text.split()).removesuffix(".") == data["text"]
+        return " ".join(text.strip(_AROUND).split()) == data["text"]
 
 
 def one_letter_apart(one: str, other: str) -> bool:
     """Whether one letter put in, left out, exchanged or swapped with the next tells them apart."""
-    if not other.isalpha() or abs(len(one) - len(other)) > 1:
+    if not other.isalpha() or not other.isascii() or abs(len(one) - len(other)) > 1:
         return False
     start = 0
     while start < min(len(one), len(other)) and one[start] == other[start]:

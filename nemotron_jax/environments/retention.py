@@ -13,8 +13,12 @@ _FACTS = {"city": CITIES, "colour": COLOURS, "present": THINGS, "guest": FIRST}
 _CLAUSE = re.compile(r"[.,;:!?\n\u2013\u2014](?!\d)")
 # What follows these in a clause is denied or past, until one of the others. "isn't" is "isn", "t".
 _DENYING = frozenset(
-    "not no never neither nor isn wasn aren longer instead than was were from before forget".split()
+    "not no never neither nor isn wasn aren longer instead than was were from before forget"
+    " previously formerly originally initially earlier".split()
 )
+# What follows these in a clause is not said at all, and nothing is in a clause with the others.
+_DOUBTING = frozenset("doubt doubtful unlikely don doesn didn cannot wonder whether if".split())
+_REJECTING = frozenset("wrong false incorrect untrue".split())
 _AFFIRMING = frozenset("but now is are to s".split())
 _SMALL_TALK = (
     "What a day. Say something kind.",
@@ -30,9 +34,11 @@ def asserted(text: str, values: Set[str] | None) -> set[str]:
     """
     found = set()
     for clause in _CLAUSE.split(text):
-        denied = False
-        for word in parts_of(words_of(clause)):
-            denied = word not in _AFFIRMING and (denied or word in _DENYING)
+        denied = doubted = False
+        words = parts_of(words_of(clause.casefold().replace("used to", "was")))
+        for word in () if _REJECTING.intersection(words) else words:
+            doubted = word != "but" and (doubted or word in _DOUBTING)
+            denied = doubted or (word not in _AFFIRMING and (denied or word in _DENYING))
             word = word.replace(",", "")
             if not denied and (word in values if values is not None else word.isdecimal()):
                 found.add(word)

@@ -56,6 +56,7 @@ from nemotron_jax.environments.units import quantity
         ("<answer>1</answer>\n<answer>2</answer>", None),
         ("The answer is:\n5\nOr is it 6?", None),
         ("The correct letter is B", "B"),
+        ("The answer is Bi, So, Ve.", "Bi, So, Ve."),
         ("One line.\nIt is not **18**.", None),
         ("Answer: 1\nAnswer: 2", None),
         ("Answer: 1\nor so", None),

@@ -47,6 +47,7 @@ def test_clauses_share_a_name_a_kind_and_a_verb() -> None:
         "The price of Bado is never 5.", "The price of Bado is above 5.", "Bado price 5",
         "The price of Bado is 5 euros.", "The price of Bado is 5 or 7.", "Bado, price 5",
         "It is false that the price of Bado is 5.", "The price of Bado is -5.", "Bado is 5.",
+        "The price of Bado is 5?",
         "The price of Bado is 5.5.", "The price of Bado is 5%.", "is is Bado price 5",
         "The price of Bado is 5. That is a lie.", "The price of Bado is 5. Not so.",
         "The price of Bado is \uff15.", "The price of Bado is 5²", "The price of Bado is 5 times 2",

@@ -66,6 +66,9 @@ def test_a_list_is_read_with_and_without_brackets(text: str) -> None:
         ("It was Lima, now it's Porto", {"porto"}), ("Porto instead of Lima", {"porto"}),
         ("It is not Porto.", set()), ("It isn’t Porto", set()), ("Neither Porto nor Lima", set()),
         ("Porto or Lima", {"porto", "lima"}), ("Lima, Porto", {"porto", "lima"}),
+        ("It used to be Lima and is Porto.", {"porto"}), ("I doubt that it is Porto.", set()),
+        ("It is Porto (previously Lima).", {"porto"}), ("I don't think it's Porto.", set()),
+        ("That it is Porto is false.", set()), ("Don't worry, it is Porto.", {"porto"}),
         ("You changed it from Lima to Porto.", {"porto"}), ("Portobello", set()),
     ],
 )  # fmt: skip

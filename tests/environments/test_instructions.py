@@ -106,3 +106,21 @@ def test_no_number_is_wrong_enough_for_every_copy() -> None:
         wrong = str((int(told[0]) + 1) % 10) + told[1:]
         assert play(environment, task, [f"**{wrong}**."]).reward == 1
         assert play(environment, task, [told]).reward == 0
+
+
+def test_a_misspelling_is_another_letter_and_a_reply_may_stand_in_marks() -> None:
+    environment = registry["inverse_instructions"]
+    drawn = [environment.split(0, "train", index, level=1) for index in range(40)]
+    misspelt = next(task for task in drawn if task.data["kind"] == "misspelt")
+    words, count = misspelt.data["sentence"].split(), misspelt.data["count"]
+    for change, reward in (
+        (lambda w: w + "z", 1),
+        (str.capitalize, 0),
+        (lambda w: w + "\u0430", 0),
+    ):
+        told = " ".join([*map(change, words[:count]), *words[count:]])
+        for text in (told, told[0].upper() + told[1:], f"{told}.", f"**{told}**"):
+            assert play(environment, misspelt, [text]).reward == reward, text
+    exact = next(task for task in drawn if task.data["kind"] == "exactly")
+    for mark in ("**", "`", "```\n", "_"):
+        assert play(environment, exact, [f"{mark}{exact.data['text']}{mark[::-1]}"]).reward == 1
