@@ -253,8 +253,8 @@ class Engine:
             targets[row, : len(piece)] = piece
         found = self._runner.score(hidden, targets)
         for row, piece in pieces.items():
-            known = slots[row].job.request.prompt_logprobs
-            known[starts[row] :] = found[row, : len(piece)].tolist()  # it may be read anew
+            # What it was told before of these tokens goes: it may be read anew.
+            found.give(slots[row].job.request, starts[row], row, len(piece))
 
     def _keep(self, slot: Slot) -> None:
         """Remember where a slot stands, at the end of a block or of its prompt; the other samples
@@ -278,12 +278,13 @@ class Engine:
 
     def _copy_prompt_logprobs(self, slot: Slot) -> None:
         """Give the samples that will not read the prompt what the slot found in reading it."""
-        group, found = slot.job.group, slot.job.request.prompt_logprobs
-        if group.entry is None or found is None:
+        group, found = slot.job.group, slot.job.request
+        if group.entry is None or found.prompt_logprobs is None:
             return
         for job in self._scheduler.waiting:
             if job.group is group:
-                job.request.prompt_logprobs = list(found)
+                job.request.prompt_logprobs = list(found.prompt_logprobs)
+                job.request.prompt_likeliest = list(found.prompt_likeliest)
 
     def _decode(self, slots: list[Slot]) -> None:
         slots = [slot for slot in slots if self._may_go_on(slot)]

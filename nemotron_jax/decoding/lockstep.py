@@ -226,6 +226,7 @@ class Lockstep:
             found = scored.get(texts.index(job.text))
             if job.request.wanted.prompt_logprobs:
                 job.request.prompt_logprobs = list(found.request.prompt_logprobs)
+                job.request.prompt_likeliest = list(found.request.prompt_likeliest)
         if batch != len(new) or len(texts) != len(jobs):
             index = [texts.index(job.text) for job in jobs] + [0] * (batch - len(jobs))
             cache, hidden = _taken((cache, hidden), place_batch(np.array(index, np.int32)))
@@ -254,9 +255,9 @@ class Lockstep:
         }
         for row, piece in pieces.items():
             targets[row, : len(piece)] = piece
-        found = np.asarray(score(self._weights, states, targets, execution=self.execution))
+        found = score(self._weights, states, targets, execution=self.execution)
         for row, piece in pieces.items():
-            scored[row].request.prompt_logprobs[start:] = found[row, : len(piece)].tolist()
+            found.give(scored[row].request, start, row, len(piece))
 
     def _decode(self) -> None:
         """Decode until the last row is done, or as long as nobody must look at the texts."""

@@ -29,6 +29,8 @@ class Request:
         self.versions: list[int | str] = []  # of the weights that gave each token
         # Of each prompt token after those before it; the first has none, so one fewer than tokens.
         self.prompt_logprobs: list[float] | None = [] if wanted.prompt_logprobs else None
+        # The likeliest token at each of these places, and its log-probability.
+        self.prompt_likeliest: list[tuple[int, float]] = []
         self.cached_tokens = 0  # of the prompt, that were not read again
         self.accepted_drafts = 0  # of the tokens, that were drafted
         self.finish_reason: str | None = None

@@ -129,12 +129,11 @@ class Runner:
 
     def score(
         self, hidden: Float[Array, "B T D"], targets: Int[np.ndarray, "B T"]
-    ) -> Float[np.ndarray, "B T"]:
-        """Log-probability of the token that follows each hidden state."""
+    ) -> programs.Scores:
+        """Log-probabilities of what follows each hidden state, on the host."""
         with self._on_mesh():
-            return np.asarray(
-                programs.score(self._loaded.weights, hidden, targets, execution=self._execution)
-            )
+            found = programs.score(self._loaded.weights, hidden, targets, execution=self._execution)
+        return programs.Scores(*map(np.asarray, found))
 
     def save(self, slot: Slot, entry: Entry) -> None:
         """Keep the slot's states in the entry's snapshot."""

@@ -7,6 +7,7 @@ scheduler's to know: every program is told.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding.loop import Loop, Sizes, begin, run_rounds
+from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.rounding import keep_states
 from nemotron_jax.decoding.rules import Asked, Rules
 from nemotron_jax.decoding.speculative import Given
@@ -237,6 +239,20 @@ def load_snapshot(
     return _placed(dataclasses.replace(store, pools=pools, mtp_pools=mtp_pools, slots=slots))
 
 
+class Scores(NamedTuple):
+    """Log-probabilities of what follows some hidden states."""
+
+    logprobs: Float[Array, "B T"]
+    likeliest: Int[Array, "B T"]  # the likeliest token there
+    of_likeliest: Float[Array, "B T"]
+
+    def give(self, request: Request, start: int, row: int, count: int) -> None:
+        """Tell a request of `count` tokens of its prompt, after those whose scores it has."""
+        rows = [np.asarray(part)[row, :count].tolist() for part in self]
+        request.prompt_logprobs[start:] = rows[0]
+        request.prompt_likeliest[start:] = zip(rows[1], rows[2], strict=True)
+
+
 @functools.partial(jax.jit, static_argnames="execution")
 def score(
     weights: FlatModel,
@@ -244,11 +260,13 @@ def score(
     targets: Int[Array, "B T"],
     *,
     execution: Execution = Execution(),
-) -> Float[Array, "B T"]:
-    """Log-probability of the token that follows each hidden state."""
+) -> Scores:
+    """Log-probabilities of the token that follows each hidden state, and of the likeliest one."""
     logits = weights.model().logits(hidden, execution=execution)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    of = lambda ids: jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - total
+    return Scores(of(targets), likeliest, of(likeliest))
 
 
 def _cache(store: Store, states: States, table: Array, length: Array) -> Cache:

@@ -27,9 +27,9 @@ class ChatAnswer(Answer):
     kind, prefix = "chat.completion", "chatcmpl"
 
     def __init__(self, request: ChatRequest, served: Served, **options: Any) -> None:
-        super().__init__([request.job], served, **options)
+        super().__init__(request.jobs, served, **options)
         self._request = request
-        self._choices = [_Choice(Turn(request, served)) for _ in range(request.job.n)]
+        self._choices = [_Choice(Turn(request, served)) for _ in self.tokens]
 
     async def whole(self, stream: Stream) -> dict[str, Any]:
         """The completion."""

@@ -13,11 +13,13 @@ from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.wishes import (
     Job,
+    apart,
     check_size,
     job_of,
     samples_of,
     sampling_of,
     stop_tokens_of,
+    wanted_format,
 )
 
 MOST_MESSAGES, MOST_TOOLS = 10_000, 512
@@ -66,7 +68,7 @@ class ChatPrompt:
 class ChatRequest:
     """What a client wants of a chat."""
 
-    job: Job
+    jobs: Sequence[Job]
     tools: Sequence[Mapping[str, Any]] | None
     thinking: bool
     nonempty: bool
@@ -77,24 +79,26 @@ class ChatRequest:
 def read_chat(fields: Fields, served: Served) -> ChatRequest:
     """The request of a body; Refusal names the field that is wrong."""
     prompt = read_prompt(fields)
-    refuse_formats(fields)
     logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, 0, MOST_TOP)
     if top and not logprobs:
         raise fields.refuse("top_logprobs", "needs logprobs=true")
+    stops = stop_tokens_of(fields, served, served.turn_stops)
+    thinking = prompt.options.enable_thinking
+    form = wanted_format(fields, served, stops, thinking=thinking)
     sampling = sampling_of(
         fields,
         served,
-        stop_tokens=stop_tokens_of(fields, served, served.turn_stops),
+        stop_tokens=stops,
         top_logprobs=top,
         budget=_budget(fields, served, prompt.options),
     )
     prefix = fields.token_ids("required_prefix_token_ids", served.vocabulary)
     ids = prompt.ids(served, prefix)
     return ChatRequest(
-        job=job_of(fields, served, ids, sampling, samples_of(fields)),
+        jobs=apart(job_of(fields, served, ids, sampling, samples_of(fields)), form),
         tools=prompt.tools,
-        thinking=prompt.options.enable_thinking,
+        thinking=thinking,
         nonempty=prompt.nonempty,
         parallel=fields.flag("parallel_tool_calls", True),
         logprobs=logprobs,
@@ -128,18 +132,6 @@ def read_prompt(fields: Fields) -> ChatPrompt:
     except (ValueError, TypeError) as error:
         raise Refusal(str(error)[:300], "chat_template_kwargs") from None
     return ChatPrompt(messages, tools or None, options, nonempty is True)
-
-
-def refuse_formats(fields: Fields) -> None:
-    """Raise Refusal for formats that nothing here would hold a model to."""
-    part = fields.part("response_format")
-    if part.get("type") not in (None, "text"):
-        raise part.refuse(
-            "type", "constrained output is not supported yet; use text and say in a message how"
-        )
-    for name in ("guided_json", "guided_regex", "guided_grammar", "guided_choice"):
-        if fields.get(name) is not None:
-            raise fields.refuse(name, "constrained output is not supported yet; leave it out")
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 from nemotron_jax.decoding.wanted import MOST_TOP
 from nemotron_jax.serving.answers import Answer, usage_of
-from nemotron_jax.serving.chat_request import refuse_formats
 from nemotron_jax.serving.driver import Piece, Stream
 from nemotron_jax.serving.fields import Fields, is_token_ids
 from nemotron_jax.serving.refusal import Refusal
@@ -14,11 +13,13 @@ from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.texts import VisibleText, finite, token_text
 from nemotron_jax.serving.wishes import (
     Job,
+    apart,
     encoded,
     job_of,
     samples_of,
     sampling_of,
     stop_tokens_of,
+    wanted_format,
 )
 
 MOST_PROMPTS = 1024  # of one body; each takes a place in the queue
@@ -36,22 +37,24 @@ class CompletionRequest:
 
 def read_completion(fields: Fields, served: Served) -> CompletionRequest:
     """The request of a body; Refusal names the field that is wrong."""
-    refuse_formats(fields)
     if fields.get("suffix"):
         raise fields.refuse("suffix", "is not supported; leave it out")
     prompts, n, echo = _prompts(fields, served), samples_of(fields), fields.flag("echo")
     top = fields.get("logprobs")
     top = int(top) if isinstance(top, bool) else fields.integer("logprobs", None, 0, MOST_TOP)
+    stops = stop_tokens_of(fields, served, served.stop_tokens)
+    form = wanted_format(fields, served, stops)
     sampling = sampling_of(
         fields,
         served,
-        stop_tokens=stop_tokens_of(fields, served, served.stop_tokens),
+        stop_tokens=stops,
         top_logprobs=top or 0,
         prompt_logprobs=echo and top is not None,
     )
     name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
+    jobs = [job_of(fields, served, ids, sampling, n) for ids in prompts]
     return CompletionRequest(
-        jobs=[job_of(fields, served, ids, sampling, n) for ids in prompts],
+        jobs=[one for job in jobs for one in apart(job, form)],
         echo=echo,
         logprobs=top is not None,
         silent=fields.get(name) == 0,
@@ -126,7 +129,8 @@ class _Choice:
             text = self._tokenizer.decode(prompt)
             if self._request.logprobs:
                 known = [None, *piece.request.prompt_logprobs]
-                self._score(scores, prompt, known, [None] * len(prompt))
+                likeliest = [(one,) for one in piece.request.prompt_likeliest]
+                self._score(scores, prompt, known, [None, *likeliest])
         self._begun = True
         if not self._request.silent:
             text += self._text.push(piece.tokens, piece.finish_reason)

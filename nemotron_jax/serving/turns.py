@@ -20,7 +20,10 @@ class Turn:
 
     def __init__(self, request: ChatRequest, served: Served) -> None:
         self._request, self._tokenizer = request, served.tokenizer
-        self._text = VisibleText(served.tokenizer, request.job.wanted, show_special=True)
+        wanted = request.jobs[0].wanted
+        # Of an answer in a format all is content: a name of a tag in it is text.
+        self._formatted, self._thinks = wanted.grammar is not None, request.thinking
+        self._text = VisibleText(served.tokenizer, wanted, show_special=not self._formatted)
         self._parser = TurnParser(thinking=request.thinking, tools=request.tools)
         answers = (served.tokenizer.token_id(name) for name in (ANSWER, CALL))
         self._answers = frozenset(answers) if request.thinking else None
@@ -31,16 +34,30 @@ class Turn:
     def push(self, piece: Piece) -> dict[str, Any]:
         """The delta of a piece; empty where nothing became certain."""
         self._count_reasoning(piece.tokens)
-        events = self._parser.push(self._text.push(piece.tokens, piece.finish_reason))
+        if self._formatted:
+            delta = self._delta(self._plain(piece))
+        else:
+            events = self._parser.push(self._text.push(piece.tokens, piece.finish_reason))
+            ended = piece.finish_reason is not None
+            delta = self._delta([*events, *(self._parser.finish() if ended else ())])
         if piece.finish_reason is None:
-            return self._delta(events)
-        delta = self._delta([*events, *self._parser.finish()])
+            return delta
         if self._request.nonempty and not (self._content.strip() or self._calls):
             self._content = delta["content"] = self._reasoning
         self.finish_reason = piece.finish_reason
         if self._calls and self.finish_reason == "stop":
             self.finish_reason = "tool_calls"
         return delta
+
+    def _plain(self, piece: Piece) -> list[Event]:
+        """Reasoning up to its closing token, and content."""
+        tokens, answer, reasoning = list(piece.tokens), self._tokenizer.token_id(ANSWER), ""
+        if self._thinks and answer in tokens:
+            cut = tokens.index(answer) + 1
+            reasoning, tokens = self._text.push(tokens[:cut], None), tokens[cut:]
+            self._thinks = False
+        text = self._text.push(tokens, piece.finish_reason)
+        return [Reasoning(reasoning), Reasoning(text) if self._thinks else Content(text)]
 
     def logprobs(self, piece: Piece) -> dict[str, Any] | None:
         """The log-probabilities of a piece's tokens, where they are asked for."""
@@ -68,7 +85,7 @@ class Turn:
     def _delta(self, events: Sequence[Event]) -> dict[str, Any]:
         delta: dict[str, Any] = {}
         for event in joined(events):
-            if isinstance(event, Reasoning):
+            if isinstance(event, Reasoning) and event.text:
                 self._reasoning += event.text
                 delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
             elif isinstance(event, Content | Malformed) and event.text:

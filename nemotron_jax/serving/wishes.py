@@ -6,6 +6,7 @@ from typing import Any
 
 from nemotron_jax.decoding.wanted import MOST_BIASES, MOST_NEW_TOKENS, MOST_STOP_TOKENS, Wanted
 from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.grammars import Format, format_of
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
 
@@ -42,6 +43,20 @@ def sampling_of(fields: Fields, served: Served, **more: Any) -> dict[str, Any]:
         "logit_bias": _bias(fields, served),
         **more,
     }
+
+
+def wanted_format(
+    fields: Fields, served: Served, stops: tuple[int, ...], *, thinking: bool = False
+) -> Format | None:
+    """What `response_format` holds the text to; it has no room for some other wishes."""
+    for name in ("guided_json", "guided_regex", "guided_grammar", "guided_choice"):
+        if fields.get(name) is not None:
+            raise fields.refuse(name, "is not supported; use response_format")
+    form = format_of(fields, served.tokenizer, served.vocabulary, stops, thinking=thinking)
+    for name in ("min_tokens", "tools") if form is not None else ():
+        if fields.get(name):
+            raise fields.refuse(name, "cannot be kept together with a response_format")
+    return form
 
 
 def samples_of(fields: Fields) -> int:
@@ -91,6 +106,15 @@ def job_of(
     except ValueError as error:
         raise Refusal(str(error).removeprefix("Wanted."), str(error)[7:].split("=")[0]) from None
     return Job(tuple(prompt), wanted, n)
+
+
+def apart(job: Job, form: Format | None) -> list[Job]:
+    """The job, or one for each sample where each follows a grammar of its own."""
+    if form is None:
+        return [job]
+    seeds = ((job.wanted.seed + number) % 2**32 for number in range(job.n))
+    each = lambda seed: dataclasses.replace(job.wanted, seed=seed, grammar=form.grammar())
+    return [Job(job.prompt, each(seed)) for seed in seeds]
 
 
 def encoded(served: Served, text: str, param: str) -> list[int]:

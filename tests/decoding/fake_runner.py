@@ -13,6 +13,7 @@ import numpy as np
 
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.speculative import place_of
+from nemotron_jax.decoding.store import Scores
 
 VOCABULARY = 53
 
@@ -88,12 +89,12 @@ class FakeRunner:
         self._read = [(slot.prompt, slot.length) for slot in slots]
         return lengths, np.zeros((*shape, 1))
 
-    def score(self, hidden, targets) -> np.ndarray:
+    def score(self, hidden, targets) -> Scores:
         found = np.zeros(targets.shape)
         for row, (prompt, start) in enumerate(self._read):
             for n in range(min(targets.shape[1], len(prompt) - start)):
                 found[row, n] = logprob(prompt[: start + n + 1])
-        return found
+        return Scores(found, np.zeros(targets.shape, int), found)
 
     def save(self, slot, entry) -> None:
         self._program("save", lambda s: s.snapshots.update({entry.snapshot: s.slots[slot.number]}))

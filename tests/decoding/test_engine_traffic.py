@@ -61,6 +61,10 @@ def test_a_prefix_is_read_once_and_changes_no_answer(model, speculative):
     np.testing.assert_allclose(third.logprobs, plain.logprobs, atol=2e-5)
     scored = ask(PROMPTS[0], prompt_logprobs=True)
     assert len(scored.prompt_logprobs) == len(PROMPTS[0]) - 1
+    for token, own, (best, most) in zip(
+        PROMPTS[0][1:], scored.prompt_logprobs, scored.prompt_likeliest, strict=True
+    ):
+        assert own == most if token == best else own < most
     assert_empty(engine)
 
 

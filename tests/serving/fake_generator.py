@@ -1,8 +1,11 @@
 """A generator without a model: it says what a script gives for a prompt, a few tokens a step."""
 
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.decoding.generator import Stats
@@ -64,6 +67,7 @@ class FakeGenerator:
                 request.prompt_logprobs[:] = [
                     logprob(token, place) for place, token in enumerate(request.prompt)
                 ][1:]
+                request.prompt_likeliest[:] = [(20, 0.0)] * (len(request.prompt) - 1)
         for request in list(self._running):
             for _ in range(self.per_step):
                 if not request.done:
@@ -94,6 +98,8 @@ class FakeGenerator:
         place, wanted = len(request.tokens), request.wanted
         budget = wanted.budget
         token = script[place] if place < len(script) else self._tokenizer.eos
+        if wanted.grammar is not None:
+            token = self._drawn(request)
         closed = budget and budget.closing_token in request.tokens
         if budget and not closed and place >= budget.tokens:
             token = budget.closing_token
@@ -106,6 +112,15 @@ class FakeGenerator:
             self._end(request, "stop")
         elif len(request.tokens) == wanted.max_new_tokens:
             self._end(request, "length")
+
+    def _drawn(self, request: Request) -> int:
+        """A token that the grammar lets come, drawn as an untrained model would."""
+        grammar, count = request.wanted.grammar, len(request.tokens)
+        if count:
+            assert grammar.accept(request.tokens[-1])
+        allowed = np.unpackbits(grammar.mask().view(np.uint8), bitorder="little")
+        draw = random.Random(f"{request.wanted.seed} {count}")
+        return draw.choice(np.flatnonzero(allowed).tolist())
 
     def _end(self, request: Request, reason: str) -> None:
         self._running.pop(request, None)

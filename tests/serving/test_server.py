@@ -79,7 +79,7 @@ WRONG = [
     ({"tools": [{"name": "a", "parameters": {"properties": {"b": 1}}}]}, "messages"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function"}}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": "json"}, "response_format"),
     ({"chat_template_kwargs": {"reasoning_budget": "x"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"enable_thinking": []}}, "chat_template_kwargs"),
@@ -190,6 +190,9 @@ def test_a_completion_is_the_text_that_follows(served: Live) -> None:
         assert scores["token_logprobs"] == values
         assert scores["text_offset"][len(known)] == 4
         assert max(scores["top_logprobs"][-1].values()) == values[-1]
+        likeliest = scores["top_logprobs"][1]  # of the prompt: the likeliest token, and its own
+        assert likeliest == {TOKENIZER.decode([20]): 0.0, scores["tokens"][1]: values[1]}
+        assert scores["top_logprobs"][0] is None
         chunks = served.events(TEXT, **body)
         parts = [choice for chunk in chunks for choice in chunk["choices"]]
         assert "".join(part["text"] for part in parts) == found["text"]

@@ -1,0 +1,110 @@
+"""Answers held to a format are valid whatever the model would say, or cut off and said to be."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nemotron_jax.environments.schema import faults
+from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.grammars import format_of
+from tests.serving.live import TOKENIZER, Live, live
+
+pytest.importorskip("llguidance")
+TEXT = "/v1/completions"
+BOUNDED = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "kind": {"enum": ["a", "b<|im_end|>", 3]},
+        "sizes": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": -5, "maximum": 120},
+            "maxItems": 3,
+        },
+        "on": {"type": "boolean"},
+    },
+    "required": ["name", "kind", "sizes"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Live]:
+    with live(waiting=64) as one:
+        yield one
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_bounded_schema_always_comes_out_valid(served: Live, thinking: bool) -> None:
+    kwargs = {"enable_thinking": thinking, "reasoning_budget": 5 if thinking else None}
+    found = served.post(
+        response_format=json_schema(BOUNDED), n=20, seed=7, chat_template_kwargs=kwargs
+    ).json()
+    texts = {choice["message"]["content"] for choice in found["choices"]}
+    assert len(texts) > 10  # each sample draws for itself
+    assert all(choice["finish_reason"] == "stop" for choice in found["choices"])
+    assert bool(found["choices"][0]["message"]["reasoning"]) == thinking
+    for text in texts:
+        assert not faults(json.loads(text), BOUNDED)
+
+
+def test_an_unbounded_text_ends_by_length_or_valid(served: Live) -> None:
+    form = {"type": "json_object"}
+    found = served.post(TEXT, prompt="two", response_format=form, n=20, max_tokens=40).json()
+    for choice in found["choices"]:
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(choice["text"]), dict)
+        else:
+            assert choice["finish_reason"] == "length"
+
+
+def test_a_regular_expression_is_matched_whole(served: Live) -> None:
+    form = {"type": "regex", "regex": "(ab|c){2,4}[0-9]é?"}
+    for choice in served.post(TEXT, prompt="two", response_format=form, n=10).json()["choices"]:
+        assert re.fullmatch(form["regex"], choice["text"]) and choice["finish_reason"] == "stop"
+
+
+def test_no_special_token_comes_where_its_name_may() -> None:
+    fields = Fields({"response_format": {"type": "regex", "regex": "(?s:.){0,40}"}})
+    stops = (TOKENIZER.token_id("<|im_end|>"), TOKENIZER.eos)
+    vocabulary = TOKENIZER.vocab_size + 50  # a model may have more ids than its tokenizer
+    grammar = format_of(fields, TOKENIZER, vocabulary, stops, thinking=False).grammar()
+    mask = grammar.mask()
+    assert mask.dtype == np.uint32 and mask.shape == (-(-vocabulary // 32),)
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    assert set(allowed[allowed < 16]) == set(stops) and allowed.max() < TOKENIZER.vocab_size
+    for token in TOKENIZER.encode("<think>"):
+        assert grammar.accept(token)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        json_schema(None),
+        json_schema({"type": "nothing"}),
+        json_schema({"type": "string", "pattern": "(((("}),
+        json_schema({"$ref": "#/nowhere"}),
+        json_schema({"$ref": "file:///etc/passwd"}),
+        json_schema({"enum": ["a" * 100] * 1990}),
+        {"type": "json_schema"},
+        {"type": "regex"},
+        {"type": "regex", "regex": "("},
+        {"type": "regex", "regex": "(" * 5000 + "a" + ")*" * 5000},
+        {"type": "xml"},
+        {"type": ["json_object"]},
+    ],
+    ids=lambda form: str(form)[:50],
+)
+def test_what_is_no_grammar_is_refused(served: Live, form: dict[str, Any]) -> None:
+    answer = served.post(TEXT, prompt="two", response_format=form, max_tokens=1)
+    if answer.status_code != 413:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"].startswith("response_format")
