@@ -123,7 +123,10 @@ def _write_right_episodes(config: RunConfig, run: RunDirectory, file: Path) -> N
     ]
     model, tokenizer = load_pretrained(start), load_tokenizer(start)
     played = play_tasks_once(
-        *(model, tokenizer, config, tasks),
+        model,
+        tokenizer,
+        config,
+        tasks,
         draw=_OWN_DRAW,
         sampler=make_sampler(rollout),
         execution=config.execution.at_step(0),

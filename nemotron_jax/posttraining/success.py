@@ -56,7 +56,11 @@ def success_of_oracles(tokenizer: Tokenizer, config: RunConfig) -> Probe | None:
         with contextlib.closing(Here()) as players:
             for part in _parts(tasks, size):
                 episodes += play_episodes(
-                    *(model, tokenizer, players, part, play),
+                    model,
+                    tokenizer,
+                    players,
+                    part,
+                    play,
                     sampler=sampler,
                     seed=0,
                     execution=execution,
@@ -99,7 +103,10 @@ def pool_plays(
 
     def play(tasks: Sequence[Task], draw: int, first: int) -> list[float]:
         episodes = play_tasks_once(
-            *(model(), tokenizer, config, tasks),
+            model(),
+            tokenizer,
+            config,
+            tasks,
             draw=1 + draw,
             first=first,
             players=players,
@@ -136,7 +143,11 @@ def play_tasks_once(
             players = stack.enter_context(contextlib.closing(Here(rollout.timeout_s)))
         for number, part in enumerate(_parts(tasks, size)):
             episodes += play_episodes(
-                *(model, tokenizer, players, part, rollout),
+                model,
+                tokenizer,
+                players,
+                part,
+                rollout,
                 sampler=sampler,
                 seed=step_seed(config.seed + 1 + draw, first + number * size),
                 execution=execution,
