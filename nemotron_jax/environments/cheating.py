@@ -30,13 +30,13 @@ NEVER_RIGHT: dict[str, Callable[[Task], str]] = {
     "the prompt quoted": lambda task: f"You say: “{_prompt(task)}”",
     "the prompt without its end": lambda task: _prompt(task)[: len(_prompt(task)) * 7 // 10],
     "every number": lambda task: _EVERY_NUMBER,
-    "an answer in every form": lambda task: _EVERY_FORM,
 }
 # May be right by chance, so judged by their mean over the tasks of a level.
 LUCKY: dict[str, Callable[[Task], str]] = {
     **{f"always {text!r}": (lambda task, text=text: text)
        for text in ("0", "Answer: 1", "A", "\\boxed{B}", "Yes.", "No.", "Done.",
                     "I can't help with that.")},
+    "an answer in every form": lambda task: _EVERY_FORM,
     "the prompt's first sentence": lambda task: _sentences(task)[0],
     "the prompt's last sentence": lambda task: _sentences(task)[-1],
 }  # fmt: skip

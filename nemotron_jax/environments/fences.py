@@ -1,5 +1,9 @@
 """Fenced blocks of code in a text, by CommonMark (section 4.5), read in one pass over its lines."""
 
+import re
+
+# The mark of a list's item, with a fence behind it on its line.
+_ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=```|~~~)")
 # A fence's marks: fewer are no fence.
 FEWEST_MARKS = 3
 # A closing fence stands at most this many columns further in than its opening one.
@@ -9,13 +13,15 @@ _CLOSING_INDENT = 3
 def fenced(text: str) -> list[str]:
     """The contents of the fenced blocks of a text, each line with its end.
 
-    Beyond CommonMark, an opening fence may be indented by any width, as in a list, and marks at
-    the end of the last line close a block that nothing else closes.
+    Beyond CommonMark, an opening fence may be indented by any width, as in a list, or begin an item
+    of one, and marks at the end of the last line close a block that nothing else closes.
     """
     blocks: list[str] = []
     inside: list[str] | None = None
     mark, count, indent = "", 0, 0
     for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        if inside is None and (item := _ITEM.match(line)):
+            line = " " * len(item[0].expandtabs(4)) + line[item.end() :]
         bare = line.lstrip(" \t")
         if inside is None:
             opening = _opening(bare)

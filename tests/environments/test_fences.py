@@ -57,6 +57,13 @@ def test_blocks_by_commonmark(text: str, blocks: list[str]) -> None:
     assert fenced(text) == blocks
 
 
+@pytest.mark.parametrize("item", ["- ", "* ", "1. ", "12) ", "  - ", "-   "])
+@pytest.mark.parametrize("marks", ["```", "~~~~"])
+def test_a_fence_may_begin_an_item_of_a_list(item: str, marks: str) -> None:
+    inner = "".join(" " * len(item) + line + "\n" for line in [*CODE.splitlines(), marks])
+    assert fenced(f"Two steps:\n{item}{marks}python\n{inner}- Run it.\n") == [CODE]
+
+
 def test_two_blocks_are_no_code() -> None:
     assert code_of(f"```\n{CODE}```\n~~~\n{CODE}~~~") == ""
     assert code_of(CODE) == CODE
