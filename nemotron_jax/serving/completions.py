@@ -118,7 +118,7 @@ class _Choice:
     def __init__(self, request: CompletionRequest, job: Job, served: Served) -> None:
         self.job, self._request, self._tokenizer = job, request, served.tokenizer
         self._text = VisibleText(served.tokenizer, job.wanted, show_special=False)
-        self._offset, self._begun = 0, False
+        self._shown, self._offset, self._begun = served.tokenizer.stream(), 0, False
 
     def push(self, piece: Piece) -> dict[str, Any]:
         """What a piece adds to the text and to the log-probabilities."""
@@ -159,7 +159,7 @@ class _Choice:
             entry = listed | {name: finite(value) for name, value in own.items()}
             scores["top_logprobs"].append(None if top is None else entry)
             scores["text_offset"].append(self._offset)
-            self._offset += len(named(token))
+            self._offset += len(self._shown.push(token))
 
 
 def _prompts(fields: Fields, served: Served) -> list[list[int]]:

@@ -189,6 +189,7 @@ def test_a_completion_is_the_text_that_follows(served: Live) -> None:
         values = [None, *request.prompt_logprobs, *request.logprobs]
         assert scores["token_logprobs"] == values
         assert scores["text_offset"][len(known)] == 4
+        assert scores["text_offset"][-1] == len(found["text"])  # a stop token has no text
         assert max(scores["top_logprobs"][-1].values()) == values[-1]
         likeliest = scores["top_logprobs"][1]  # of the prompt: the likeliest token, and its own
         assert likeliest == {TOKENIZER.decode([20]): 0.0, scores["tokens"][1]: values[1]}
