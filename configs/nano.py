@@ -1,11 +1,12 @@
 """Nemotron 3 Nano, pre-training: 25 T tokens.
 
 Command:  python train.py --config=configs/nano.py --workdir=runs/nano \
-              --config.data.sources='hf:/data/pretraining'
+              --config.data.sources='shards:/data/pretraining'
 Hardware: v6e:8x8, 64 chips, mesh fsdp=64, one row a chip in each of 48 micro-batches: 22.2 of
           32 GB a chip as compiled (docs/sharding.md), 99 s a step as estimated. One process drives
           all devices so far, so a slice of several hosts does not run yet. Weights, gradients
           and moments are 505 GB.
+Data:     token shards, made once: docs/data.md.
 Expected: not run here. The tests build the model's shapes and pin the schedule.
 Source:   Nemotron 3 Nano report, arXiv:2512.20848; the length of the decay is taken from Super.
 """
@@ -43,7 +44,7 @@ def get_config() -> ConfigDict:
             ),
             mesh=MeshConfig(fsdp=64),
             data=DataConfig(
-                sources=("hf:/data/pretraining",),
+                sources=("shards:/data/pretraining",),
                 sequence_length=8192,
                 batch_size=3072,
                 held_out_fraction=0.0001,

@@ -1,11 +1,12 @@
 """Nemotron 3 Super, pre-training phase 1: 20 T tokens of the diverse mixture, in emulated NVFP4.
 
 Command:  python train.py --config=configs/pretrain_super_phase1.py --workdir=runs/super \
-              --config.data.sources='hf:/data/phase1'
+              --config.data.sources='shards:/data/phase1'
 Hardware: v5p:8x8x4, 256 chips, mesh data=2 and fsdp=128: 66.6 of 95 GB a chip as compiled
           (docs/sharding.md), 67 s a step as estimated. One process drives all devices so far, so a
           slice of several hosts does not run yet. Weights, gradients and moments are
           1.9 TB in float32.
+Data:     token shards, made once: docs/data.md.
 Expected: not run here. The tests build the model's shapes and pin the published schedule.
 Source:   Nemotron 3 Super report, arXiv:2604.12374; schedule of the whole 25 T tokens, of which the
           last 5 T, the decay, are phase 2.
@@ -46,7 +47,7 @@ def get_config() -> ConfigDict:
             # fsdp along the whole slice would gather by all-reduces: docs/sharding.md.
             mesh=MeshConfig(data=2, fsdp=128),
             data=DataConfig(
-                sources=("hf:/data/phase1",),
+                sources=("shards:/data/phase1",),
                 sequence_length=TOKENS_PER_ROW,
                 batch_size=ROWS,
                 held_out_fraction=0.0001,

@@ -96,6 +96,9 @@ TRAIN = [
     (["--config.data.sources=('nowhere',)"], "'nowhere' is unknown"),
     (["--config.data.sources=('hf:',)"], "'hf:' names no file or folder"),
     (["--config.data.sources=('hf:{d}/absent',)"], "there is no file or folder"),
+    (["--config.data.sources=('shards:',)"], "'shards:' names no directory"),
+    (["--config.data.sources=('shards:{d}/absent',)"], "absent/index.json is missing"),
+    (["--config.data.sources=('shards:gs://b/x',)"], "DataConfig.sources='gs://b/x': is a URL"),
     (["--config.data.sources=('hf:{d}/no_text',)"], "a.json is of a kind that is not read"),
     (["--config.data.sources=('hf:{d}/other.csv',)"], "other.csv has none of the endings"),
     (

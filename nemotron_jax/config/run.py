@@ -31,10 +31,11 @@ class DataConfig:
     """Where text comes from and how it becomes rows.
 
     A source is `python_stdlib`, or `hf:PATH` naming a .jsonl, .parquet or text file, or a folder of
-    them; stage `sft` has its own sources, see SFTConfig. `tokenizer` is `train` (a BPE of the
-    model's vocabulary size, trained on the training split), for stage `sft` also `train_phrases`
-    (tokens may span words, so that a small model meets short conversations), or the path of a
-    tokenizer.json.
+    them, each up to 2 GB; or `shards:DIR`, text of any size that was made into token shards before,
+    see docs/data.md. Stage `sft` has its own sources, see SFTConfig. `tokenizer` is `train` (a BPE
+    of the model's vocabulary size, trained on the training split; with shards, theirs), for stage
+    `sft` also `train_phrases` (tokens may span words, so that a small model meets short
+    conversations), or the path of a tokenizer.json.
     """
 
     sources: tuple[str, ...] = ("python_stdlib",)
@@ -42,7 +43,7 @@ class DataConfig:
     tokenizer: str = "train"
     sequence_length: int = 512
     batch_size: int = 8  # rows of one optimizer step
-    held_out_fraction: float = 0.05
+    held_out_fraction: float = 0.05  # of text sources; shards have their own
     prefetch: int = 4  # batches made ahead of the step
 
     def __post_init__(self) -> None:

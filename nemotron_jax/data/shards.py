@@ -28,7 +28,9 @@ FORMAT, FORMAT_VERSION = "nemotron_jax.token_shards", 1
 # Ids of one record: what reading a few tokens of a long document costs, 64 KB.
 PIECE_TOKENS = 1 << 14
 LENGTH = np.dtype("<u4")  # of a shard's last record
-# Shards whose table of records stays in memory: 16 bytes a record. A window draws from some 64.
+# Shards of a source whose table of records stays in memory, 53 bytes a record as measured: 340 MB
+# with documents of 1,000 ids in shards of 10^8. A window draws from 64 runs of documents; a shard
+# that is opened again costs 10 ms.
 OPEN_SHARDS = 64
 # Bytes of shards up to which all are read and their SHA-256 compared before a run starts, about a
 # second. Larger ones are compared in size, and each record by its own checksum when it is read.
@@ -99,8 +101,8 @@ class Index:
 class TokenShards:
     """Finished token shards of a directory, checked on opening; the training documents of them.
 
-    In memory: 8 bytes for each 2^14 documents, and the tables of OPEN_SHARDS shards. Raises
-    ValueError naming the first file that is missing, damaged or of another tokenizer.
+    In memory: the index, 8 bytes for each 2^14 documents, and the tables of OPEN_SHARDS shards.
+    Raises ValueError naming the first file that is missing, damaged or of another tokenizer.
     """
 
     def __init__(self, source: str) -> None:
