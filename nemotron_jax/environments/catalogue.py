@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -129,6 +130,7 @@ registry = Registry(_HOMES)
 
 
 ROWS = "rows:"
+_URL = re.compile(r"[A-Za-z][\w+.-]*://")
 _found: dict[str, Environment] = {}  # of the user's own, by what names it
 
 
@@ -139,6 +141,11 @@ def find(name: str, where: str = "") -> Environment:
     the field and its value.
     """
     where = where or f"environments={name!r}"
+    if _URL.match(name.removeprefix(ROWS)):
+        raise ValueError(
+            f"{where}: {name.removeprefix(ROWS)!r} is a URL, and only local files are read; copy "
+            "it, and name the file as rows:FILE"
+        )
     if name.startswith(ROWS):
         key = ROWS + str(Path(name.removeprefix(ROWS)).resolve())
     elif ":" in name:

@@ -60,6 +60,9 @@ def test_a_name_a_class_of_ones_own_and_a_file_of_rows_are_named_alike(own, tmp_
         ("{own}:NUMBER", "'NUMBER' of {own} is not an environment"),
         ("{own}:WHOLE", "another environment is called '{own}'"),  # beside Own
         ("rows:nothing.jsonl", "No such file"),
+        ("rows:s3://bucket/rows.jsonl", "is a URL"),
+        ("gs://bucket/rows.jsonl", "is a URL"),
+        ("rows:file:///rows.jsonl", "is a URL"),
         ("rows:", ""),
     ],
 )
