@@ -17,7 +17,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nemotron_jax.config.run import MeshConfig
-from nemotron_jax.types import Packed, Rows, Weight
+from nemotron_jax.types import Axes, Packed, Rows, Weight
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 ROWS = ("data", "fsdp", "expert")  # all share the rows of a batch
@@ -27,7 +27,8 @@ OWNERS = ("expert", "tensor")
 
 # Logical axes of parameters and of their moments. Of the mesh axes named here, each goes to the
 # first axis of an array that names it and that it divides; what it does not divide stays whole.
-# Heads are one unit, so that no head is cut; the groups of B and C move with Mamba's heads.
+# An axis may be named with the size of its unit, as ("kv_heads", 128): units are never cut. Heads
+# are units, and of Mamba's heads those that share a group of B and C.
 PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "vocabulary": ("tensor",),
     "width": SHARES,
@@ -60,8 +61,6 @@ ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
     "mamba_groups": ("tensor",),
     "experts": (),
 }
-
-Axes = Sequence[str | None]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
@@ -309,11 +308,18 @@ def _spec(
 ) -> list[tuple[str, ...] | None]:
     taken: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
-    for name, length in zip(axes, shape):
-        found = () if name is None else _fitting(table[name], length, sizes, taken)
+    for axis, length in zip(axes, shape):
+        name, units = _units(axis, length)
+        found = () if name is None else _fitting(table[name], units, sizes, taken)
         taken.update(found)
         entries.append(found or None)
     return entries
+
+
+def _units(axis: str | tuple[str, int] | None, length: int) -> tuple[str | None, int]:
+    """The name of a logical axis, and how many of its units there are."""
+    name, size = axis if isinstance(axis, tuple) else (axis, 1)
+    return name, length // size
 
 
 def _fitting(
@@ -369,10 +375,13 @@ def _local_spec(
     """One array's placement; a logical axis has the same mesh axes in every array."""
     if axes is None:
         return PartitionSpec()
-    for name, length in zip(axes, value.shape):
+    names = []
+    for axis, length in zip(axes, value.shape):
+        name, units = _units(axis, length)
         if name is not None and name not in chosen:
-            chosen[name] = _fitting(ACTIVATIONS[name], length, sizes, set())
-    return PartitionSpec(*(name and (chosen[name] or None) for name in axes))
+            chosen[name] = _fitting(ACTIVATIONS[name], units, sizes, set())
+        names.append(name)
+    return PartitionSpec(*(name and (chosen[name] or None) for name in names))
 
 
 def _sizes() -> Mapping[str, int]:

@@ -18,6 +18,7 @@ from nemotron_jax.config.precision import HIGH
 from pallas_kernels import PackedExperts
 
 Array = jax.Array
+Axes = tuple[str | tuple[str, int] | None, ...]  # logical: a name, or a name and its units' size
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +106,7 @@ class Weight:
     """
 
     value: Float[Array, "..."]
-    axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})  # logical, one an axis
+    axes: Axes = dataclasses.field(metadata={"static": True})  # one an axis
 
 
 @jax.tree_util.register_dataclass

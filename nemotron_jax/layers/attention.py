@@ -102,11 +102,12 @@ class Attention(nnx.Module):
         query = config.num_heads * config.head_dim
         key = config.num_kv_heads * config.head_dim
         options = {"std": std, "rngs": rngs, "dtype": dtype}
-        self.q = Linear("attention_q", ("width", "heads"), (width, query), **options)
-        self.k = Linear("attention_k", ("width", "kv_heads"), (width, key), **options)
-        self.v = Linear("attention_v", ("width", "kv_heads"), (width, key), **options)
+        heads, kv_heads = ("heads", config.head_dim), ("kv_heads", config.head_dim)
+        self.q = Linear("attention_q", ("width", heads), (width, query), **options)
+        self.k = Linear("attention_k", ("width", kv_heads), (width, key), **options)
+        self.v = Linear("attention_v", ("width", kv_heads), (width, key), **options)
         options["std"] = out_std
-        self.out = Linear("attention_out", ("heads", "width"), (query, width), **options)
+        self.out = Linear("attention_out", (heads, "width"), (query, width), **options)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from nemotron_jax import quant
 from nemotron_jax.config.precision import ROLES
 from nemotron_jax.layers.low_rank import LowRank
-from nemotron_jax.types import Context, Rows, Weight
+from nemotron_jax.types import Axes, Context, Rows, Weight
 from pallas_kernels import nvfp4
 
 _DROPOUT = 64  # dropout's random streams begin here, past those of rounding, which count roles
@@ -23,7 +23,7 @@ class Linear(nnx.Module):
     def __init__(
         self,
         role: str,
-        axes: tuple[str, str],
+        axes: Axes,
         shape: tuple[int, int],
         *,
         std: float,

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nemotron_jax.types import Weight
+from nemotron_jax.types import Axes, Weight
 
 
 class Adapter(nnx.Param):
@@ -18,7 +18,7 @@ class LowRank(nnx.Module):
         self,
         a: Float[Array, "... In R"] | None,
         b: Float[Array, "... R Out"],
-        axes: tuple[str, ...],
+        axes: Axes,
         scale: float,
         dropout: float = 0.0,
     ) -> None:

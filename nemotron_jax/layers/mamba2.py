@@ -46,7 +46,9 @@ class MambaState:
 class CausalConv(nnx.Module):
     """Depthwise causal convolution with SiLU; the last tap multiplies the current token."""
 
-    def __init__(self, config: MambaConfig, channels: int, axis: str, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: MambaConfig, channels: int, axis: tuple[str, int], *, rngs: nnx.Rngs
+    ) -> None:
         bound = 1 / math.sqrt(config.conv_width)
         draw = lambda shape: jax.random.uniform(
             rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
@@ -104,16 +106,20 @@ class Mamba2(nnx.Module):
         inner, shared = config.inner_width, config.num_groups * config.state_size
         options = {"std": std, "rngs": rngs, "bias": config.projection_bias, "dtype": dtype}
         project = lambda axis, size: Linear("mamba_in", ("width", axis), (width, size), **options)
-        self.z, self.x = project("mamba_inner", inner), project("mamba_inner", inner)
-        self.b, self.c = project("mamba_groups", shared), project("mamba_groups", shared)
-        self.dt = project("mamba_heads", config.num_heads)
-        self.x_conv = CausalConv(config, inner, "mamba_inner", rngs=rngs)
-        self.b_conv = CausalConv(config, shared, "mamba_groups", rngs=rngs)
-        self.c_conv = CausalConv(config, shared, "mamba_groups", rngs=rngs)
+        # The heads of a group go where its B and C go.
+        channels = ("mamba_inner", inner // config.num_groups)
+        heads = ("mamba_heads", config.num_heads // config.num_groups)
+        groups = ("mamba_groups", config.state_size)
+        self.z, self.x = project(channels, inner), project(channels, inner)
+        self.b, self.c = project(groups, shared), project(groups, shared)
+        self.dt = project(heads, config.num_heads)
+        self.x_conv = CausalConv(config, inner, channels, rngs=rngs)
+        self.b_conv = CausalConv(config, shared, groups, rngs=rngs)
+        self.c_conv = CausalConv(config, shared, groups, rngs=rngs)
         self.A_log, self.D, self.dt_bias = _initial_dynamics(config, rngs)
         self.norm = GatedGroupNorm(inner, config.num_groups, epsilon)
         options["std"] = out_std
-        self.out = Linear("mamba_out", ("mamba_inner", "width"), (inner, width), **options)
+        self.out = Linear("mamba_out", (channels, "width"), (inner, width), **options)
 
     def __call__(
         self,

@@ -11,6 +11,7 @@ from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.sharding import parameter_sharding
+from nemotron_jax.types import Axes
 
 
 def abstract_model(config: ModelConfig, dtype: str = "float32") -> Nemotron:
@@ -45,7 +46,7 @@ def variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {_dotted(path): variable for path, variable in leaves}
 
 
-def model_axes(model: Nemotron) -> dict[str, tuple[str, ...]]:
+def model_axes(model: Nemotron) -> dict[str, Axes]:
     """The logical axes of every parameter by dotted name; stacked layers have one more in front."""
     return {name: variable.axes for name, variable in variables(model).items()}
 

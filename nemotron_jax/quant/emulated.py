@@ -34,6 +34,7 @@ from nemotron_jax.sharding import (
     shard_parameter,
     whole,
 )
+from nemotron_jax.types import Axes
 from pallas_kernels import grouped_matmul, grouped_outer, nvfp4
 
 
@@ -45,7 +46,7 @@ class Spec:
     format: str
     options: NVFP4Config
     out_dtypes: tuple[jnp.dtype, ...]  # one for each weight
-    axes: tuple[tuple[str, ...], ...] = ()  # the weights' logical axes; () where they are whole
+    axes: tuple[Axes, ...] = ()  # the weights' logical axes; () where they are whole
     cuts: Cuts = Cuts()  # of experts inside `local`: how devices share them
     implementation: str | None = None  # of kernels, as the two things their ops choose by
     target: str | None = None

@@ -21,7 +21,7 @@ from nemotron_jax.sharding import (
     shard_parameter,
     whole,
 )
-from nemotron_jax.types import Context, Packed, Rows, Weight
+from nemotron_jax.types import Axes, Context, Packed, Rows, Weight
 from pallas_kernels import (
     ExpertOrder,
     PackedExperts,
@@ -180,7 +180,7 @@ def _spec(
     role: str,
     context: Context,
     out_dtypes: tuple[jnp.dtype, ...],
-    axes: tuple[tuple[str, ...], ...] = (),
+    axes: tuple[Axes, ...] = (),
     cuts: Cuts = Cuts(),
 ) -> emulated.Spec:
     options = context.execution.precision.nvfp4
@@ -194,18 +194,16 @@ def _words(role: str, rows: Rows) -> Array | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot(x: Array, weight: Array, axes: tuple[str, ...], out_dtype: jnp.dtype) -> Array:
+def _dot(x: Array, weight: Array, axes: Axes, out_dtype: jnp.dtype) -> Array:
     return _contract(x, _whole(weight, axes, x), x.ndim - 1, 0).astype(out_dtype)
 
 
-def _dot_forward(
-    x: Array, weight: Array, axes: tuple[str, ...], out_dtype: jnp.dtype
-) -> tuple[Array, tuple]:
+def _dot_forward(x: Array, weight: Array, axes: Axes, out_dtype: jnp.dtype) -> tuple[Array, tuple]:
     return _dot(x, weight, axes, out_dtype), (x, weight)
 
 
 def _dot_backward(
-    axes: tuple[str, ...], out_dtype: jnp.dtype, residuals: tuple, dy: Array
+    axes: Axes, out_dtype: jnp.dtype, residuals: tuple, dy: Array
 ) -> tuple[Array, Array]:
     x, weight = residuals
     dy = dy.astype(x.dtype)
@@ -256,7 +254,7 @@ def _experts(cuts: tuple, x: Array, *parts: Array) -> list[Array]:
     return [whole(part, cut, x.dtype) for part, cut in zip(parts, cuts, strict=True)]
 
 
-def _whole(weight: Array, axes: tuple[str, ...], x: Array) -> Array:
+def _whole(weight: Array, axes: Axes, x: Array) -> Array:
     """The weight in the dtype of `x`; cast first, so that it is gathered in that."""
     return gather_parameter(weight.astype(x.dtype), axes)
 

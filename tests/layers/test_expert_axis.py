@@ -16,7 +16,7 @@ from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.quant.matmul import EXPERT_ROLES
-from nemotron_jax.sharding import cuts_of, make_mesh, parameter_spec
+from nemotron_jax.sharding import cuts_of, make_mesh
 from nemotron_jax.types import Context, Rows, Weight
 from tests.tiny_models import quick_jit
 
@@ -98,19 +98,6 @@ def test_experts_stay_where_they_are_and_other_parts_travel():
     with jax.set_mesh(make_mesh(MeshConfig(expert=4), jax.devices())):
         cuts = cuts_of(Weight(jnp.zeros((6, 32, 48)), weight.axes))
     assert cuts.gathered == ((1, ("expert",)),) and cuts.owners == ()
-
-
-def test_every_axis_that_shares_rows_cuts_a_matrix():
-    sizes = {"data": 2, "fsdp": 16, "expert": 8, "tensor": 1, "context": 1}
-    for axes, shape in {
-        ("width", "latent"): (4096, 1024),
-        ("vocabulary", "width"): (131072, 4096),
-        ("experts", "latent", "expert_hidden"): (512, 1024, 2688),
-        ("experts", "expert_hidden", "latent"): (512, 2688, 1024),
-        ("mlp_hidden", "width"): (5376, 4096),
-    }.items():
-        spec = parameter_spec(axes, shape, sizes)
-        assert {"expert", "fsdp"} == set(jax.tree.leaves([entry for entry in spec if entry])), axes
 
 
 @functools.cache
