@@ -26,7 +26,7 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.planning import text
 from nemotron_jax.planning.estimate import STAGES, Question, estimate, over_slices, precision_of
-from pallas_kernels.devices import slice_of
+from pallas_kernels.devices import DEVICES, slice_of
 
 if TYPE_CHECKING:
     import jax  # for main, only once it has read how many devices to show
@@ -61,6 +61,10 @@ def _compiled(targets: list[str]) -> list[dict]:
     if stage.value != "train" or "all" in targets:
         asked = "--target=all" if "all" in targets else f"--stage={stage.value}"
         raise ValueError(f"{asked}: is estimated, not compiled; add --estimate")
+    for target in targets:
+        known = DEVICES.get(target.partition(":")[0])
+        if known and known.is_gpu:
+            raise ValueError(f"target={target!r}: is estimated, not compiled; add --estimate")
     counts = [count for target in targets if (count := _cpu_devices(target)) is not None]
     for target in targets:
         if (count := _cpu_devices(target)) is not None:
@@ -89,6 +93,12 @@ def _estimated(targets: list[str]) -> list[dict]:
     )
     if targets == ["all"]:
         return over_slices(question)
+    for target in targets:
+        if _cpu_devices(target) is not None:
+            raise ValueError(
+                f"target={target!r}: a CPU has no published figures; compile for it, without "
+                "--estimate"
+            )
     found = []
     for target in targets:
         place = slice_of(target)

@@ -57,7 +57,7 @@ def received(size: float, devices: int) -> float:
 
 
 def _given(device: Device, data: int, fsdp: int, expert: int, links: int) -> Layout:
-    """All links are shared among fsdp and expert in proportion to the sides that they need."""
+    """Every exchange goes over so many links; fsdp and expert share them as they need sides."""
     both = fsdp * expert
     own = links
     if 1 < expert < both:  # rings take links in pairs
@@ -65,7 +65,7 @@ def _given(device: Device, data: int, fsdp: int, expert: int, links: int) -> Lay
         own = min(max(2 * round(links / 2 * share), 1), max(links - 1, 1))
     rest = links - own if 1 < expert < both else links
     rate = lambda n, k: received(1, n) / (max(k, 1) * device.link)
-    return Layout(rate(data, 1), rate(fsdp, rest), rate(expert, own), rate(both, links), links)
+    return Layout(rate(data, links), rate(fsdp, rest), rate(expert, own), rate(both, links), links)
 
 
 def _switched(device: Device, data: int, fsdp: int, expert: int) -> tuple[Layout, ...]:
