@@ -27,7 +27,7 @@ class Execution:
     sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
     low-precision format. `expert_rows`: rows that a device makes room for in a layer of experts, as
     a multiple of a balanced load; where its router sends it more, it takes them in several windows.
-    (In a lower format, and with adapters, there is room for all rows.)
+    (In a lower format, with packed experts and with adapters, there is room for all rows.)
     """
 
     compute_dtype: str = "auto"

@@ -79,7 +79,7 @@ def mix(
     order = sort_by_expert(index, num_experts, valid, align=align)
     up, down, *adapters = matrices
     window = quant.window_rows(index.size, devices, context)
-    if window and align == 1 and not adapters:
+    if window and align == 1 and not adapters and not isinstance(up, Packed):
         options = {"context": context, "cuts": cuts}
         return quant.mix_in_windows(x, weights, up, down, order, window, **options), order.load
     options = {"cuts": cuts, "rows": rows, "context": context}
