@@ -77,6 +77,7 @@ _ROUNDED = re.compile(
     r"([^≈]{1,400}?) ?(\()?(?:≈|\b(?:approximately|approx\.?|about|roughly)\b) ?([-+]?[\d.,]{1,60})"
     r"(?(2)\))"
 )
+_NAMED = re.compile(r"^[A-Za-z](?:_\w)? ?\u2248 ?")  # F ≈ 12 N
 _REMARK = re.compile(r"\s+\(([A-Za-z]{2}[A-Za-z ,'\-]{0,60})\)$")
 _CURRENCY = re.compile(r"(?<![\w.])(?:US|A|C)?[$€£¥](?=\s?[\d.])")
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -239,6 +240,7 @@ def bare(text: str) -> str:
     text = normal(text).strip(_MARKS).rstrip(".").strip(_MARKS)
     if (remark := _REMARK.search(text)) and not _DOUBT.search(remark[1]):
         text = text[: remark.start()]
+    text = _NAMED.sub("", text)
     if (rounded := _ROUNDED.fullmatch(text)) and _rounds(rounded[1], rounded[3]):
         text = rounded[1]
     while match := _ABOUT.match(text):
@@ -247,11 +249,13 @@ def bare(text: str) -> str:
 
 
 def _rounds(exact: str, decimal: str) -> bool:
-    """Whether a decimal is near a value in plain form; what is no number is not looked at."""
+    """Whether a decimal is near a value in plain form; with a root or a letter it is let pass."""
     value, near = literal(value_of(exact)), literal(decimal)
-    if near is None or not exact:
-        return False
-    return value is None or abs(value - near) <= ROUNDED * abs(value)
+    if near is None or value is None:
+        words = re.sub("sqrt|root|log|exp|sin|cos|tan", "", exact)
+        shown = re.search(r"\d|\bpi\b", exact) and not re.search("[A-Za-z]{3}", words)
+        return near is not None and bool(shown)
+    return abs(value - near) <= ROUNDED * abs(value)
 
 
 def literal(text: str) -> Fraction | None:

@@ -99,7 +99,8 @@ def test_numbers_are_plain_ascii_ones(text: str, value: object) -> None:
 
 QUANTITIES = (
     ("3 k\u2126", "3 \\mathrm{k}\\Omega", "3000\\,\\Omega", "3 kilo-ohms"), ("18 kph", "5 mps"),
-    ("2 M", "2 mol/L", "2 molar"), ("4 kg-m/s**2", "4 N", "4 kg.m.s^-2", "F = 2*2 = 4 N"),
+    ("2 M", "2 mol/L", "2 molar"), ("4 kg-m/s**2", "4 N", "4 kg.m.s^-2", "F \u2248 4 N",
+     "F = 2*2 = 4 N"),
     ("0.5 kN", "500 kg*m/s^2"), ("1 L", "1000 cm^3", "1000 ml", "1 l"), ("36 km/h", "10 m/s"),
     ("1 V", "1 J/C"), ("2 W", "2000 mJ/s"), ("1 Pa", "1 N/m^2"), ("3 kohm", "3000 V/A"),
     ("1.5e3 m", "1.5 km", "1,500 m", "1 500 metres"), ("2 x 10^3 J", "2 kJ",
@@ -216,6 +217,9 @@ FORMS = (
     ("x\\sqrt2", ("\\sqrt{2}x",), ("2\\sqrt x",)),
     ("\\frac{1}{n!}", ("1/n!", "\\frac{n+1}{(n+1)!}"), ("n!", "1/(n+1)!")),
     ("16\\pi \\text{ cm}^2", ("16\\pi", "16\\pi\\text{ cm}^2"), ("16\\pi\\text{ m}^2", "16")),
+    ("2\\sqrt2", ("2\\sqrt{2} \\approx 2.83",), ("3\\sqrt2 \\approx 2.83", "2.83")),
+    ("x", ("$x$",), ("x \u2248 5", "5")),
+    ("Facts about 5", ("facts about 5",), ("Facts", "5")),
     ("16\\pi", ("16\\pi\\text{ square units}",), ("16\\pi x", "16")),
 )  # fmt: skip
 
