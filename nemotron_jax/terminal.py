@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     keep_compiled_programs()
     try:
-        _check(flags)
+        wanted = _checked(flags)
         options = ChatOptions(
             enable_thinking=not flags.no_thinking,
             low_effort=flags.low_effort,
@@ -75,11 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = load_adapter(model, flags.adapter)
         warn_of_other_template(flags.checkpoint)
         check_vocabulary(tokenizer, model.config.vocab_size)
-        wanted = Wanted(
-            flags.max_tokens,
-            temperature=flags.temperature,
-            top_p=flags.top_p,
-            seed=flags.seed,
+        wanted = dataclasses.replace(
+            wanted,
             stop_tokens=stop_tokens(model, tokenizer),
             budget=None if flags.no_thinking else thinking_budget(tokenizer, flags.budget),
         )
@@ -100,12 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(flags: argparse.Namespace) -> None:
+def _checked(flags: argparse.Namespace) -> Wanted:
+    """What each turn is to be, as far as the flags say it; raises ValueError for a wrong one."""
     least = {"max_tokens": 1, "max_length": 2, "seed": 0, "budget": 0, "speculative": 0}
     for name, bound in least.items():
         value = getattr(flags, name)
         ok = value is None or bound <= value < 2**31
         check_value("chat", name, value, ok, f"must be from {bound} to {2**31 - 1}")
+    sampling = {"temperature": flags.temperature, "top_p": flags.top_p, "seed": flags.seed}
+    return Wanted(flags.max_tokens, **sampling)
 
 
 def chat(

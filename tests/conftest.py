@@ -49,6 +49,17 @@ def few_compiled_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def no_environment_left() -> Iterator[None]:
+    """Forgets environments that a test file registered: other files ask for all that there are."""
+    yield
+    if catalogue := sys.modules.get("nemotron_jax.environments.catalogue"):
+        known, homes = catalogue.registry._loaded, catalogue.registry._homes
+        for name in [name for name in known if name not in homes]:
+            del known[name]
+        catalogue._found.clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def no_mesh_left() -> Iterator[None]:
     """Fails a test file that enters a mesh and never leaves it: the next file would run on it."""
     yield

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import nemotron_jax as nj
-from nemotron_jax import chat, command_line
+from nemotron_jax import command_line, terminal
 from nemotron_jax.config.convert import from_json
 from nemotron_jax.config.precision import PrecisionConfig, nemotron3_nvfp4
 from tests.front_doors import SHOW
@@ -353,6 +353,6 @@ def test_the_home_directory_stands_for_its_sign(monkeypatch, tmp_path) -> None:
     ],
 )
 def test_the_chat_says_one_line(wrong_files, capsys, flag: str, words: str) -> None:
-    assert chat.main([f"--checkpoint={HUB}", flag.replace("{d}", str(wrong_files))]) == 2
+    assert terminal.main([f"--checkpoint={HUB}", flag.replace("{d}", str(wrong_files))]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("chat: ") and words in line

@@ -29,6 +29,7 @@ from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.peft_checks import check_complete, warn_of_other_base
 from nemotron_jax.interop.peft_config import CONFIG_FILE, AdapterConfig, read_adapter_config
 from nemotron_jax.interop.safetensors_file import SafetensorsFile, is_finite
+from nemotron_jax.layers.low_rank import Adapter
 from nemotron_jax.model.adapters import Site, adapter_sites, add_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten

@@ -53,8 +53,8 @@ VALID = {
         (RolloutConfig, {"slots": 10**8}, "slots=100000000: must be at most 65,536"),
         (RolloutConfig, {"workers": 10**6}, "workers=1000000: must be at most 4,096"),
         (RolloutConfig, {"timeout_s": 1e300}, "timeout_s=1e.300: must be at most 604,800"),
-        (RolloutConfig, {"temperature": 1e-9}, "temperature=1e-09: must lie between"),
-        (RolloutConfig, {"temperature": 1e9}, "temperature=1000000000.0: must lie between"),
+        (RolloutConfig, {"temperature": 1e-9}, "temperature=1e-09: must be 0, .* or lie between"),
+        (RolloutConfig, {"temperature": 1e9}, "temperature=1000000000.0: must .* lie between"),
         *(
             (PreferenceConfig, {"judge": address}, "judge=.* the address of a server")
             for address in (

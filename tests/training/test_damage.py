@@ -12,7 +12,7 @@ import nemotron_jax as nj
 from nemotron_jax.config.convert import from_config_dict, to_config_dict
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.run_directory import RunDirectory
-from nemotron_jax.training import limits, loop
+from nemotron_jax.training import limits, loop, report
 from nemotron_jax.training.checkpoint import Checkpoints
 from nemotron_jax.training.prepared import abstract_state, prepare_run
 from nemotron_jax.training.summary import summary
@@ -90,7 +90,7 @@ def test_curves_that_cannot_be_written_hide_no_other_error(run, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(loop.tensorboardX.SummaryWriter, "close", full)
+    monkeypatch.setattr(report.tensorboardX.SummaryWriter, "close", full)
     assert train(config, directory).finished
 
 

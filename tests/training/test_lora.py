@@ -76,10 +76,11 @@ def test_adapters_and_their_training_belong_together() -> None:
 
 def test_targets_that_no_library_loads_are_told_of_before_the_training() -> None:
     config = lora_run("somewhere")
+    run = prepare_run(dataclasses.replace(config, init_from="nowhere"))
     assert "mamba_out" in config.lora.targets and "mamba_out" not in LoRAConfig().targets
     with pytest.warns(UserWarning, match="PEFT loads no adapter with mamba_out"):
         with pytest.raises(ValueError, match="holds no config.json"):
-            begin_run(dataclasses.replace(config, init_from="nowhere"))
+            begin_run(run)
 
 
 def test_targets_that_the_model_lacks_are_refused() -> None:
