@@ -238,7 +238,10 @@ def test_on_v5p_weights_are_gathered_in_bfloat16_and_gradients_scattered_in_floa
     cut = sum(nbytes[name] for name, leaf in table.items() if parts[name] != leaf.shape)
     moved = lambda ones: sum(one.count * one.bytes for one in ones)
     assert {one.dtype for one in scatters} == {"f32"} and moved(scatters) > 0.98 * cut
-    assert moved(sums) < 0.01 * cut  # vectors, and matrices too thin to cut
+    # Vectors, convolutions, and matrices too thin to scatter: summed whole, in each micro-batch.
+    thin = ("dt.weight", "router.weight")
+    whole = [n for n, leaf in table.items() if parts[n] == leaf.shape or n.endswith(thin)]
+    assert moved(sums) < 1.02 * 2 * sum(nbytes[name] for name in whole) < 0.02 * cut
     # Each micro-batch takes every layer's weights forward and backward, embedding and head once.
     tables = nbytes["embedding"] + nbytes["head.weight"]
     assert moved(gathers) == pytest.approx((4 * (cut - tables) + 2 * tables) / 2, rel=0.02)
