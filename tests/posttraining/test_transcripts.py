@@ -116,7 +116,7 @@ DAMAGE = {
     "null": lambda line: b"null",
     "another object": lambda line: b'{"batch": 2}',
     "deep": lambda line: b"[" * 100_000,
-    "deep inside": lambda line: line[:-1] + b', "more": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "deep inside": lambda line: line[:-1] + b', "more": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
     "cut": lambda line: line[:-20],
     "text as a message": lambda line: line.replace(b'"messages": [', b'"messages": ["no", '),
     "a call without a name": lambda line: line.replace(
