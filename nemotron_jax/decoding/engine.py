@@ -179,12 +179,7 @@ class Engine:
 
     def _job(self, request: Request, group: Group | None) -> Job:
         """A request as it is to be continued."""
-        strings, watch = request.wanted.stop_strings, None
-        if strings:
-            watch = StopText(self._tokenizer, strings)
-            for token in request.tokens:
-                watch.push(token)
-        job = Job(request, group, watch)
+        job = Job(request, group, StopText.of(request, self._tokenizer))
         if self._scheduler.prefix is not None:
             job.hashes = block_hashes(job.text, self._scheduler.page_tokens)
         return job

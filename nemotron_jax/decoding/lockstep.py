@@ -145,12 +145,7 @@ class Lockstep:
         )
 
     def _job(self, request: Request) -> Job:
-        watch = None
-        if request.wanted.stop_strings:
-            watch = StopText(self._tokenizer, request.wanted.stop_strings)
-            for token in request.tokens:
-                watch.push(token)
-        return Job(request, None, watch)
+        return Job(request, None, StopText.of(request, self._tokenizer))
 
     def _begin_anew(self) -> None:
         """Put every request in line again, with what it was given, and let nothing else stay."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.wanted import FIRST_HALF, LAST_HALF
 
 
@@ -25,6 +26,16 @@ class StopText:
         self._stream = tokenizer.stream()
         self._longest = max(map(len, strings))
         self._text = ""
+
+    @classmethod
+    def of(cls, request: Request, tokenizer: Tokenizer | None) -> "StopText | None":
+        """What watches a request that may have tokens already; None where it has no strings."""
+        if not request.wanted.stop_strings:
+            return None
+        watch = cls(tokenizer, request.wanted.stop_strings)
+        for token in request.tokens:
+            watch.push(token)
+        return watch
 
     def push(self, token: int) -> bool:
         """Whether the text holds one of the strings now."""
