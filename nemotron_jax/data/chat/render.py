@@ -196,12 +196,6 @@ def calls_of(message: Message) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield function["name"], arguments
 
 
-def drops_reasoning(messages: Sequence[Message]) -> bool:
-    """Whether leaving out the reasoning of history changes this conversation's text."""
-    kept = dataclasses.replace(DEFAULT, truncate_history_thinking=False)
-    return render(messages) != render(messages, options=kept)
-
-
 def _assistant(message: Message, index: int, past: bool) -> list[Piece]:
     """A turn; of a past one only what follows its reasoning."""
     content, calls = text_of(message), list(calls_of(message))
