@@ -8,6 +8,7 @@ import nemotron_jax as nj
 from nemotron_jax.decoding import lockstep, reading
 from nemotron_jax.decoding.lockstep import Lockstep
 from nemotron_jax.decoding.request import Request
+from nemotron_jax.decoding.rules import Asked, Free, Rules, forced, rounds_under
 from nemotron_jax.decoding.wanted import Budget, Wanted
 from tests.decoding.engines import (  # noqa: F401
     NEW,
@@ -88,6 +89,32 @@ def test_a_budget_closes_the_reasoning_once_and_changes_no_other_row(generators,
         np.testing.assert_array_equal(after, request.tokens[tokens + 1 :])
     for request in (closed, free):
         assert request.tokens == greedy and not any(request.forced)
+
+
+def test_a_budget_that_ends_within_a_round_heeds_what_the_round_closes_itself():
+    """Rows of one round of three tokens: closed before its place, at it, never, and cut short."""
+    wanted = Wanted(NEW, budget=Budget(6, CLOSING))
+    asked = {row: Request((1,), wanted, 0, lambda: False) for row in range(4)}
+    rules = Rules.create(Asked.of(asked, 4, Free(VOCABULARY)), pad=0)
+    tokens = np.array([[CLOSING, 3, 4], [2, CLOSING, 4], [2, 3, 4], [2, 3, 4]], np.int32)
+    accepted, given = np.array([2, 2, 2, 0]), np.full(4, 5)  # the budget ends at the second token
+    found, kept, put = forced(tokens, accepted, rules, given, np.ones(4, bool))
+    np.testing.assert_array_equal(put, [[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(kept, [2, 2, 1, 0])
+    np.testing.assert_array_equal(found[2], [2, CLOSING, 4])
+    np.testing.assert_array_equal(np.delete(found, 2, axis=0), np.delete(tokens, 2, axis=0))
+    closed, kept, put = forced(tokens, accepted, rules, given, np.zeros(4, bool))
+    assert not put.any() and (closed == tokens).all() and (kept == accepted).all()
+
+
+def test_a_grammar_alone_holds_rounds_back():
+    plain, ruled = (
+        Request((1,), Wanted(NEW, grammar=grammar), 0, lambda: False)
+        for grammar in (None, Cycle((1,)))
+    )
+    assert rounds_under([plain], 8) == 8 and rounds_under([plain, ruled], 8) == 0
+    ruled.tokens.append(1)
+    assert rounds_under([plain, ruled], 8) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
