@@ -62,7 +62,7 @@ test: $(VENV)/.installed  ## run every fast test
 	@$(VENV)/bin/python -m pytest $(FAST)
 
 .PHONY: test-more
-test-more: $(VENV)/.installed  ## run the crossings that `test` only samples (half an hour)
+test-more: $(VENV)/.installed  ## run the crossings that `test` only samples (four minutes on two cores)
 	@$(VENV)/bin/python -m pytest -m "more and not slow" --ignore=tests/hf $(WORKERS)
 
 .PHONY: test-all
