@@ -32,7 +32,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .PHONY: train
-train: $(VENV)/.installed  ## pre-train the tiny model on a CPU (six to eight minutes on two cores)
+train: $(VENV)/.installed  ## pre-train the tiny model on a CPU (five to eight minutes on two cores)
 	$(VENV)/bin/python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
 
 .PHONY: sft

@@ -71,7 +71,7 @@ class HoldingSession(CodeSession):
         return self.holds
 
     def take_slot(self) -> int:
-        """The slot of this session; without `ready` it is waited for."""
+        """The sandbox slot of this episode; without `ready` it is waited for."""
         if self.slot is None:
             self._giver = sandbox()
             try:

@@ -226,7 +226,7 @@ class _Seat:
         return self.over
 
     def _wait(self, turn: Turn | None) -> bool:
-        """Whether somebody else gave back what this session needs: a thread of this process."""
+        """Whether another thread of this process gave back the slot that an episode waits for."""
         ends = time.monotonic() + runner.WAIT_FOR_SLOT_S
         while time.monotonic() < ends:
             if self._session.ready(turn):
