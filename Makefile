@@ -62,7 +62,7 @@ test: $(VENV)/.installed  ## run every fast test
 	@$(VENV)/bin/python -m pytest $(FAST)
 
 .PHONY: test-more
-test-more: $(VENV)/.installed  ## run the crossings that `test` only samples (four minutes on two cores)
+test-more: $(VENV)/.installed  ## run the crossings that `test` only samples (fifteen minutes on two cores)
 	@$(VENV)/bin/python -m pytest -m "more and not slow" --ignore=tests/hf $(WORKERS)
 
 .PHONY: test-all
@@ -82,9 +82,11 @@ prove: $(VENV_TPU)/.installed  ## compile every TPU kernel for v5p, v5e, v6e and
 	@$(VENV_TPU)/bin/python -m pallas_kernels.prove --target=v5p,v5e,v6e,tpu7x $(PROVE)
 
 .PHONY: prove-v5p
-prove-v5p: $(VENV_TPU)/.installed  ## the same as a test, for v5p alone (within 10 minutes on two cores)
+prove-v5p: $(VENV_TPU)/.installed  ## the same as a test, for v5p alone (within 14 minutes on two cores)
 	@JAX_ENABLE_COMPILATION_CACHE=0 $(VENV_TPU)/bin/python -m pytest -m prove_tpu --numprocesses 2 \
-	    tests/pallas_kernels/test_prove.py tests/test_plan.py tests/model/test_kernels.py
+	    tests/pallas_kernels/test_prove.py tests/test_plan.py tests/test_plan_decode.py \
+	    tests/model/test_kernels.py \
+	    tests/planning/test_compiled_experts.py
 
 .PHONY: sandbox
 sandbox: $(VENV)/.installed  ## say which sandbox runs model-written code here, and what would better it
@@ -128,7 +130,7 @@ $(VENV_TPU)/.installed: $(REQUIREMENTS)
 
 $(VENV_HF)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 \
-	    transformers==$(TRANSFORMERS) peft==0.21.2)
+	    transformers==$(TRANSFORMERS) peft==0.21.2 'lm-eval[hf]>=0.4.13,<0.5')
 
 $(VENV_LATEST)/.installed: $(REQUIREMENTS)
 	@if [ -z "$(PYTHON_LATEST)" ]; then \

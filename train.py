@@ -1,10 +1,17 @@
-"""Train a model: python train.py --config=configs/NAME.py --workdir=DIR [--config.a.b=value]."""
+"""Train a model: python train.py --config=configs/NAME.py --workdir=DIR [--config.a.b=value].
+
+Several processes train one run with --coordinator=HOST:PORT --process_count=N --process_index=I,
+or with --distributed=auto where JAX finds them: docs/scale.md.
+"""
+
+import dataclasses
+import json
 
 from absl import flags
 from ml_collections import config_flags
 
-from nemotron_jax import command_line, host
-from nemotron_jax.config.convert import from_config_dict
+from nemotron_jax import command_line, distributed, host
+from nemotron_jax.config.convert import from_config_dict, to_json
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.run_directory import RunDirectory
 
@@ -18,13 +25,18 @@ def main() -> int:
     directory = RunDirectory(command_line.writable("workdir", _WORKDIR.value))
     if not any("training.schedule" in name for name in command_line.overrides()):
         config = directory.with_saved_schedule(config)  # none was chosen: one that goes on keeps it
-    return train(config, directory)
+    values = {"config": json.loads(to_json(config)), "workdir": str(directory.path.absolute())}
+    command_line.join_processes(values, whole=directory.newest_name)
+    return train(config, dataclasses.replace(directory, writer=distributed.is_first()))
 
 
 def train(config: RunConfig, directory: RunDirectory) -> int:
     """Train a run in its directory; prints what came out. Gives the exit status."""
     host.keep_compiled_programs()
-    host.show_cpu_devices(config.mesh.size)
+    devices = command_line.devices_here(config.mesh.size, config.mesh.named)
+    host.show_cpu_devices(devices, distributed.process_count())
+    host.overlap_collectives()
+    distributed.check_shared("workdir", directory.path)
     # jax reads the environment when it is imported, and a wrong config should not wait for it.
     import jax
 

@@ -2,9 +2,9 @@
 
 Command:  python train.py --config=configs/grpo_tiny.py --workdir=runs/grpo
 Hardware: a CPU, two cores.
-Expected: success on 512 held-out tasks rises from 0.219 to 0.748 (95 % interval of the gain: 0.48
-to 0.57), on those that left-to-right gets right from 0.274 to 0.955; the other 111 stay near 0.
-Most of it happens in the first six updates. docs/posttraining.md says what is learned and what not.
+Expected: success on 512 held-out tasks rises from 0.111 to 0.934 (95 % interval of the gain: 0.79
+to 0.86), most of it in the first 25 updates; about 700 seconds of CPU time, fine-tuning included.
+docs/posttraining.md says what is learned and what not.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +28,8 @@ TASK = "arithmetic/1"  # two operations: products first
 # An episode takes up to 100 tokens, its tool's description included.
 EPISODE_TOKENS = 104
 
-SFT_STEPS, SFT_ROWS, SFT_ROW_TOKENS = 250, 8, 400
-RL_STEPS, PROMPTS, GENERATIONS = 100, 16, 8
+SFT_STEPS, SFT_ROWS, SFT_ROW_TOKENS = 1000, 8, 400
+RL_STEPS, PROMPTS, GENERATIONS = 60, 16, 8
 
 
 def get_config() -> ConfigDict:
@@ -40,13 +40,13 @@ def get_config() -> ConfigDict:
             model=models.agent(),
             stage="grpo",
             warm_start=warm_start(),
-            sft=SFTConfig(oracle_tasks=3000),
+            sft=SFTConfig(oracle_tasks=8000),
             training=TrainingConfig(
                 steps=RL_STEPS,
                 mtp_depths=0,
                 schedule=ScheduleConfig(
-                    peak_learning_rate=5e-4,
-                    final_learning_rate=5e-4,
+                    peak_learning_rate=3e-4,
+                    final_learning_rate=3e-4,
                     warmup_tokens=0,
                     decay_tokens=0,
                     total_tokens=RL_STEPS * rows * 4 * EPISODE_TOKENS,
@@ -68,13 +68,13 @@ def get_config() -> ConfigDict:
                 easy_slip="left_to_right",
             ),
             mesh=MeshConfig(data=2),
-            logging=LoggingConfig(log_every=1, evaluate_every=25, checkpoint_every=25),
+            logging=LoggingConfig(log_every=1, evaluate_every=20, checkpoint_every=20),
         )
     )
 
 
 def warm_start() -> WarmStart:
-    """Fine-tuning that leaves something to learn: most of its conversations are wrong."""
+    """Fine-tuning that leaves something to learn: nine of ten conversations guess, and wrongly."""
     step = SFT_ROWS * SFT_ROW_TOKENS
     return WarmStart(
         training=TrainingConfig(
@@ -84,18 +84,14 @@ def warm_start() -> WarmStart:
                 peak_learning_rate=3e-3,
                 final_learning_rate=3e-4,
                 warmup_tokens=20 * step,
-                decay_tokens=80 * step,
+                decay_tokens=200 * step,
                 total_tokens=SFT_STEPS * step,
             ),
         ),
         data=DataConfig(
-            # One conversation in five is right; most guess, the others heed no precedence.
-            sources=(
-                f"oracle:{TASK}",
-                f"slips:{TASK}:left_to_right",
-                f"slips:{TASK}:guess",
-            ),
-            source_weights=(0.25, 0.35, 0.4),
+            # Weights share out tokens: the right way has 18 % of them and 10 % of conversations.
+            sources=(f"oracle:{TASK}", f"slips:{TASK}:guess"),
+            source_weights=(0.18, 0.82),
             tokenizer="train_phrases",
             sequence_length=SFT_ROW_TOKENS,
             batch_size=SFT_ROWS,

@@ -5,6 +5,11 @@ Sizes are those of the hub's config.json files; `init_std` is what training used
 recipes of Megatron-LM and Megatron-Bridge.
 """
 
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from nemotron_jax.config.convert import from_config_dict, to_config_dict
 from nemotron_jax.config.model import (
     AttentionConfig,
     MambaConfig,
@@ -13,6 +18,7 @@ from nemotron_jax.config.model import (
     MoEConfig,
     MTPConfig,
 )
+from nemotron_jax.config.run import RunConfig
 
 SUPER_PATTERN = (
     "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
@@ -22,6 +28,22 @@ ULTRA_PATTERN = (
     "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*"
     "EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 )
+
+
+def get_config(name: str) -> ConfigDict:
+    """A run of one of these models, in all else Nano's: for what asks of the model alone, such as
+    `plan --config=configs/models.py:ultra_550b --stage=decode --estimate`.
+
+    Raises ValueError for a name that no model has.
+    """
+    from configs import nano  # which takes its model from here
+
+    models = (super_120b, nano_30b, ultra_550b, tiny, agent, speculative, kernel_tiny)
+    built = {model.__name__: model for model in models}
+    if name not in built:
+        raise ValueError(f"configs/models.py:{name}: must be one of {', '.join(built)}")
+    run = from_config_dict(RunConfig, nano.get_config())
+    return to_config_dict(dataclasses.replace(run, model=built[name]()))
 
 
 def super_120b() -> ModelConfig:

@@ -3,9 +3,9 @@
 Command:  python train.py --config=configs/sft_nano.py --workdir=runs/sft_nano \
               --config.init_from=/models/nano --config.data.tokenizer=/models/nano \
               --config.data.sources='messages:/data/own.jsonl'
-Hardware: v6e:4x4, 16 chips, mesh fsdp=16, one row a chip: 18.3 of 32 GB a chip as compiled
-          (docs/posttraining.md, which has eight chips too), 1.2 s a step as estimated. One
-          process drives all devices so far.
+Hardware: v6e:4x4, 16 chips, mesh fsdp=16, one row a chip: 18.3 of 32 GB a chip as compiled with
+          a base in float32 (docs/posttraining.md, which has eight chips too), 1.2 s a step as
+          estimated. The base in bfloat16 takes 4 GB a chip less.
 Expected: not run here. The tests build the model's shapes and pin the adapters.
 Source:   Megatron-Bridge's LoRA recipes for this family: rank 32, alpha 32, learning rate 1e-4.
 """

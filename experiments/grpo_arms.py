@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from experiments.carried_over import carried_over
 from experiments.harness import Measured
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.config.run import RunConfig, ScheduleConfig
@@ -47,13 +49,13 @@ def permuted(config: RunConfig, directory: Path, before: Path | None) -> Measure
 
 
 def fine_tuned(config: RunConfig, directory: Path, before: Path | None) -> Measured | None:
-    """The warm start's own fine-tuning for as many more steps, at its last learning rate."""
+    """The warm start's own fine-tuning for as many more tokens, at its last learning rate."""
     run = _begun(directory, before)
     return _fine_tuned(config, run, longer_run(config, str(run.part("sft").path)))
 
 
 def own_right_samples(config: RunConfig, directory: Path, before: Path | None) -> Measured | None:
-    """Fine-tuning for as many steps on what the model itself plays right, of as many tasks."""
+    """Fine-tuning for as many tokens on what the first model plays right, of as many episodes."""
     run = _begun(directory, before)
     file = run.path / "right.jsonl"
     if not file.exists():
@@ -75,10 +77,12 @@ def dealt_out(
 
 
 def longer_run(config: RunConfig, start: str) -> RunConfig:
-    """As many more steps of fine-tuning as the run has of learning from rewards."""
+    """Fine-tuning on as many more tokens of rows as the run learns from rewards with."""
     first = config.warm_start_run
-    rate, steps = first.training.schedule.final_learning_rate, config.training.steps
-    tokens = steps * first.data.batch_size * first.data.sequence_length
+    step = first.data.batch_size * first.data.sequence_length
+    learned = config.training.steps * config.data.batch_size * config.data.sequence_length
+    rate, steps = first.training.schedule.final_learning_rate, round(learned / step)
+    tokens = steps * step
     training = dataclasses.replace(
         first.training, steps=steps, schedule=ScheduleConfig(rate, rate, 0, 0, tokens)
     )
@@ -112,7 +116,7 @@ def _fine_tuned(config: RunConfig, run: RunDirectory, longer: RunConfig) -> Meas
 
 
 def _write_right_episodes(config: RunConfig, run: RunDirectory, file: Path) -> None:
-    """Conversations that the first model plays right, of tasks that it has not been trained on."""
+    """Conversations that the first model plays right, of the tasks that the run learns from."""
     start, rollout = run.part("sft").path, config.rl.rollout
     count = config.training.steps * rollout.prompts
     names = rollout.environments
@@ -120,14 +124,15 @@ def _write_right_episodes(config: RunConfig, run: RunDirectory, file: Path) -> N
         training_task(name, config.seed, number)
         for name in names
         for number in range(count // len(names))
+        for _ in range(rollout.generations)
     ]
     model, tokenizer = load_pretrained(start), load_tokenizer(start)
     played = play_tasks_once(
         model,
         tokenizer,
-        config,
+        rollout,
         tasks,
-        draw=_OWN_DRAW,
+        seed=config.seed + _OWN_DRAW,
         sampler=make_sampler(rollout),
         execution=config.execution.at_step(0),
     )
@@ -153,6 +158,21 @@ def _measured(config: RunConfig, run: RunDirectory) -> Measured | None:
     records = read_records(run.part("grpo").metrics)[0]
     earns = any("reward" in record for record in records)
     curve = [[r["step"], r["success"]] for r in records if earns and r.get("success") is not None]
-    steps, tokens = config.training.steps, records[-1]["tokens"] if records else 0
+    steps, tokens = (records[-1][name] if records else 0 for name in ("step", "tokens"))
     ends = [[0, found["before"]]], [] if earns else [[steps, found["after"]]]
-    return Measured(steps, ends[0] + curve + ends[1], found["after"], tokens, {"result": found})
+    more = {"result": found, "entropy": _column(records, "surprise"), **_known(config, run)}
+    return Measured(steps, ends[0] + curve + ends[1], found["after"], tokens, more)
+
+
+def _column(records: Sequence[Mapping[str, Any]], name: str) -> list[list[float]]:
+    return [[record["step"], record[name]] for record in records if name in record]
+
+
+def _known(config: RunConfig, run: RunDirectory) -> dict[str, Any]:
+    """What the run's first and last models know beside its result."""
+    tokenizer, found = load_tokenizer(run.part("sft").path), {}
+    execution = config.execution.at_step(0)
+    for when, part in (("known_before", "sft"), ("known_after", "grpo")):
+        model = load_pretrained(run.part(part).path)
+        found[when] = carried_over(model, tokenizer, config.rl.rollout, execution)
+    return found

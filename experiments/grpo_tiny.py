@@ -1,8 +1,9 @@
 """Does configs/grpo_tiny.py learn from its rewards? python -m experiments.grpo_tiny [--seeds=0,1]
 
 Beside runs that are paid what they earned: one whose rewards are dealt out at random, which must
-not teach the task, one that goes on with its fine-tuning for as many steps, and one that is
-fine-tuned on its first model's own right episodes. All arms of a seed begin with the same model.
+not teach the task, one that goes on with its fine-tuning for as many tokens, and one that is
+fine-tuned on its first model's own right episodes. All arms of a seed begin with the same model;
+first and last models are also tried at tasks unlike those of the training (carried_over.py).
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ def _arm(name: str) -> Callable[[int, Path, Path | None], Measured | None]:
 
 EXPERIMENT = Experiment(
     name="grpo_tiny",
-    version=1,
+    version=2,
     metric="success",
     arms={
         "earned": Arm(_arm("earned")),

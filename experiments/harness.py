@@ -19,7 +19,7 @@ import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from nemotron_jax.files import atomic_writer
 from nemotron_jax.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
+QUICK = "_quick"  # ends the name of an experiment of a few steps
 STOPPED = 3  # exit status of a run that a signal stopped before its end
 LEVEL = 0.95  # of the intervals
 # Student's t at that level by degrees of freedom; beyond the last, the normal's.
@@ -58,6 +59,7 @@ class Arm:
     run: Callable[[int, Path, Path | None], Measured | None]
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # said in the evidence
     after: str = ""
+    most_seeds: int | None = None  # of the experiment's seeds; all by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +77,20 @@ class Experiment:
     positive_control: str = ""  # an arm whose difference must be seen
 
 
-def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing and write down what is there; the exit status."""
-    flags = _parser(experiment).parse_args(arguments)
+def main(
+    experiment: Experiment,
+    quick: Experiment | None = None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run what is missing and write down what is there; the exit status.
+
+    With `--quick` it is `quick` that is run: the same arms of a few steps, which shows that they
+    work and nothing else.
+    """
+    flags = _parser(experiment, quick).parse_args(arguments)
+    if quick is not None and flags.quick:
+        experiment = quick
+        flags = _parser(experiment, quick).parse_args(arguments)
     try:
         _check_output(flags.output, experiment)
         if flags.run:
@@ -89,11 +102,13 @@ def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(experiment: Experiment) -> argparse.ArgumentParser:
+def _parser(experiment: Experiment, quick: Experiment | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"experiments.{experiment.name}")
     parser.add_argument("--output", type=Path, default=Path("docs/evidence") / experiment.name)
     parser.add_argument("--arms", type=_words, default=list(experiment.arms), help="a,b,…")
     parser.add_argument("--seeds", type=_numbers, default=list(experiment.seeds), help="0,1,…")
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help="arms of a few steps")
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)  # one run, in this process
     return parser
 
@@ -122,16 +137,24 @@ def _run_missing(experiment: Experiment, flags: argparse.Namespace) -> int:
             f"{', '.join(experiment.arms)}"
         )
     status = 0
-    for seed in flags.seeds:
-        for arm in _in_order(experiment, flags.arms):
-            if (arm, seed) not in read_runs(experiment, flags.output):
-                status = _start(experiment, flags.output, arm, seed)
-            if status:
-                break
+    for arm, seed in _asked(experiment, flags.arms, flags.seeds):
+        if (arm, seed) not in read_runs(experiment, flags.output):
+            status = _start(experiment, flags.output, arm, seed)
         if status:
             break
     write_evidence(experiment, flags.output)
     return status
+
+
+def _asked(
+    experiment: Experiment, arms: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[str, int]]:
+    """The runs that are asked for; of the experiment's seeds an arm takes the first few."""
+    for seed in seeds:
+        for arm in _in_order(experiment, arms):
+            enough = experiment.seeds[experiment.arms[arm].most_seeds :]
+            if experiment.arms[arm].most_seeds is None or seed not in enough:
+                yield arm, seed
 
 
 def _in_order(experiment: Experiment, arms: Sequence[str]) -> list[str]:
@@ -145,7 +168,9 @@ def _in_order(experiment: Experiment, arms: Sequence[str]) -> list[str]:
 
 def _start(experiment: Experiment, output: Path, arm: str, seed: int) -> int:
     """One run in a process of its own, whose memory and devices no other has used."""
-    command = [sys.executable, "-m", f"experiments.{experiment.name}"]
+    name = experiment.name.removesuffix(QUICK)
+    command = [sys.executable, "-m", f"experiments.{name}"]
+    command += ["--quick"] if name != experiment.name else []
     command += [f"--output={output.absolute()}", f"--run={arm}:{seed}"]
     return subprocess.run(command, cwd=ROOT).returncode
 

@@ -8,20 +8,32 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from nemotron_jax import distributed
 from nemotron_jax.config.checks import local_path
 from nemotron_jax.config.convert import optional_parts, to_config_dict
+from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.precision import preset
 from nemotron_jax.config.run import RunConfig
 
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Of the processes of one run.")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "This process's; 0 writes and speaks.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    None,
+    ["auto"],
+    "auto: let JAX find the other processes, as on a Cloud TPU slice.",
+)
 _ROOT = Path(__file__).parents[1]
 _PRECISION = re.compile(r"--?config\.(?:execution\.)?precision=([A-Za-z]\w*)")
+_LORA = re.compile(r"--?config\.lora\.(\w+)=(.*)", re.DOTALL)
 _NO_PART = re.compile(r"--?config\.([\w.]+)=None")
 # A disk that is full is nobody's wrong value: the same command goes on when there is room.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -68,6 +80,57 @@ def writable(flag: str, path: str | Path) -> Path:
         ) from None
 
 
+def join_processes(
+    started_with: Mapping[str, Any], *, whole: Callable[[], str] = lambda: ""
+) -> None:
+    """Join the other processes of a run, where flags say that there are some.
+
+    All must have been `started_with` the same values; `whole` names the newest checkpoint, for the
+    last words of a run that loses a process. Raises ValueError for flags that do not go together.
+    """
+    place = {"coordinator": _COORDINATOR, "process_count": _PROCESS_COUNT}
+    place["process_index"] = _PROCESS_INDEX
+    values = {name: flag.value for name, flag in place.items()}
+    missing = [f"--{name}" for name, value in values.items() if value is None]
+    detected = _DISTRIBUTED.value == "auto"
+    if detected and len(missing) < len(values):
+        raise ValueError(
+            "--distributed=auto finds the other processes by itself; leave out --coordinator, "
+            "--process_count and --process_index"
+        )
+    facts = dict(_flat(started_with))
+    if detected:
+        distributed.join_detected(facts, whole=whole)
+    elif missing and len(missing) < len(values):
+        raise ValueError(
+            f"--coordinator, --process_count and --process_index go together; "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        )
+    elif not missing:
+        distributed.join(*values.values(), facts, whole=whole)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every value of nested dictionaries as text, under its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def devices_here(devices: int, of: str) -> int:
+    """How many of a mesh's devices a CPU shows in this process. Raises ValueError where the
+    processes cannot share them; `of` names the mesh."""
+    count = distributed.process_count()
+    if devices % count:
+        raise ValueError(
+            f"--process_count={count}: {devices} devices of {of} cannot be shared evenly; start a "
+            "number of processes that divides them, or change the mesh"
+        )
+    return devices // count
+
+
 def path_of(flag: str, path: str | Path) -> Path:
     """The path that a flag names; no shell puts the home directory in place of its ~.
 
@@ -86,7 +149,10 @@ def _parse(program: str, arguments: list[str]) -> list[str]:
     parts = optional_parts(RunConfig)
     absent = [m[1] for a in arguments if (m := _NO_PART.fullmatch(a)) and m[1] in parts]
     named = [*(f"precision={name}" for name in presets), *(f"{part}=None" for part in absent)]
+    # A part that the file leaves out has no fields that config_flags could set.
+    lora = {match[1]: match[2] for a in arguments if (match := _LORA.fullmatch(a))}
     rest = [a for a in arguments if not (a.startswith("-") and a.endswith(tuple(named)))]
+    rest = [a for a in rest if not _LORA.fullmatch(a)]
     whole, sys.argv = sys.argv, rest  # config_flags looks for overrides there
     try:
         if unknown := flags.FLAGS(rest)[1:]:
@@ -98,8 +164,10 @@ def _parse(program: str, arguments: list[str]) -> list[str]:
                     f"{_config_flag(rest)}its get_config() gave {kind}, no ConfigDict"
                 )
             _apply(config, presets, absent)
-        elif named:
-            raise flags.Error(f"{named[0]} needs a --config to change")
+            _apply_lora(config, lora)
+        elif named or lora:
+            what = named[0] if named else f"config.lora.{min(lora)}"
+            raise flags.Error(f"{what} needs a --config to change")
     except OSError as error:
         _refuse(program, f"{_config_flag(rest)}{error.__cause__ or error}")
     except (AttributeError, KeyError) as error:  # config_flags' own for an unknown key
@@ -144,7 +212,45 @@ def _apply(config: ConfigDict, presets: Sequence[str], absent: Sequence[str]) ->
             owner[name] = None
 
 
+def _apply_lora(config: ConfigDict, values: Mapping[str, str]) -> None:
+    """Fields of adapters, of which a file without any gets the defaults, to be trained alone."""
+    if not values:
+        return
+    if config.lora is None:
+        with config.ignore_type():
+            config.lora = to_config_dict(LoRAConfig())
+        config.training.trains = "lora"
+    for name, text in values.items():
+        if name not in config.lora:
+            raise KeyError(f"config.lora.{name}; its fields are {', '.join(config.lora)}")
+        try:
+            value = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            value = text
+        try:
+            config.lora[name] = value
+        except TypeError:
+            kind = type(config.lora[name]).__name__
+            raise flags.Error(f"--config.lora.{name}={text}: must be of type {kind}") from None
+
+
 def _exit_status(program: str, main: Callable[[], int]) -> int:
+    """The status of main; a run of several processes that failed ends here."""
+    try:
+        status = _told_status(program, main)
+        distributed.leave(status)
+    except Exception:
+        # What another one's end breaks here is heard of about as soon as the end itself.
+        if distributed.lost(_HEARD_WITHIN_S):
+            distributed.end_with_loss()
+        if distributed.process_count() > 1:
+            traceback.print_exc()
+            distributed.leave(1)
+        raise
+    return status
+
+
+def _told_status(program: str, main: Callable[[], int]) -> int:
     try:
         return main()
     except KeyboardInterrupt:
@@ -165,6 +271,7 @@ def _exit_status(program: str, main: Callable[[], int]) -> int:
         return _told(program, f"memory is exhausted ({str(error).splitlines()[0]}); {_LESS}", 1)
 
 
+_HEARD_WITHIN_S = 10.0
 _LESS = "lower data.batch_size, raise training.micro_batches, or set execution.remat=full"
 
 

@@ -24,6 +24,10 @@ _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TWO = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
 _NAMES = re.compile(r"%([\w.\-]+)")
+# A TPU's asynchronous collective stands in the fusions that start, go on with and end it; -1 in the
+# first alone.
+_PART = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
+_RINGS = re.compile(r"\bcolors:(\d+)|\"emitter\":\"(\d)D")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Collective:
     bytes: int
     count: int
     source: str  # of the program that was traced, as far as the compiler kept it
+    asynchronous: bool = False  # whether other work may run beside it
+    rings: int | None = None  # that a TPU's compiler exchanges over, where it says so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +80,14 @@ def collectives(text: str) -> list[Collective]:
             return max(map(inside, names), key=lambda all_of: _moved(all_of))
         kind = opcode.removesuffix("-start")
         if kind in KINDS:
+            part = _PART.search(rest)
+            if part and part[1] != "-1":
+                return []  # goes on with one that was started
             return [_collective(kind, place, instruction, computations[place])]
         called = _CALLED.search(rest)
-        return inside(called[1]) if called else []
+        of_call = inside(called[1]) if called else []
+        rings = _rings(rest)  # a fusion says it of the one that it holds
+        return [dataclasses.replace(one, rings=one.rings or rings) for one in of_call]
 
     return inside(entry)
 
@@ -89,6 +100,24 @@ def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
         row["count"] += one.count
         row["bytes"] += one.count * one.bytes
     return dict(sorted(table.items()))
+
+
+def overlap(found: list[Collective]) -> dict[str, dict[str, object]]:
+    """By kind of collective, how many of a run are asynchronous, their bytes, those of the largest
+    array of any, and over how many rings the compiler says that it exchanges."""
+    table: dict[str, dict[str, object]] = {}
+    for one in found:
+        row = table.setdefault(one.kind, {"asynchronous": 0, "bytes": 0, "largest": 0, "rings": []})
+        row["largest"] = max(row["largest"], one.bytes)
+        row["asynchronous"] += one.count * one.asynchronous
+        row["bytes"] += one.count * one.bytes * one.asynchronous
+        row["rings"] = sorted({*row["rings"], *([one.rings] if one.rings else [])})
+    return dict(sorted(table.items()))
+
+
+def _rings(rest: str) -> int | None:
+    said = _RINGS.search(rest)
+    return int(said[1] or said[2]) if said else None
 
 
 def _trips(
@@ -140,7 +169,13 @@ def _collective(
     dtypes = collections.Counter(dtype for dtype, _ in _SHAPE.findall(instruction.type))
     source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(
-        kind, dtypes.most_common(1)[0][0], max(given, result), 1, source[1] if source else ""
+        kind,
+        dtypes.most_common(1)[0][0],
+        max(given, result),
+        1,
+        source[1] if source else "",
+        asynchronous=instruction.opcode.endswith("-start") or bool(_PART.search(instruction.rest)),
+        rings=_rings(instruction.rest),
     )
 
 

@@ -10,24 +10,57 @@ from pathlib import Path
 
 _DEVICES = "--xla_force_host_platform_device_count"
 _COMPILED_PARTS = "--xla_cpu_parallel_codegen_split_count"
+_WAITS = (
+    "--xla_cpu_collective_call_terminate_timeout_seconds",
+    "--xla_cpu_collective_timeout_seconds",
+)
+_WAIT_S = 600  # one process may compile, evaluate or write while the others wait for it
 _TUNABLES = "GLIBC_TUNABLES"
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _CACHE_LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_LIBTPU = "LIBTPU_INIT_ARGS"
+# What makes gathers run beside products: as compiled for v5p without them none does. With the
+# flags of the same names for reduce-scatters those stay as they are (libtpu 0.0.42).
+_OVERLAP = (
+    "--xla_enable_async_all_gather=true",
+    "--xla_tpu_enable_async_collective_fusion=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "--xla_tpu_overlap_compute_collective_tc=true",
+)
 _ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # CUDA, ROCm, TPU, TPU
 _HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
-def show_cpu_devices(count: int) -> None:
+def show_cpu_devices(count: int, processes: int = 1) -> None:
     """Let a CPU show `count` devices, and compile for it in few parts at a time.
 
     Each part that LLVM compiles takes memory of its own; the usual 32 gain nothing on few cores.
-    Other platforms do not look at either. A user's own XLA_FLAGS win. Has no effect once jax has
-    looked for devices.
+    Other platforms do not look at either. A user's own XLA_FLAGS win, but for the number of devices
+    of each of several processes, which follows from the mesh. Their programs wait for each other as
+    long as busy cores may take. Has no effect once jax has looked for devices.
     """
-    for flag, value in ((_DEVICES, count), (_COMPILED_PARTS, max(2, count))):
+    chosen = {_DEVICES: count, _COMPILED_PARTS: max(2, count)}
+    if processes > 1:
+        kept = os.environ.get("XLA_FLAGS", "").split()
+        os.environ["XLA_FLAGS"] = " ".join(f for f in kept if not f.startswith(_DEVICES))
+        chosen |= dict.fromkeys(_WAITS, _WAIT_S)
+    for flag, value in chosen.items():
         flags = os.environ.get("XLA_FLAGS", "")
         if flag not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
+
+
+def overlap_collectives() -> None:
+    """Let a TPU's compiler run gathers of weights and tokens beside other work.
+
+    libtpu alone reads the flags, when it is loaded. A flag that the user's own LIBTPU_INIT_ARGS
+    names keeps the value given there.
+    """
+    given = os.environ.get(_LIBTPU, "")
+    named = {flag.partition("=")[0] for flag in given.split()}
+    missing = [flag for flag in _OVERLAP if flag.partition("=")[0] not in named]
+    os.environ[_LIBTPU] = " ".join([*given.split(), *missing])
 
 
 def keep_compiled_programs() -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -58,7 +58,7 @@ def main() -> int:
 def _compiled(targets: list[str]) -> list[dict]:
     """Reports of the targets, each compiled by its own compiler."""
     config, stage = from_config_dict(RunConfig, flags.FLAGS["config"].value), flags.FLAGS["stage"]
-    if stage.value != "train" or "all" in targets:
+    if stage.value not in ("train", "decode") or "all" in targets:
         asked = "--target=all" if "all" in targets else f"--stage={stage.value}"
         raise ValueError(f"{asked}: is estimated, not compiled; add --estimate")
     for target in targets:
@@ -68,12 +68,18 @@ def _compiled(targets: list[str]) -> list[dict]:
     counts = [count for target in targets if (count := _cpu_devices(target)) is not None]
     for target in targets:
         if (count := _cpu_devices(target)) is not None:
-            _check_count(config, target, count)  # before so many are made
+            check_count(config, target, count)  # before so many are made
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # its time is what is asked for
     if counts:
         host.show_cpu_devices(max(counts))
-    return [plan(config, target) for target in targets]
+    host.overlap_collectives()  # as train.py does
+    if stage.value == "train":
+        return [plan(config, target) for target in targets]
+    from nemotron_jax import plan_decode
+
+    sizes = [flags.FLAGS[name].value for name in ("rows", "context", "speculative")]
+    return [plan_decode.plan(config, target, *sizes) for target in targets]
 
 
 def _estimated(targets: list[str]) -> list[dict]:
@@ -125,13 +131,14 @@ def plan(config: RunConfig, target: str) -> dict:
     from nemotron_jax import compiled
     from nemotron_jax.sharding import make_mesh
 
-    devices, memory = _devices(target)
-    _check_count(config, target, len(devices))
+    devices, memory = devices_of(target)
+    check_count(config, target, len(devices))
     mesh = make_mesh(config.mesh, devices)
     begin = time.monotonic()
     program, why, state = compile_step(config, mesh)
     seconds = time.monotonic() - begin
-    parameters, optimizer = _part_bytes(state.model), _part_bytes(state.optimizer)
+    found = compiled.collectives(program.as_text()) if program else []
+    parameters, optimizer = part_bytes(state.model), part_bytes(state.optimizer)
     if program is None:
         used = _bytes_used(why)
         total, temporaries = used, max(0, used - parameters - optimizer)
@@ -149,7 +156,8 @@ def plan(config: RunConfig, target: str) -> dict:
             "total": total,
             "available": int(memory),
         },
-        "collectives": compiled.summary(compiled.collectives(program.as_text())) if program else {},
+        "collectives": compiled.summary(found),
+        "overlap": compiled.overlap(found),
         "compile_seconds": round(seconds, 1),
         "mesh": dataclasses.asdict(config.mesh),
         "rows": config.data.batch_size,
@@ -215,6 +223,7 @@ def table(report: dict) -> str:
         "of which": f"{parts} GB",
         **{
             kind: f"{row['count']:,} a step, {row['bytes'] / GB:,.2f} GB"
+            f"{_overlap(report['overlap'][kind])}"
             for kind, row in report["collectives"].items()
         },
         "compiled in": f"{report['compile_seconds']} s, jax {report['jax']}",
@@ -224,7 +233,15 @@ def table(report: dict) -> str:
     return "\n".join(f"{name:20}{value}" for name, value in rows.items())
 
 
-def _devices(target: str) -> tuple:
+def _overlap(row: dict) -> str:
+    """What a line of the table says of how a kind of collective runs."""
+    parts = [f"{row['asynchronous']:,} asynchronous: {row['bytes'] / GB:,.2f} GB"]
+    if row["rings"]:
+        parts.append("rings: " + " or ".join(map(str, row["rings"])))
+    return "; " + ", ".join(parts)
+
+
+def devices_of(target: str) -> tuple:
     """Devices of a target, and the bytes that each may use."""
     import jax
 
@@ -270,7 +287,8 @@ def _report_file(name: str) -> Path | None:
     return path
 
 
-def _check_count(config: RunConfig, target: str, count: int) -> None:
+def check_count(config: RunConfig, target: str, count: int) -> None:
+    """Raise ValueError where a target has another number of devices than the mesh."""
     if config.mesh.size == count:
         return
     data = config.mesh.data
@@ -304,7 +322,7 @@ def _abstract_batch(config: RunConfig, mesh):
     return Batch(ids(), ids(1 + depths), ids(depths), ids(), weights)
 
 
-def _part_bytes(tree) -> int:
+def part_bytes(tree: Any) -> int:
     """Bytes of one device's part of abstract arrays."""
     import jax
 

@@ -1,6 +1,7 @@
 """A run's directory: the names of its files, and what it was saved as.
 
     RUN/  config.json  tokenizer.json  corpus/       what it is made of
+          base.json                                  the model that its adapters are trained on
           metrics.jsonl  samples.txt  plots/  tensorboard/
           hub/                                       what goes along with an exported model
           checkpoints/step_00000200/                 see training/checkpoint.py
@@ -25,7 +26,7 @@ from nemotron_jax.config.run import RunConfig, TrainingConfig
 from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.manifest import find_fault
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, BASE = "config.json", "tokenizer.json", "base.json"
 _FOLDERS = ("checkpoints", "tensorboard", "plots", "corpus", "hub")
 _CHECKPOINT = re.compile(r"step_(\d{8,})")
 # What parameters are read from: a fault elsewhere in a checkpoint leaves the model whole.
@@ -91,6 +92,11 @@ class RunDirectory:
     def config(self) -> Path:
         """The run as it last began or went on, as JSON."""
         return self.path / CONFIG
+
+    @property
+    def base(self) -> Path:
+        """What a run's adapters are trained on; in each of its checkpoints too."""
+        return self.path / BASE
 
     @property
     def tokenizer(self) -> Path:
@@ -162,6 +168,10 @@ class RunDirectory:
         paths = folder.iterdir() if folder.is_dir() else ()
         matches = (_CHECKPOINT.fullmatch(path.name) for path in paths if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
+
+    def newest_name(self) -> str:
+        """The name of the newest checkpoint, empty without one."""
+        return self.checkpoint(steps[-1]).name if (steps := self.steps()) else ""
 
     def at(self, step: int) -> "RunDirectory":
         """The run as of one of its checkpoints."""

@@ -14,14 +14,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
 from nemotron_jax import host
+from nemotron_jax.config.cache import CacheConfig
 from nemotron_jax.config.checks import check_value, is_finite, local_path
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.engine import EngineConfig
+from nemotron_jax.config.mesh_text import mesh_from_text
 from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.config.untrusted import read_bytes, read_object
 from nemotron_jax.data.chat.hub_template import warn_of_other_template
@@ -30,7 +32,7 @@ from nemotron_jax.data.tokenizer import Tokenizer, check_vocabulary
 from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.decoding.generate import default_stop_tokens
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.pretrained import load_pretrained, load_tokenizer
+from nemotron_jax.pretrained import load_rounded, load_tokenizer
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.serving.driver import Driver
 from nemotron_jax.serving.served import Served
@@ -41,8 +43,6 @@ from nemotron_jax.sharding import make_mesh
 MAX_LENGTH = 8192
 # Rounds of decoding between two looks at the queue: text comes in pieces of about as many tokens.
 ROUNDS = 4
-# Drafts that `auto` takes, and up to how many slots: at eight rows they cost more than they give.
-AUTO_DRAFTS, AUTO_SLOTS = 3, 4
 _SIZE = re.compile(r"(\d{1,12})(B|KB|MB|GB|)", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MOST_KEYS_BYTES = 1 << 20
@@ -81,7 +81,7 @@ class _Plan:
     dtype: str
     tokenizer: Tokenizer
     engine: EngineConfig
-    drafts: int | None  # None: as the model and the slots suggest
+    experts: str
     mesh: MeshConfig | None
     max_body: int
     keys: tuple[str, ...]
@@ -93,17 +93,22 @@ def _checked(flags: argparse.Namespace) -> _Plan:
     check_value("serve", "port", flags.port, ok, "must be from 0 to 65535; 0 picks a free one")
     ok = flags.max_waiting >= 1
     check_value("serve", "max_waiting", flags.max_waiting, ok, "must be at least 1")
-    drafts = None if flags.speculative == "auto" else _count("speculative", flags.speculative)
+    drafts = flags.speculative
+    if drafts != "auto":
+        drafts = _count("speculative", drafts)
     engine = EngineConfig(
         slots=flags.slots,
         max_length=flags.max_length,
         pages=flags.pages,
-        speculative=drafts or 0,
+        speculative=drafts,
         rounds=ROUNDS,
         prefix_cache=True,
         snapshots=flags.slots,
+        cache=_cache(Path(flags.checkpoint), flags.dtype),
     )
-    mesh = _mesh(flags.mesh)
+    rule = "must be dense or nvfp4"
+    check_value("serve", "experts", flags.experts, flags.experts in ("dense", "nvfp4"), rule)
+    mesh = mesh_from_text(flags.mesh)
     if mesh is not None:
         host.show_cpu_devices(mesh.size)
     checkpoint = Path(flags.checkpoint)
@@ -113,7 +118,7 @@ def _checked(flags: argparse.Namespace) -> _Plan:
         dtype=dtype_name("serve", flags.dtype),
         tokenizer=load_tokenizer(flags.checkpoint),
         engine=engine,
-        drafts=drafts,
+        experts=flags.experts,
         mesh=mesh,
         max_body=_size(flags.max_body),
         keys=_keys(flags.api_key_file),
@@ -125,23 +130,33 @@ def _made(plan: _Plan) -> tuple[Engine, Served]:
     host.keep_compiled_programs()
     mesh = None if plan.mesh is None else make_mesh(plan.mesh, jax.devices())
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        model = load_pretrained(plan.checkpoint, plan.dtype, mesh=mesh)
+        model = load_rounded(plan.checkpoint, plan.dtype, mesh=mesh, experts=plan.experts)
         warn_of_other_template(plan.checkpoint)
         check_vocabulary(plan.tokenizer, model.config.vocab_size)
-        drafts = plan.drafts
-        if drafts is None:
-            few = model.mtp_block is not None and plan.engine.slots <= AUTO_SLOTS
-            drafts = AUTO_DRAFTS if few else 0
-        config = dataclasses.replace(plan.engine, speculative=drafts)
-        engine = Engine(model, config, tokenizer=plan.tokenizer)
-    return engine, _served(plan, model, config)
+        engine = Engine(model, plan.engine, tokenizer=plan.tokenizer)
+    return engine, _served(plan, model, engine.config)
+
+
+def _quantization(checkpoint: Path) -> dict[str, Any]:
+    """What a quantised directory says of its formats; nothing where it is none."""
+    file = checkpoint / "hf_quant_config.json"
+    found = read_object(file, "take the directory as it was made") if file.exists() else {}
+    kept = found.get("quantization")
+    return kept if isinstance(kept, dict) else {}
+
+
+def _cache(checkpoint: Path, dtype: str) -> CacheConfig:
+    """The formats of what is kept, as the checkpoint was made for: FP8 keys and values where it
+    says so and nobody asks for float32."""
+    fp8 = _quantization(checkpoint).get("kv_cache_quant_algo") == "FP8" and dtype == "bfloat16"
+    return CacheConfig(kv="float8_e4m3fn" if fp8 else "auto")
 
 
 def _served(plan: _Plan, model: Nemotron, config: EngineConfig) -> Served:
     tokenizer = plan.tokenizer
     stops = tuple(dict.fromkeys((tokenizer.eos, *default_stop_tokens(model))))
     # A request takes pages for its drafts too.
-    pages = config.num_pages * config.page_tokens - (config.speculative + 1 if config.pages else 0)
+    pages = config.num_pages * config.page_tokens - (config.most_drafts + 1 if config.pages else 0)
     return Served(
         name=plan.name,
         tokenizer=tokenizer,
@@ -164,19 +179,6 @@ def _sampling(checkpoint: Path) -> dict[str, float]:
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and is_finite(v)
     named = {name: found[name] for name in fits if number(found.get(name))}
     return {name: float(value) for name, value in named.items() if fits[name](value)}
-
-
-def _mesh(text: str) -> MeshConfig | None:
-    """The mesh that `--mesh=data=2,fsdp=4` names; None without one."""
-    if not text:
-        return None
-    axes = [part.partition("=") for part in text.split(",")]
-    names = [field.name for field in dataclasses.fields(MeshConfig)]
-    given = {name: size for name, _, size in axes}
-    ok = len(given) == len(axes) and all(n in names and s.isdigit() for n, s in given.items())
-    if not ok:
-        raise ValueError(f"--mesh={text}: give axes of {', '.join(names)}, as in data=1,fsdp=2")
-    return MeshConfig(**{name: int(size[:9]) for name, size in given.items()})
 
 
 def _count(name: str, text: str) -> int:
@@ -234,6 +236,7 @@ class _Parser(argparse.ArgumentParser):
         add("--port", type=int, default=8000, help="0 picks a free one")
         add("--mesh", default="", help="axes of the mesh, as in data=1,fsdp=2; empty: one device")
         add("--dtype", default="bfloat16", help="of the model's matrices: bfloat16 or float32")
+        add("--experts", default="dense", help="dense, or nvfp4: routed experts as 4-bit codes")
         add("--slots", type=int, default=32, help="requests that run at a time")
         add("--max_length", type=int, default=MAX_LENGTH, help="tokens of prompt and answer")
         add("--pages", type=int, default=None, help="pages of 64 tokens; all slots' by default")

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from nemotron_jax.answer import stop_tokens, thinking_budget
 from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.dtypes import EXPERTS
 from nemotron_jax.config.engine import EngineConfig
+from nemotron_jax.config.mesh_text import mesh_from_text
 from nemotron_jax.data.chat.events import (
     CallEnded,
     Content,
@@ -34,10 +36,10 @@ from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.decoding.generator import Generator
 from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.environments.sound import sound_text
-from nemotron_jax.host import keep_compiled_programs
+from nemotron_jax.host import keep_compiled_programs, show_cpu_devices
 from nemotron_jax.interop.peft import load_adapter
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.pretrained import load_pretrained, load_tokenizer
+from nemotron_jax.pretrained import load_rounded, load_tokenizer
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # how a terminal shows the reasoning
 
@@ -69,8 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             low_effort=flags.low_effort,
             reasoning_budget=flags.budget,
         )
+        mesh = mesh_from_text(flags.mesh)
+        if mesh is not None:
+            show_cpu_devices(mesh.size)
         tokenizer = load_tokenizer(flags.checkpoint)
-        model = load_pretrained(flags.checkpoint, flags.dtype)
+        layout = "training" if flags.adapter else "decoding"  # adapters go on stacks of layers
+        model = load_rounded(
+            flags.checkpoint, flags.dtype, mesh=mesh, experts=flags.experts, layout=layout
+        )
         if flags.adapter:
             model = load_adapter(model, flags.adapter)
         warn_of_other_template(flags.checkpoint)
@@ -245,6 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="a run's or a hub model's directory")
     add("--adapter", default="", help="a folder of adapters in PEFT's layout")
     add("--dtype", default="float32", help="of the model's matrices")
+    add("--experts", default="dense", choices=EXPERTS, help="nvfp4: routed experts are codes")
+    add("--mesh", default="", help="axes of the mesh, as in tensor=2,expert=2; empty: one device")
     add("--system", default="", help="the system message")
     add("--no_thinking", action="store_true", help="answer without reasoning")
     add("--low_effort", action="store_true", help="ask for short reasoning")

@@ -83,7 +83,7 @@ class Context:
 
     execution: Execution
     dtype: Any  # compute dtype, resolved
-    every_state: bool = False  # keep the recurrent state after each token
+    every_state: bool = False  # keep what the state after each token can be made of
     formats: tuple[tuple[str, str], ...] = ()  # (role, number format) of roles that are not high
     target: str | None = None  # platform that the program is compiled for; None: not known yet
 
@@ -107,15 +107,26 @@ class Weight:
 
     value: Float[Array, "..."]
     axes: Axes = dataclasses.field(metadata={"static": True})  # one an axis
+    codes: Any = None  # quant.codes.Codes of the value, where they were made beforehand
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Matrices of experts that stay codes: their products take them apart, and nothing trains."""
+    """Matrices of experts that stay codes: their products take them apart, and they do not train.
+
+    Devices share them by whole experts, or not at all.
+    """
 
     value: PackedExperts
     name: str = dataclasses.field(metadata={"static": True})  # whose, for errors
+    # Whether adapters train beside them, somewhere in the model: gradients of inputs pass then.
+    is_base: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @staticmethod
+    def axes(array: Array) -> Axes:
+        """The logical axes of one of the codes' arrays."""
+        return ("experts", *(None,) * (array.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

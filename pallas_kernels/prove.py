@@ -56,13 +56,11 @@ def prove(target: str, kernels: Sequence[str] = (), plain: bool = False) -> Iter
     Raises ValueError for an unknown target and where libtpu is not installed.
     """
     with listings() as folder:
-        from jax.sharding import SingleDeviceSharding
-
         from pallas_kernels import absent
 
         if target not in SMALLEST:
             raise ValueError(f"target={target!r}: must be one of {', '.join(SMALLEST)}")
-        device = SingleDeviceSharding(absent.tpu_devices(absent.smallest(target))[0])
+        device = absent.tpu_devices(absent.smallest(target))[0]
         for proof in all_proofs():
             if not kernels or proof.kernel in kernels:
                 yield row_of(proof, target, device, folder, plain)
@@ -161,12 +159,18 @@ def line(row: dict) -> str:
 
 
 def _compiled(run: Any, operands: Sequence[Any], device: Any) -> tuple[Any, str]:
-    """The program, or None and in one line why there is none."""
+    """The program, or None and in one line why there is none. It is traced on a mesh of the device,
+    whose kind some kernels ask for."""
     import jax
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device) for a in operands]
+    mesh, whole = Mesh([device], ("chip",), axis_types=(AxisType.Auto,)), PartitionSpec()
+    place = NamedSharding(mesh, whole)
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in operands]
+    local = jax.shard_map(run, in_specs=whole, out_specs=whole, check_vma=False)
     try:
-        return jax.jit(run).lower(*shapes).compile(), ""
+        with jax.set_mesh(mesh):
+            return jax.jit(local).lower(*shapes).compile(), ""
     except Exception as error:  # noqa: BLE001  whatever the compiler says is the row's answer
         text = " ".join(str(error).split()) or type(error).__name__
         return None, text[:400]

@@ -53,6 +53,19 @@ def test_the_users_own_settings_win():
     assert run(GLIBC_TUNABLES=tunables, XLA_FLAGS=own) == ["began", tunables, flags]
 
 
+def test_a_tpus_flags_are_added_to_the_users_own_which_win(monkeypatch):
+    own = "--xla_enable_async_all_gather=false --xla_other=3"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
+    host.overlap_collectives()
+    flags = dict(flag.split("=") for flag in os.environ["LIBTPU_INIT_ARGS"].split())
+    assert os.environ["LIBTPU_INIT_ARGS"].startswith(own)
+    assert flags["--xla_enable_async_all_gather"] == "false"
+    assert flags["--xla_tpu_enable_async_collective_fusion"] == "true"
+    before = os.environ["LIBTPU_INIT_ARGS"]
+    host.overlap_collectives()
+    assert os.environ["LIBTPU_INIT_ARGS"] == before  # each stands there once
+
+
 @pytest.mark.parametrize(
     ("file", "platforms", "found"),
     [

@@ -18,10 +18,12 @@ FLOORS = {
     "nemotron_jax.config": 1,
     "nemotron_jax.environments": 1,
     "nemotron_jax.host": 1,
+    "nemotron_jax.peers": 1,
     "nemotron_jax.files": 1,
     "pallas_kernels": 1,
     "nemotron_jax.types": 2,  # what a layer is given holds an Execution
     "nemotron_jax.manifest": 2,
+    "nemotron_jax.distributed": 2,
     "nemotron_jax.run_directory": 3,
     "nemotron_jax.sharding": 3,
     "nemotron_jax.quant": 4,  # quantisers take maxima over devices
@@ -228,6 +230,39 @@ def test_files_and_functions_are_small_and_annotated() -> None:
         faults += size_faults(name, file.read_text(encoding="utf-8"))
         faults += annotation_faults(name, TREES[module])
     assert not faults
+
+
+def whole_configs(tree: ast.Module) -> Iterator[tuple[str, set[str]]]:
+    """Functions that are given a RunConfig and hand it to nobody, with the parts that they read."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        arguments = (*function.args.args, *function.args.kwonlyargs)
+        typed = [
+            a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "RunConfig"
+        ]
+        for name in typed:
+            inside = list(ast.walk(function))
+            named = [n for n in inside if isinstance(n, ast.Name) and n.id == name]
+            reads = [n for n in inside if isinstance(n, ast.Attribute) and n.value in named]
+            if len(reads) == len(named):
+                yield function.name, {read.attr for read in reads}
+
+
+def test_who_needs_three_parts_of_a_run_s_config_takes_three() -> None:
+    """Stages and experiments hand parts down; config and planning are about the whole."""
+    whole = ("nemotron_jax.stages", "nemotron_jax.config", "nemotron_jax.plan", "experiments")
+    found = {
+        f"{module}.{name}": parts
+        for module, path in source_files().items()
+        if not module.startswith(whole)
+        for name, parts in whole_configs(ast.parse(path.read_text()))
+    }
+    assert len(found) >= 4 and not {name for name, parts in found.items() if len(parts) <= 3}
+    three = "def f(config: RunConfig, x: int) -> int: return config.a.b + config.c + config.d\n"
+    assert list(whole_configs(ast.parse(three))) == [("f", {"a", "c", "d"})]
+    handed = "def f(config: RunConfig) -> int: return g(config) + config.a\n"
+    assert not list(whole_configs(ast.parse(handed)))
 
 
 def test_tests_are_small_too() -> None:

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from configs import models, pretrain_tiny
-from nemotron_jax.compiled import collectives, summary
+from nemotron_jax.compiled import collectives, overlap, summary
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import MeshConfig, RunConfig
@@ -203,6 +203,51 @@ def test_rows_that_differ_in_number_are_a_kind_of_their_own() -> None:
         "bf16[64,8]{1,0} ragged-all-to-all(%p.1), replica_groups={{0,1,2,3}}",
     )
     assert summary(collectives(text))["ragged-all-to-all"] == {"count": 1, "bytes": 64 * 8 * 2}
+
+
+# A gather that is started, goes on beside a product and ends: the same instruction three times.
+ASYNCHRONOUS = """
+HloModule jit_step
+
+%begin (p: bf16[16,8]) -> (bf16[16,8], bf16[64,8]) {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %ag.1 = bf16[64,8]{1,0} all-gather(%p), backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+  ROOT %start = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: bf16[16,8]) -> bf16[64,8] {
+  %p.1 = bf16[16,8]{1,0} parameter(0)
+  ROOT %ag.2 = bf16[64,8]{1,0} all-gather(%p.1), backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+}
+
+%scatter (p: f32[64,8]) -> f32[16,8] {
+  %p.2 = f32[64,8]{1,0} parameter(0)
+  ROOT %rs = f32[16,8]{1,0} reduce-scatter(%p.2), to_apply=%add
+}
+
+ENTRY %main (w: bf16[16,8], g: f32[64,8]) -> f32[16,8] {
+  %w = bf16[16,8]{1,0} parameter(0)
+  %g = f32[64,8]{1,0} parameter(1)
+  %async-collective-start = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) fusion(%w), kind=kCustom, calls=%begin
+  %product = bf16[64,8]{1,0} fusion(%w), kind=kOutput, calls=%beside
+  %async-collective-done = bf16[64,8]{1,0} fusion(%w), kind=kCustom, calls=%beside
+  %whole = bf16[64,8]{1,0} all-gather(%w), backend_config={"collective_algorithm_config":{"emitter":"1DAllGatherOnMajorDim"}}
+  ROOT %f = f32[16,8]{1,0} fusion(%g), kind=kCustom, calls=%scatter, backend_config={"debug":"StrategyRing{colors:2 phases:1}"}
+}
+"""  # noqa: E501
+
+
+def test_an_asynchronous_collective_is_one_and_rings_are_the_compilers() -> None:
+    found = collectives(ASYNCHRONOUS)
+    size = 64 * 8 * 2
+    assert summary(found)["all-gather"] == {"count": 2, "bytes": 2 * size}
+    assert overlap(found) == {
+        "all-gather": {"asynchronous": 1, "bytes": size, "largest": size, "rings": [1]},
+        "reduce-scatter": {"asynchronous": 0, "bytes": 0, "largest": 2 * size, "rings": [2]},
+    }
+    # Those whose start and end are instructions of their own are asynchronous too.
+    of_loop = overlap(collectives(TPU_TEXT))["all-gather"]
+    assert of_loop["asynchronous"] == 40 and of_loop["rings"] == []
 
 
 def test_a_loop_whose_end_is_not_a_constant_counts_once() -> None:

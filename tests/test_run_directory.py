@@ -22,6 +22,7 @@ PLACES = [name for name, kind in vars(RunDirectory).items() if isinstance(kind, 
 # Other directories have files of these names: a hub model's, and the report of an evaluation.
 OWN_NAMES = {
     "nemotron_jax/config/hub.py": {"config.json"},
+    "nemotron_jax/evaluation/compare.py": {"plots"},
     "nemotron_jax/evaluation/report.py": {"plots", "transcripts.jsonl"},
     "nemotron_jax/interop": {"config.json", "tokenizer.json"},
 }

@@ -40,6 +40,7 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
         ["--max_waiting=0"],
         ["--pages=0"],
         ["--dtype=int8"],
+        ["--experts=int4"],
         ["--speculative=-1"],
         ["--speculative=some"],
         ["--max_body=many"],
@@ -83,13 +84,27 @@ def test_sampling_is_what_the_checkpoint_recommends(tmp_path: pathlib.Path) -> N
     assert serve._sampling(tmp_path) == {}
 
 
+def test_the_cache_is_as_the_checkpoint_was_made_for(tmp_path: pathlib.Path) -> None:
+    assert serve._cache(tmp_path, "bfloat16").kv == "auto"
+    told = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(told))
+    assert serve._cache(tmp_path, "bfloat16").kv == "float8_e4m3fn"
+    assert serve._cache(tmp_path, "float32").kv == "auto"
+    for odd in ('{"quantization": 3}', "{}"):
+        (tmp_path / "hf_quant_config.json").write_text(odd)
+        assert serve._cache(tmp_path, "bfloat16").kv == "auto"
+
+
 @pytest.mark.slow
-def test_a_checkpoint_is_served_as_it_generates(folder: pathlib.Path) -> None:
-    config = dataclasses.replace(tiny_config("M*E", "*E"), vocab_size=TOKENIZER.vocab_size)
+@pytest.mark.parametrize("flags", [[], ["--mesh=fsdp=2"], ["--experts=nvfp4"]], ids=str)
+def test_a_checkpoint_is_served_as_it_generates(folder: pathlib.Path, flags: list[str]) -> None:
+    config = tiny_config("M*E", "*E")
+    moe = dataclasses.replace(config.moe, expert_width=32, latent_width=16)  # whole blocks of codes
+    config = dataclasses.replace(config, vocab_size=TOKENIZER.vocab_size, moe=moe)
     model = randomised(abstract_model(config), 0)
     nj.save_pretrained(model, folder, dtype="float32")
     command = [sys.executable, "-m", "nemotron_jax.serve", f"--checkpoint={folder}", "--port=0"]
-    command += ["--dtype=float32", "--slots=4", "--max_length=128", "--served_name=tiny"]
+    command += ["--dtype=float32", "--slots=4", "--max_length=128", "--served_name=tiny", *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             address = re.fullmatch(r"serving tiny on (http://\S+)\n", process.stdout.readline())[1]
@@ -103,7 +118,10 @@ def test_a_checkpoint_is_served_as_it_generates(folder: pathlib.Path) -> None:
         assert process.wait(60) == 0
     prompt = encode_prompt(TOKENIZER, HELLO)
     stops = (TOKENIZER.token_id("<|im_end|>"), TOKENIZER.eos)
-    own = nj.generate(nj.load_pretrained(folder), [prompt], 24, stop_tokens=stops)
+    model = nj.load_pretrained(folder)
+    if "--experts=nvfp4" in flags:
+        model = nj.for_decoding(model, "float32", experts="nvfp4")
+    own = nj.generate(model, [prompt], 24, stop_tokens=stops)
     assert found["choices"][0]["token_ids"] == own.tokens[0, : own.lengths[0]].tolist()
     assert again["choices"][0]["token_ids"] == found["choices"][0]["token_ids"]
     details = again["usage"]["prompt_tokens_details"]

@@ -20,6 +20,7 @@ from tests.training.runs import write_texts
 ROOT = pathlib.Path(__file__).parents[1]
 HUB = GOLDEN / "hybrid_moe_latent" / "checkpoint"
 
+PLACE = ("--coordinator=localhost:8476",)
 # Each: flags beside --config and --workdir, and words of the sentence. {d} is the folder of wrong
 # files and directories that `wrong_files` makes.
 TRAIN = [
@@ -52,6 +53,17 @@ TRAIN = [
     (["--config.model.nonsense=1"], "nonsense"),
     (["--nonsense=1"], "nonsense"),
     (["stray"], "stray"),
+    (["--process_count=2"], "go together; --coordinator and --process_index are missing"),
+    ([*PLACE, "--process_count=2", "--process_index=2"], "--process_index=2: must lie in 0..1"),
+    ([*PLACE, "--process_count=0", "--process_index=0"], "--process_count=0: must be at least 1"),
+    ([*PLACE, "--process_count=x", "--process_index=0"], "--process_count=x"),
+    (
+        ["--coordinator=host", "--process_count=2", "--process_index=0"],
+        "--coordinator=host: must be HOST:PORT",
+    ),
+    (["--distributed=always"], "--distributed=always"),
+    (["--distributed=auto", "--process_index=0"], "leave out --coordinator, --process_count"),
+    (["--distributed=auto"], "--distributed=auto: JAX finds no cluster around this process"),
     (["--config.model.vocab_size=0"], "vocab_size=0"),
     (["--config.model.vocab_size=100"], "vocab_size=100"),
     (["--config.model.width=0"], "width=0"),
@@ -71,6 +83,10 @@ TRAIN = [
     (["--config.model.moe=None"], "moe must be configured"),
     (["--config.model.mamba.num_groups=3"], "num_groups=3"),
     (["--config.model.moe.experts_per_token=5"], "experts_per_token=5"),
+    (["--config.lora.rank=0"], "LoRAConfig.rank=0"),
+    (["--config.lora.rank=4", "--config.lora.targets=('mlp',)"], "must name a matrix of the model"),
+    (["--config.lora.rank=four"], "--config.lora.rank=four: must be of type int"),
+    (["--config.lora.ranks=4"], "config.lora.ranks; its fields are alpha, base_dtype"),
     (["--config.training.steps=0"], "steps=0"),
     (["--config.training.steps=-5"], "must not be negative"),
     (["--config.training.steps=2.5"], "steps"),
@@ -160,7 +176,7 @@ EVAL = [
     (["--checkpoint={d}/no_weights"], "files are missing: model.safetensors"),
     (["--checkpoint={d}/dtype"], "dtype='int4'"),
     (["--checkpoint={d}/llama"], "model_type='llama'"),
-    (["--suites="], "none is named"),
+    (["--suites="], "names none"),
     (["--suites=sped"], "the nearest is 'speed'"),
     (["--suites=speed,speed"], "named twice"),
     (["--suites=perplexity"], "pass --config"),

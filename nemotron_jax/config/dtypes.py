@@ -3,6 +3,7 @@
 from nemotron_jax.config.checks import check_value
 
 DTYPES = ("float32", "bfloat16", "float16")
+EXPERTS = ("dense", "nvfp4")  # how routed experts are held: as floats of a dtype, or as codes
 _SPELLINGS = {
     "fp32": "float32",
     "f32": "float32",

@@ -18,8 +18,8 @@ class Execution:
     """Compute dtype, rematerialisation, layer loop and kernels of one call.
 
     `remat`: `none` keeps every activation; `full` keeps only what flows between units and
-    recomputes the rest; `mixers` keeps the inputs of each mixer and recomputes what lies inside.
-    A scan keeps no copy of a layer's weights with any of them.
+    recomputes the rest; `mixers` keeps the inputs of each mixer, and what its experts gave, and
+    recomputes what lies inside. A scan keeps no copy of a layer's weights with any of them.
     `compute_dtype`: `auto` computes in the dtype of the model's matrices. `layers`: `scan` compiles
     one unit, `unrolled` each of them; with a cache layers are always unrolled. `kernels`: `auto`
     follows the target platform; a name holds for every op, `op=name` for one, as in
@@ -27,7 +27,8 @@ class Execution:
     sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
     low-precision format. `expert_rows`: rows that a device makes room for in a layer of experts, as
     a multiple of a balanced load; where its router sends it more, it takes them in several windows.
-    (In a lower format, with packed experts and with adapters, there is room for all rows.)
+    (With packed experts, with adapters, and where only one of their two matrices is in a lower
+    format, there is room for all rows.)
     """
 
     compute_dtype: str = "auto"

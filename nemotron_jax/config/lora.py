@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from nemotron_jax.config.checks import at_least_one, check, is_finite, positive
+from nemotron_jax.config.checks import at_least_one, check, is_finite, one_of, positive
+from nemotron_jax.config.dtypes import EXPERTS
 from nemotron_jax.config.model import ModelConfig
 
 # Fused kernels of Mamba layers pass adapters of the output projection by, so PEFT takes none there.
@@ -14,6 +15,7 @@ _OF_BLOCKS = {
     "-": ("mlp",),
     "E": ("shared", "latent", "experts"),
 }
+DTYPES = ("bfloat16", "float32")  # of a base
 TARGETS = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent", "experts")
 
 
@@ -27,12 +29,17 @@ class LoRAConfig:
     family but `mamba_out`, which PEFT refuses to load. `dropout` is the share of an adapter's
     inputs that are left out in training; routed experts have none, as in PEFT, and stage grpo
     refuses it: its ratio and its KL term would compare the policy with a thinned one.
+
+    The base is held in `base_dtype`, its routed experts as floats of it or as NVFP4 codes
+    (`base_experts`: dense, nvfp4). Checkpoints hold the adapters alone.
     """
 
     rank: int = 32
     alpha: float = 32.0
     targets: tuple[str, ...] = ("attention", "mamba_in", "mlp", "shared", "latent")
     dropout: float = 0.0
+    base_dtype: str = "bfloat16"
+    base_experts: str = "dense"
 
     def chosen(self, model: ModelConfig) -> tuple[str, ...]:
         """Those of the targets that a model has."""
@@ -48,6 +55,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "rank")
+        one_of(self, "base_dtype", DTYPES)
+        one_of(self, "base_experts", EXPERTS)
         positive(self, "alpha")
         known = len(self.targets) > 0 and set(self.targets) <= set(TARGETS)
         check(self, "targets", known, f"must name some of {', '.join(TARGETS)}")

@@ -131,7 +131,11 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a run reports and keeps, in optimizer steps; free to change on resume."""
+    """What a run reports and keeps, in optimizer steps; free to change on resume.
+
+    `suites`, as eval.py's --suites, are measured at each evaluation, and their means are in its
+    record as SUITE/VALUE.
+    """
 
     log_every: int = 10
     evaluate_every: int = 200
@@ -140,6 +144,7 @@ class LoggingConfig:
     keep_checkpoints: int = 3
     sample_tokens: int = 200
     merge_window: int = 0  # newest checkpoints averaged at the end; 0 leaves merging off
+    suites: str = ""
 
     def __post_init__(self) -> None:
         at_least_one(self, "log_every", "evaluate_every", "evaluate_rows")
@@ -157,9 +162,11 @@ class MeshConfig:
 
     `data`, `fsdp` and `expert` share the rows of a batch; `fsdp` and `expert` also share parameters
     and their moments, of which each device gathers one layer at a time. Routed experts stay with
-    their devices along `expert`: tokens travel to them. On a CPU a device is a share of its cores:
-    XLA runs the many small products of a step on one core, so two devices train nearly twice as
-    fast as one on two cores. `tensor` and `context` are named for checkpoints' sake, and must be 1.
+    their devices along `expert`: tokens travel to them. Devices along `tensor` share heads, Mamba's
+    groups, hidden units, vocabulary and experts, and have the same rows. On a CPU a device is a
+    share of its cores: XLA runs the many small products of a step on one core, so two devices train
+    nearly twice as fast as one on two cores. `context` is named for checkpoints' sake, and must
+    be 1.
     """
 
     data: int = 1
@@ -187,9 +194,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "data", "fsdp", "expert", "tensor", "context")
-        rule = "must be 1: no layer is split along it yet; use data, fsdp and expert"
-        for field in ("tensor", "context"):
-            check(self, field, getattr(self, field) == 1, rule)
+        rule = "must be 1: no layer is split along it yet; use data, fsdp, expert and tensor"
+        check(self, "context", self.context == 1, rule)
 
 
 @dataclasses.dataclass(frozen=True)

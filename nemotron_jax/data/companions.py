@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_jax.config.model import ModelConfig
-from nemotron_jax.config.run import RunConfig
 from nemotron_jax.config.untrusted import read_object, shown
 from nemotron_jax.data.chat import jinja_template
 from nemotron_jax.data.chat.render import END
@@ -33,7 +32,6 @@ FILES = (
     "merges.txt",
 )
 _HINT = "download it again, or name the directory of a hub model"
-_CHAT_STAGES = ("sft", "grpo")
 
 
 def copy(source: Path, target: Path) -> None:
@@ -46,23 +44,23 @@ def copy(source: Path, target: Path) -> None:
         shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
 
 
-def keep(config: RunConfig, directory: RunDirectory) -> None:
+def keep(directory: RunDirectory, model: ModelConfig, init_from: str, *, chats: bool) -> None:
     """Keep the companions of a run that begins, once, in its own folder of them.
 
-    They are those of `init_from`, a hub directory or a run that kept its own. A run of stage sft or
-    grpo adds what they lack for a chat: the family's template, and the id that ends a turn.
+    They are those of `init_from`, a hub directory or a run that kept its own. A run that learns how
+    one `chats` adds what they lack for it: the family's template, and the id that ends a turn.
     """
     target = directory.companions
     if target.exists():
         return
-    source = _source(config.init_from)
+    source = _source(init_from)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-writing-", dir=directory.path))
     try:
         if source is not None:
             copy(source, staging)
         (staging / TOKENIZER).unlink(missing_ok=True)  # the run has its own
-        if config.stage in _CHAT_STAGES and directory.tokenizer.is_file():
-            _complete(staging, config.model, Tokenizer.load(directory.path))
+        if chats and directory.tokenizer.is_file():
+            _complete(staging, model, Tokenizer.load(directory.path))
         if any(staging.iterdir()):
             staging.chmod(0o755)
             _take_place(staging, target)

@@ -280,7 +280,8 @@ def _collect(source: str, data: DataConfig, sft: SFTConfig, seed: int) -> Conver
 def _tokenizer(
     data: DataConfig, found: Sequence[Conversations], vocab_size: int, directory: Path
 ) -> Tokenizer:
-    if RunDirectory(directory).tokenizer.exists():
+    own = RunDirectory(directory).tokenizer
+    if own.exists():
         tokenizer = Tokenizer.load(directory)
     elif data.tokenizer not in PATTERNS:
         tokenizer = Tokenizer.load(data.tokenizer)
@@ -291,7 +292,8 @@ def _tokenizer(
     check_vocabulary(tokenizer, vocab_size)
     for name in RESERVED:
         tokenizer.token_id(name)  # a tokenizer without the family's names is told here
-    tokenizer.save(directory)
+    if not own.exists():
+        tokenizer.save(directory)
     return tokenizer
 
 

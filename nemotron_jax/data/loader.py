@@ -1,6 +1,6 @@
 """Batches of a run, by step: the same global batch whatever the number of hosts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -27,8 +27,8 @@ class TrainLoader:
     """An endless iterator of this host's rows of each step's batch, made ahead in one thread.
 
     Global row r is a function of (corpus, source weights, sequence length, seed, r). Step s has
-    rows s * batch_size onwards, of which host h of H takes the h-th run of batch_size / H. The
-    arrays are NumPy's. Raises ValueError when the hosts cannot share the batch evenly.
+    rows s * batch_size onwards, of which this host takes those of the numbers `rows`, all of them
+    by default. The arrays are NumPy's.
     """
 
     def __init__(
@@ -38,10 +38,9 @@ class TrainLoader:
         seed: int,
         mtp_depths: int,
         *,
-        host_index: int = 0,
-        host_count: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        self._first, self._local = _share(data.batch_size, host_index, host_count)
+        self._rows = range(data.batch_size) if rows is None else rows
         self._data = data
         self._mtp_depths = mtp_depths
         self._mixture = Mixture(data.source_weights)
@@ -55,9 +54,9 @@ class TrainLoader:
             "source_weights": list(data.source_weights),
         }
         self._dataset = (
-            grain.MapDataset.range(ENDLESS_STEPS * self._local)
+            grain.MapDataset.range(ENDLESS_STEPS * len(self._rows))
             .map(self._local_row)
-            .batch(self._local, batch_fn=lambda rows: make_batch(rows, mtp_depths))
+            .batch(len(self._rows), batch_fn=lambda rows: make_batch(rows, mtp_depths))
             .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
         )
         self._iterator = iter(self._dataset)
@@ -73,8 +72,8 @@ class TrainLoader:
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, without moving the iterator."""
-        first = step * self._local
-        rows = [self._local_row(index) for index in range(first, first + self._local)]
+        first = step * len(self._rows)
+        rows = [self._local_row(index) for index in range(first, first + len(self._rows))]
         return make_batch(rows, self._mtp_depths)
 
     def global_row(self, index: int) -> Row:
@@ -122,30 +121,21 @@ class TrainLoader:
         self._iterator.close()
 
     def _local_row(self, index: int) -> Row:
-        step, place = divmod(index, self._local)
-        return self.global_row(step * self._data.batch_size + self._first + place)
+        step, place = divmod(index, len(self._rows))
+        return self.global_row(step * self._data.batch_size + self._rows[place])
 
 
-def held_out_batches(
-    corpus: Corpus,
-    data: DataConfig,
-    mtp_depths: int,
-    rows: int,
-    *,
-    host_index: int = 0,
-    host_count: int = 1,
-) -> list[Batch]:
-    """This host's part of the first `rows` held-out rows, in batches of data.batch_size.
+def held_out_batches(corpus: Corpus, data: DataConfig, mtp_depths: int, rows: int) -> list[Batch]:
+    """The first `rows` held-out rows, in batches of data.batch_size.
 
     Fewer when the text has fewer rows; the same rows in every run of this data. The last row and
     the last batch are filled with padding, so that all batches have one shape.
     """
-    first, local = _share(data.batch_size, host_index, host_count)
     length, lookahead = data.sequence_length, lookahead_of(mtp_depths)
     packed = pack_once(corpus.held_out, length, lookahead, rows)
     packed += [empty_row(length, lookahead)] * (-len(packed) % data.batch_size)
     return [
-        make_batch(packed[start + first : start + first + local], mtp_depths)
+        make_batch(packed[start : start + data.batch_size], mtp_depths)
         for start in range(0, len(packed), data.batch_size)
     ]
 
@@ -153,18 +143,3 @@ def held_out_batches(
 def held_out_row_count(corpus: Corpus, data: DataConfig) -> int:
     """How many rows the whole held-out text fills."""
     return count_rows(corpus.held_out, data.sequence_length)
-
-
-def _share(batch_size: int, host_index: int, host_count: int) -> tuple[int, int]:
-    """First row and number of rows of a host within a batch."""
-    if not 0 <= host_index < host_count:
-        raise ValueError(
-            f"loader: host_index={host_index} must lie in 0..{host_count - 1} (host_count - 1)"
-        )
-    if batch_size % host_count:
-        raise ValueError(
-            f"loader: batch_size={batch_size} is not a multiple of host_count={host_count}; "
-            "change data.batch_size"
-        )
-    local = batch_size // host_count
-    return host_index * local, local

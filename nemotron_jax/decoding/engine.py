@@ -5,6 +5,7 @@ are compiled when the engine is made. A request's tokens and log-probabilities a
 `generate` gives for it alone, whatever runs beside it.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -23,12 +24,14 @@ from nemotron_jax.decoding.admission import (
     check_samples,
     check_texts,
 )
+from nemotron_jax.decoding.choice import Drafts
 from nemotron_jax.decoding.generator import Stats
 from nemotron_jax.decoding.ledger import Gain, Ledger
+from nemotron_jax.decoding.pinned import programs_compiled
 from nemotron_jax.decoding.prefix_cache import PrefixCache, block_hashes
 from nemotron_jax.decoding.request import Request, checked_prompt
 from nemotron_jax.decoding.rules import rounds_under
-from nemotron_jax.decoding.runner import Runner, programs_compiled
+from nemotron_jax.decoding.runner import Runner
 from nemotron_jax.decoding.scheduler import Group, Job, Scheduler, Slot
 from nemotron_jax.decoding.speculative import Acceptance, count_places
 from nemotron_jax.decoding.step import for_execution
@@ -45,8 +48,9 @@ _MOST_PREFILLS = 4
 class Engine:
     """Serves many requests with one model, on slots and pages; `config` says how many.
 
-    `execution` is how the model runs: compute dtype, kernels, number formats. A tokenizer is needed
-    for stop strings alone. Not for use from several threads.
+    `execution` is how the model runs: compute dtype, kernels, number formats. It runs on the mesh
+    that is set when it is made, or else on the model's. A tokenizer is needed for stop strings
+    alone. Not for use from several threads.
 
     An exception in `step`, an interrupt too, loses no token and no request: the next step reads
     the texts of all that ran again, and each goes on as if nothing had been; what the prefix cache
@@ -64,7 +68,9 @@ class Engine:
         *,
         version: int | str = 0,
     ) -> None:
-        check_drafts("EngineConfig", model, config.speculative)
+        if config.speculative == "auto" and model.mtp_block is None:
+            config = dataclasses.replace(config, speculative=0)
+        check_drafts("EngineConfig", model, config.most_drafts)
         self.config, self.execution = config, execution
         self._tokenizer = tokenizer
         self._scheduler = Scheduler(
@@ -73,10 +79,13 @@ class Engine:
             page_tokens=config.page_tokens,
             snapshots=config.snapshots,
             prefix=PrefixCache(config.page_tokens) if config.prefix_cache else None,
-            drafts=config.speculative > 0,
+            drafts=config.most_drafts > 0,
         )
         self._runner = Runner(for_execution(model, execution), config, execution, version)
-        self._ledger = Ledger(places=2 * (config.speculative + 1))
+        self._drafts = Drafts(
+            config.drafts, self._runner.costs() if len(config.drafts) > 1 else None
+        )
+        self._ledger = Ledger(config.most_drafts)
         self._prompt_tokens = 0
         # Whether an exception has left books and store in a state that nobody knows.
         self._in_doubt = False
@@ -136,7 +145,7 @@ class Engine:
         Requests in flight go on with what their caches hold of the old weights; no other request
         starts from that. Raises ValueError for a model of another shape.
         """
-        model = for_execution(model, self.execution)
+        model = self._runner.prepared(model)
         shapes = lambda model: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)]
         mine = self._runner.model
         if model.config != mine.config or shapes(model) != shapes(mine):
@@ -173,7 +182,10 @@ class Engine:
             free_snapshots=scheduler.free_snapshots,
             programs=programs_compiled(),
             version=self.version,
-            acceptance=Acceptance.of_places(totals.places) if self.config.speculative else None,
+            acceptance=Acceptance.of_places(totals.places) if self.config.most_drafts else None,
+            speculative=self._drafts.k,
+            draft_cost=self._drafts.draft_cost,
+            verify_cost=self._drafts.verify_cost,
             **{f"prefix_{name}": count for name, count in prefix.items()},
         )
 
@@ -287,15 +299,17 @@ class Engine:
             return
         rounds = 1 if self._scheduler.reading else self.config.rounds
         rounds = rounds_under([slot.job.request for slot in slots], rounds)
-        decoded, rows = self._runner.decode(slots, rounds)
+        drafts = self._drafts.next(self._runner.rows_for(len(slots)))
+        decoded, rows = self._runner.decode(slots, rounds, drafts)
         found = zip(slots, rows, strict=True)
         gains = [Gain.of(slot.job, decoded, row, self.version) for slot, row in found]
         counts = zip(rows, gains, strict=True)
         places = [decoded.given.places[row, : len(gain.tokens)] for row, gain in counts]
-        self._ledger.give(gains, count_places(np.concatenate(places), self.config.speculative))
-        for slot, row, gain, own in zip(slots, rows, gains, places, strict=True):
+        counted = count_places(np.concatenate(places), drafts, self.config.most_drafts)
+        self._ledger.give(gains, counted)
+        self._drafts.learn(drafts, counted[drafts])
+        for slot, row, gain in zip(slots, rows, gains, strict=True):
             slot.length = int(decoded.length[row])
-            slot.job.request.accepted_drafts += int(((own > 0) & (own % 2 == 1)).sum())
             if gain.reason is not None:
                 self._end(slot)
 
@@ -313,7 +327,7 @@ class Engine:
         """Keep what the slot of a request that is over holds, and free it."""
         # Once a stop string was looked for, a slot may hold tokens that are not the request's.
         if slot.job.stop_text is None:
-            entry = self._scheduler.remember_turn(slot, complete=self.config.speculative > 0)
+            entry = self._scheduler.remember_turn(slot, complete=self.config.most_drafts > 0)
             if entry is not None:
                 self._runner.save(slot, entry)
         self._scheduler.leave(slot)

@@ -22,6 +22,10 @@ class Stats:
     prompt_tokens: int  # that were read; those of shared prompts once
     version: int | str  # of the weights
     acceptance: Acceptance | None  # of drafted tokens; None without speculation
+    speculative: int = 0  # drafts a round, as chosen now
+    # In plain rounds, of a draft and of a verification of those drafts; None where k is given.
+    draft_cost: float | None = None
+    verify_cost: float | None = None
     # Of an engine alone:
     programs: int = 0  # compiled so far; stays as it is after the engine was made
     pages: int = 0

@@ -25,6 +25,7 @@ class Gain:
     logprobs: Sequence[float] = ()
     forced: Sequence[bool] = ()
     top_logprobs: Sequence[tuple[tuple[int, float], ...]] = ()
+    places: Sequence[int] = ()
     version: int | str = 0
     reason: str | None = None  # why the request is over; None while it goes on
 
@@ -52,6 +53,7 @@ class Gain:
             logprobs=given.logprobs[row, :count].tolist(),
             forced=given.forced[row, :count].tolist(),
             top_logprobs=top,
+            places=given.places[row, :count].tolist(),
             version=version,
             reason=reason,
         )
@@ -62,6 +64,7 @@ class Gain:
         request.tokens[self.before :] = self.tokens
         request.logprobs[self.before :] = self.logprobs
         request.forced[self.before :] = self.forced
+        request.places[self.before :] = self.places
         request.versions[self.before :] = [self.version] * len(self.tokens)
         if request.wanted.top_logprobs:
             request.top_logprobs[self.before :] = self.top_logprobs
@@ -72,12 +75,12 @@ class Gain:
 class Totals:
     """What all requests were given so far."""
 
-    places: Int[np.ndarray, "places"]  # new tokens by `speculative.place_of`
+    places: Int[np.ndarray, "k+1 places"]  # new tokens by `speculative.count_places`
     new_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
 
-    def after(self, gains: Sequence[Gain], places: Int[np.ndarray, "places"] | int) -> "Totals":
+    def after(self, gains: Sequence[Gain], places: Int[np.ndarray, "k+1 places"] | int) -> "Totals":
         """With what some gains add."""
         reasons = [gain.reason for gain in gains if gain.reason is not None]
         cancelled = reasons.count("cancelled")
@@ -92,8 +95,8 @@ class Totals:
 class Ledger:
     """Requests that are not over, in the order in which they came, and the totals of all."""
 
-    def __init__(self, places: int) -> None:
-        self.totals = Totals(np.zeros(places, np.int64))
+    def __init__(self, most_drafts: int) -> None:
+        self.totals = Totals(np.zeros((most_drafts + 1, 2 * (most_drafts + 1)), np.int64))
         self._jobs: dict[Job, None] = {}
         self._pending: tuple[Sequence[Gain], Totals] | None = None
 
@@ -108,7 +111,7 @@ class Ledger:
         """The same requests as other jobs."""
         self._jobs = dict.fromkeys(jobs)
 
-    def give(self, gains: Sequence[Gain], places: Int[np.ndarray, "places"] | int = 0) -> None:
+    def give(self, gains: Sequence[Gain], places: Int[np.ndarray, "k+1 places"] | int = 0) -> None:
         """Give all of it: whatever happens, `settle` ends what this began."""
         self._pending = gains, self.totals.after(gains, places)  # one store: from here it is given
         self.settle()

@@ -26,7 +26,8 @@ from nemotron_jax.decoding.store import Decoded, FlatModel, score
 from nemotron_jax.decoding.wanted import MOST_TOP, Wanted
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import place_batch
+from nemotron_jax.model.parameters import mesh_of
+from nemotron_jax.sharding import on_every_device, on_mesh, place_batch, shard
 
 _FEWEST_NEW_TOKENS = 64  # buffers hold this times a power of two, so that few loops are compiled
 # Rounds between two looks at the text where stop strings are watched; without, one call does all.
@@ -52,8 +53,9 @@ class Lockstep:
     kept: where all requests of the next one go on with its texts, they read what is new alone, and
     one program serves every turn of a set of conversations. Prompts that are equal are read once.
     `execution` is how the model runs; `speculative` drafts so many tokens a round with the MTP
-    block. A tokenizer is needed for stop strings alone. An exception in `step` loses no token: the
-    next step reads the texts again. Not for use from several threads.
+    block. It runs on the mesh that is set when it is made, or else on the model's. A tokenizer is
+    needed for stop strings alone. An exception in `step` loses no token: the next step reads the
+    texts again. Not for use from several threads.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class Lockstep:
         check_drafts("Lockstep", model, speculative)
         self.execution, self.speculative = execution, speculative
         self._tokenizer, self._max_length = tokenizer, max_length
+        self._mesh = mesh_of(model)
         self._waiting: list[Job] = []
         self._rows: _Rows | None = None
-        self._ledger = Ledger(places=2 * (speculative + 1))
+        self._ledger = Ledger(speculative)
         self._free = Free(model.config.vocab_size)
         self._prompt_tokens = 0
         self._in_doubt = False
@@ -103,6 +106,10 @@ class Lockstep:
 
     def step(self) -> bool:
         """Begin a batch where none runs, and decode; whether there is more to do."""
+        with on_mesh(self._mesh):
+            return self._step()
+
+    def _step(self) -> bool:
         if self._in_doubt:
             self._begin_anew()
         self._in_doubt = True
@@ -125,7 +132,8 @@ class Lockstep:
         Requests in flight go on with what their caches hold of the old weights; no other request
         starts from that.
         """
-        self.model = for_execution(model, self.execution)
+        with on_mesh(self._mesh):
+            self.model = for_execution(model, self.execution)
         self._weights, self.version = FlatModel.of(self.model), version
         if self._rows is not None:
             self._rows.texts = [()] * len(self._rows.texts)
@@ -142,6 +150,7 @@ class Lockstep:
             prompt_tokens=self._prompt_tokens,
             version=self.version,
             acceptance=Acceptance.of_places(totals.places) if self.speculative else None,
+            speculative=self.speculative,
         )
 
     def _job(self, request: Request) -> Job:
@@ -216,7 +225,7 @@ class Lockstep:
         sizes = {"rows": len(new), "capacity": capacity, "mtp": self.speculative > 0}
         cache, hidden = empty_rows(self._weights, **sizes)
         scored = {texts.index(job.text): job for job in jobs if job.request.wanted.prompt_logprobs}
-        cache, hidden = self._read(*place_batch((cache, hidden)), new, scored)
+        cache, hidden = self._read(cache, hidden, new, scored)
         for job in jobs:
             found = scored.get(texts.index(job.text))
             if job.request.wanted.prompt_logprobs:
@@ -340,13 +349,15 @@ def _decode(
     loop = Loop.create(cache, rows.token, ~rows.active, rules, sizes)
     loop = begin(model, loop, rows.hidden, rows.fresh, rules, execution=execution)
     loop = run_rounds(model, loop, rules, sizes, most_rounds=rounds, execution=execution)
-    return loop.cache, Decoded(loop.given, loop.lengths, loop.done, loop.cache.length)
+    found = Decoded(loop.given, loop.lengths, loop.done, loop.cache.length)
+    return loop.cache.shared(), on_every_device(found)
 
 
 @jax.jit
 def _taken(tree: tuple, rows: Int[Array, "B"]) -> tuple:
     """The given rows of everything."""
-    return jax.tree.map(lambda a: a[rows], tree)
+    cache, hidden = jax.tree.map(lambda a: a[rows], tree)
+    return cache.shared(), shard(hidden, "batch", None)
 
 
 def _room(jobs: Sequence[Job]) -> int:

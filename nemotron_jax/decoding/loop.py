@@ -34,6 +34,29 @@ class Sizes:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Fed:
+    """What a loop without drafts has fed the model, round by round, for an MTP block that is fed
+    later; rows that are done stand still, so what is theirs stands first."""
+
+    hidden: Float[Array, "B R D"]
+    tokens: Int[Array, "B R"]
+
+    @classmethod
+    def blank(cls, hidden: Float[Array, "B D"], rounds: int) -> "Fed":
+        """Room for so many rounds, of rows with such hidden states."""
+        tokens = jnp.zeros((len(hidden), rounds), jnp.int32)
+        return cls(jnp.zeros((*tokens.shape, hidden.shape[1]), hidden.dtype), tokens)
+
+    def after(self, number: Int[Array, ""], hidden: Array, tokens: Array) -> "Fed":
+        """With those of a round, [B 1 D] and [B 1]."""
+        put = lambda all_of, new: jax.lax.dynamic_update_slice_in_dim(
+            all_of, new.astype(all_of.dtype), number, axis=1
+        )
+        return Fed(put(self.hidden, hidden), put(self.tokens, tokens))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Loop:
     """What the decode loop carries. Each row's newest token is in `given`, not in the cache."""
 
@@ -43,6 +66,7 @@ class Loop:
     lengths: Int[Array, "B"]
     done: Bool[Array, "B"]
     thinking: Bool[Array, "B"]  # its reasoning is open and has a budget
+    fed: Fed | None = None  # kept where the MTP block is to be fed later
 
     @classmethod
     def create(
@@ -122,10 +146,13 @@ def run_rounds(
         # A row that this round has finished grows no more: the others may go on for long.
         cache = finish_round(model, round, ~after.done, execution=execution)
         cache = keep_states(cache, loop.cache, rules.rounding)
-        # Without drafts the round has fed the newest token, so the states are those after it.
-        cache = cache.where(~after.done if sizes.speculative else active, loop.cache)
+        if not sizes.speculative:
+            # The round has fed the newest token of all rows. Where drafts were verified, a row that
+            # grows no more has been left as it was.
+            cache = cache.where(active, loop.cache)
         token = jnp.where(active, newest, loop.token)
-        return dataclasses.replace(after, cache=cache, token=token), rounds + 1
+        fed = None if loop.fed is None else loop.fed.after(rounds, round.hidden, round.fed)
+        return dataclasses.replace(after, cache=cache, token=token, fed=fed), rounds + 1
 
     def goes_on(carried: tuple[Loop, Array]) -> Bool[Array, ""]:
         loop, rounds = carried

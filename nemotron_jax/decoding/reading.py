@@ -13,7 +13,7 @@ from nemotron_jax.decoding.step import last_hidden, prefill_chunk
 from nemotron_jax.decoding.store import FlatModel
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import place_batch
+from nemotron_jax.sharding import place_batch, shard
 
 PREFILL_CHUNK = 1024  # tokens of one prefill call; memory of a long prompt is a chunk's
 _SMALLEST_CHUNK = 16
@@ -75,7 +75,7 @@ def empty_rows(
     """A cache and hidden states of rows that hold nothing."""
     model = weights.model()
     hidden = jnp.zeros((rows, model.config.width), model.embedding[...].dtype)
-    return model.init_cache(rows, capacity, mtp=mtp), hidden
+    return model.init_cache(rows, capacity, mtp=mtp).shared(), shard(hidden, "batch", None)
 
 
 @functools.partial(jax.jit, static_argnames="execution", donate_argnums=1)
@@ -92,7 +92,7 @@ def _read_chunk(
     model = weights.model()
     cache, states = prefill_chunk(model, cache, tokens, valid, execution=execution)
     hidden = jnp.where((valid > 0)[:, None], last_hidden(states, valid), hidden)
-    return cache, hidden, states
+    return cache.shared(), shard(hidden, "batch", None), states
 
 
 def rows_of(count: int) -> int:

@@ -32,7 +32,7 @@ class Request:
         # The likeliest token at each of these places, and its log-probability.
         self.prompt_likeliest: list[tuple[int, float]] = []
         self.cached_tokens = 0  # of the prompt, that were not read again
-        self.accepted_drafts = 0  # of the tokens, that were drafted
+        self.places: list[int] = []  # of each token, as `speculative.place_of` says; -1: of none
         self.finish_reason: str | None = None
         self.allowed: np.ndarray | None = None  # the grammar's mask of the next token
         self.error = ""  # why its grammar could not be asked, if it ended for that
@@ -44,6 +44,16 @@ class Request:
     def done(self) -> bool:
         """Whether no more tokens will come."""
         return self.finish_reason is not None
+
+    @property
+    def accepted_drafts(self) -> int:
+        """How many of the tokens were drafted."""
+        return sum(place > 0 and place % 2 == 1 for place in self.places)
+
+    @property
+    def verifications(self) -> int:
+        """Rounds of drafts that gave it a token."""
+        return sum(place in (0, 1) for place in self.places)
 
     @property
     def cancelled(self) -> bool:

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nemotron_jax.layers.mamba2 import MambaState
 from nemotron_jax.model.cache import Cache
 from pallas_kernels import nvfp4
 
@@ -33,18 +32,12 @@ def keep_states(cache: Cache, like: Cache, rounding: str) -> Cache:
     it runs. `rounding` is "stochastic" or "nearest".
     """
 
-    def kept(layer: int, state: object, before: object) -> object:
-        if not isinstance(state, MambaState) or state.ssm.dtype == before.ssm.dtype:
-            return state
+    def narrow(layer: int, ssm: Array) -> Array:
         if rounding == "nearest":
-            ssm = state.ssm.astype(before.ssm.dtype)
-        else:
-            ssm = stochastic_float16(state.ssm, _uniform(layer, cache.length, state.ssm))
-        return MambaState(ssm, state.x_tail, state.b_tail, state.c_tail)
+            return ssm.astype(jnp.float16)
+        return stochastic_float16(ssm, _uniform(layer, cache.length, ssm))
 
-    pairs = enumerate(zip(cache.layers, like.layers, strict=True))
-    layers = tuple(kept(layer, *pair) for layer, pair in pairs)
-    return Cache(layers, cache.length, cache.start, cache.mtp, cache.hidden)
+    return cache.rounded(like, narrow)
 
 
 def _uniform(layer: int, length: Int[Array, "B"], ssm: Float[Array, "B M P N"]) -> Array:

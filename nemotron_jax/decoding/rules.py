@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from nemotron_jax.decoding.request import Request
@@ -108,13 +109,14 @@ class Free:
             for row, bias in biased.items():
                 blank["bias_tokens"][row, : len(bias)] = list(bias)
                 blank["bias_values"][row, : len(bias)] = list(bias.values())
-            tables |= {name: jnp.asarray(blank[name]) for name in ("bias_tokens", "bias_values")}
+            names = ("bias_tokens", "bias_values")
+            tables |= {name: _laid_like(tables[name], blank[name]) for name in names}
         ruled = {row: r.allowed for row, r in requests.items() if r.allowed is not None}
         if ruled:
             allowed = self._blank(count)["allowed"]
             for row, mask in ruled.items():
                 allowed[row] = mask
-            tables["allowed"] = jnp.asarray(allowed)
+            tables["allowed"] = _laid_like(tables["allowed"], allowed)
         return tables
 
     def _blank(self, count: int) -> dict[str, np.ndarray]:
@@ -124,6 +126,13 @@ class Free:
             "bias_values": np.zeros((count, MOST_BIASES), np.float32),
             "allowed": np.full((count, words), 2**_BITS - 1, np.uint32),
         }
+
+
+def _laid_like(kept: Array, values: np.ndarray) -> Array:
+    """Values on the device, on the mesh of what they replace: elsewhere a program is compiled
+    anew."""
+    where = kept.sharding
+    return jax.device_put(values, where if isinstance(where, NamedSharding) else None)
 
 
 @jax.tree_util.register_dataclass

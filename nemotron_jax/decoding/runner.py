@@ -2,8 +2,9 @@
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,18 @@ from jaxtyping import Array, Float, Int
 from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding import store as programs
+from nemotron_jax.decoding.choice import Costs, costs_of, fastest
 from nemotron_jax.decoding.loop import Sizes
+from nemotron_jax.decoding.pinned import Pinned
 from nemotron_jax.decoding.prefix_cache import Entry
 from nemotron_jax.decoding.rules import Asked, Free
 from nemotron_jax.decoding.scheduler import Slot
+from nemotron_jax.decoding.step import for_execution
 from nemotron_jax.decoding.store import Decoded, DecodeRows, FlatModel, PrefillRows, Store
 from nemotron_jax.decoding.wanted import MOST_TOP
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import MESH_AXES, current_mesh, replicated
+from nemotron_jax.model.parameters import laid_out, mesh_of, own_mesh
+from nemotron_jax.sharding import on_mesh, replicated
 
 # A table of pages is as wide as the longest row needs, in powers of this: attention reads all of
 # it, and every width compiles a program of each kind.
@@ -30,6 +35,7 @@ _SMALLEST_CONTEXT = 512  # tokens; below that one width does for all
 # Few rows decode in a program of a part of the slots: the last ones of a wave, or one alone.
 _FEW_ROWS = 8  # the part is one in this many
 _MOST_SLOTS_WHOLE = 8  # so many slots are always decoded together
+_TIMED = 3  # times that each kind of call is timed where drafts are to be chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +53,15 @@ class Runner:
     def __init__(
         self, model: Nemotron, config: EngineConfig, execution: Execution, version: int | str
     ) -> None:
-        self._mesh, self._loaded = _mesh_of(model), None
+        self._mesh, self._loaded = mesh_of(model), None
         self.put_model(model, version)
         self._config, self._execution = config, execution
-        self._sizes = Sizes(config.capacity, config.speculative, min(MOST_TOP, self.vocabulary))
+        top = min(MOST_TOP, self.vocabulary)
+        self._sizes = {k: Sizes(config.capacity(k), k, top) for k in config.drafts}
         self._free = Free(model.config.vocab_size)
-        self._decode_widths = self._widths(config.max_length + config.speculative + 1)
+        # Tokens past a row's end that a call may write: a round's, or those that are read at once.
+        self._room = max(config.most_drafts + 1, config.rounds if len(config.drafts) > 1 else 0)
+        self._decode_widths = self._widths(config.max_length + self._room)
         slots = config.slots
         few = [max(slots // _FEW_ROWS, 1)] if slots > _MOST_SLOTS_WHOLE else []
         self._decode_rows = [*few, slots]
@@ -60,6 +69,7 @@ class Runner:
             shape: self._widths(config.max_length + shape[1]) for shape in config.prefill_shapes
         }
         self.renew()
+        self._programs = programs if self._mesh is None else Pinned.of(self._store)
         self._compile()
 
     @property
@@ -76,6 +86,13 @@ class Runner:
     def version(self) -> int | str:
         """What its tokens bear."""
         return self._loaded.version
+
+    def prepared(self, model: Nemotron) -> Nemotron:
+        """The model as it runs here; it may be spread over other devices, as one in training is."""
+        with on_mesh(own_mesh(model) or self._mesh):
+            model = for_execution(model, self._execution)
+        with self._on_mesh():
+            return laid_out(model)
 
     def put_model(self, model: Nemotron, version: int | str) -> None:
         """Run this model from now on, where the first one lies; one of another shape would compile
@@ -109,17 +126,21 @@ class Runner:
         hidden = self._prefill(told)
         return lengths, hidden
 
-    def decode(self, slots: Sequence[Slot], rounds: int) -> tuple[Decoded, list[int]]:
-        """Decode for these slots, at most `rounds` rounds, while the others rest: what was given,
-        on the host, and each slot's row in it."""
-        grown = rounds * (self._config.speculative + 1)
+    def rows_for(self, slots: int) -> int:
+        """Rows of the program that decodes for so many slots."""
+        return next(rows for rows in self._decode_rows if rows >= slots)
+
+    def decode(self, slots: Sequence[Slot], rounds: int, drafts: int) -> tuple[Decoded, list[int]]:
+        """Decode for these slots, at most `rounds` rounds of so many drafts, while the others rest:
+        what was given, on the host, and each slot's row in it."""
+        grown = rounds * (drafts + 1)
         longest = max(slot.length + min(grown, slot.left - 1) for slot in slots)
-        width = self._width(longest + self._config.speculative + 1, self._decode_widths)
-        count = next(rows for rows in self._decode_rows if rows >= len(slots))
+        width = self._width(longest + self._room, self._decode_widths)
+        count = self.rows_for(len(slots))
         every = count == self._config.slots
         rows = [slot.number if every else row for row, slot in enumerate(slots)]
         told = self._told(slots, rows, (count, width))
-        found = self._decode(told, rounds)
+        found = self._decode(told, rounds, drafts)
         if not any(slot.job.request.wanted.top_logprobs for slot in slots):
             # They lie on the device as nothing; bringing them would take as long as all the rest.
             none = dict.fromkeys(("top_tokens", "top_logprobs"))
@@ -148,7 +169,7 @@ class Runner:
 
     def _prefill(self, rows: PrefillRows) -> Float[Array, "B T D"]:
         with self._on_mesh():
-            store, hidden = programs.prefill(
+            store, hidden = self._programs.prefill(
                 self._loaded.weights, self._without_snapshots(), rows, execution=self._execution
             )
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
@@ -159,14 +180,14 @@ class Runner:
         come back laid out by another name, for which the next one would be compiled again."""
         return dataclasses.replace(self._store, snapshots=None)
 
-    def _decode(self, rows: DecodeRows, rounds: int) -> Decoded:
+    def _decode(self, rows: DecodeRows, rounds: int, drafts: int) -> Decoded:
         with self._on_mesh():
-            store, given = programs.decode(
+            store, given = self._programs.decode(
                 self._loaded.weights,
                 self._without_snapshots(),
                 rows,
                 np.int32(rounds),
-                sizes=self._sizes,
+                sizes=self._sizes[drafts],
                 execution=self._execution,
             )
         self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
@@ -174,16 +195,16 @@ class Runner:
 
     def _save(self, *places: int) -> None:
         with self._on_mesh():
-            self._store = programs.save_snapshot(self._store, *map(_int, places))
+            self._store = self._programs.save_snapshot(self._store, *map(_int, places))
 
     def _load(self, *places: int) -> None:
         with self._on_mesh():
-            self._store = programs.load_snapshot(self._store, *map(_int, places))
+            self._store = self._programs.load_snapshot(self._store, *map(_int, places))
 
     def _on_mesh(self) -> AbstractContextManager:
         """Every call on the mesh that the engine was made on: on another a program is compiled
         anew."""
-        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        return on_mesh(self._mesh)
 
     def _told(
         self, slots: Sequence[Slot], rows: Sequence[int], shape: tuple[int, int]
@@ -221,9 +242,48 @@ class Runner:
                 hidden = self._prefill(told)
             self.score(hidden, tokens)
         for width, rows in itertools.product(self._decode_widths, self._decode_rows):
-            self._decode(self._told([], [], (rows, width)), 0)
+            for drafts in self._sizes:
+                self._decode(self._told([], [], (rows, width)), 0, drafts)
         self._save(0, 0)
         self._load(0, 0, 0, 0)
+
+    def costs(self) -> dict[int, Costs]:
+        """What drafts and verifications take beside a plain round, by rows of a decode program;
+        timed on slots that nothing runs in, each kind in turn, the shortest of a few times."""
+        return {rows: self._costs_of(rows) for rows in self._decode_rows}
+
+    def _costs_of(self, rows: int) -> Costs:
+        told = self._told([], [], (rows, self._decode_widths[0]))
+        most = np.full(rows, max(size.capacity for size in self._sizes.values()), np.int32)
+        asked = dataclasses.replace(told.asked, limit=most)
+        told = dataclasses.replace(told, active=np.ones(rows, bool), asked=asked)
+        rounds, kinds = self._config.rounds, [*self._sizes, "draft"]
+        self._draft(told)  # compiled here
+        turns = ((kind, self._seconds(told, kind)) for _ in range(_TIMED) for kind in kinds)
+        found = fastest(turns)
+        draft_seconds = found.pop("draft") / self._config.most_drafts
+        return costs_of({k: found[k] / rounds for k in self._sizes}, draft_seconds)
+
+    def _seconds(self, rows: DecodeRows, kind: int | str) -> float:
+        """How long a call takes: all rounds of so many drafts, or a round's drafts alone."""
+        begin = time.perf_counter()
+        if kind == "draft":
+            jax.block_until_ready(self._draft(rows))
+        else:
+            jax.block_until_ready(self._decode(rows, self._config.rounds, kind).count)
+        return time.perf_counter() - begin
+
+    def _draft(self, rows: DecodeRows) -> Int[Array, "B k"]:
+        with self._on_mesh():
+            store, tokens = self._programs.draft_alone(
+                self._loaded.weights,
+                self._without_snapshots(),
+                rows,
+                count=self._config.most_drafts,
+                execution=self._execution,
+            )
+        self._store = dataclasses.replace(store, snapshots=self._store.snapshots)
+        return tokens
 
     def _widths(self, tokens: int) -> list[int]:
         """Table widths in pages, of which the widest holds so many tokens."""
@@ -236,21 +296,6 @@ class Runner:
 
     def _width(self, tokens: int, widths: Sequence[int]) -> int:
         return next(width for width in widths if width * self._config.page_tokens >= tokens)
-
-
-def programs_compiled() -> int:
-    """Programs of all engines of this process."""
-    each = (programs.prefill, programs.decode, programs.score)
-    each += (programs.save_snapshot, programs.load_snapshot)
-    return sum(program._cache_size() for program in each)
-
-
-def _mesh_of(model: Nemotron) -> Mesh | None:
-    """The mesh that is set, or else the one that the model is spread over, if it is of our axes."""
-    place = getattr(model.embedding[...], "sharding", None)
-    if current_mesh() is None and isinstance(place, NamedSharding):
-        return place.mesh if place.mesh.axis_names == MESH_AXES else None
-    return current_mesh()
 
 
 def _placed(model: Nemotron, like: Nemotron | None, mesh: Mesh | None) -> Nemotron:

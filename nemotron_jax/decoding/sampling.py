@@ -1,12 +1,14 @@
 """From logits to a token: the distribution that is sampled, and drawing from it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from nemotron_jax.sharding import parts
 
 _LARGEST = np.iinfo(np.int32).max
 # The smallest normal float32: a CPU takes smaller ones for 0, and logits over 0 are no numbers.
@@ -133,6 +135,8 @@ def keep_likely(
     A token that crosses top_p is kept, so one always remains; equal logits stay or go together.
     """
     vocabulary = logits.shape[-1]
+    if parts("vocabulary", vocabulary) > 1:
+        return _keep_likely_of_parts(logits, top_k, top_p)
     ordered = -jnp.sort(-logits, axis=-1)
     rank = jnp.arange(vocabulary)
     allowed = jnp.where(top_k > 0, top_k, vocabulary)
@@ -143,3 +147,46 @@ def keep_likely(
     kept = (rank < allowed) & inside
     threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def _keep_likely_of_parts(
+    logits: Float[Array, "*B V"],
+    top_k: Int[Array, "*B 1"] | int,
+    top_p: Float[Array, "*B 1"] | float,
+) -> Float[Array, "*B V"]:
+    """`keep_likely` of a vocabulary that devices share: they exchange counts and sums of rows, and
+    no logits, as an order of all of them would need.
+
+    A token is kept where the tokens above it are fewer than k, and hold less than top_p.
+    """
+    order = _in_order(logits)
+    count = lambda least: jnp.sum(order > least, axis=-1, keepdims=True)
+    allowed = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    kept = jnp.where(order >= _least(lambda at: count(at) < allowed, order), logits, -jnp.inf)
+    probability = jax.nn.softmax(kept, axis=-1)
+    above = lambda at: jnp.sum(jnp.where(order > at, probability, 0), axis=-1, keepdims=True)
+    least = _least(lambda at: (above(at) < top_p) | (top_p >= 1), order)
+    is_best = order == jnp.max(order, axis=-1, keepdims=True)
+    return jnp.where((order >= least) | is_best, kept, -jnp.inf)
+
+
+def _in_order(x: Float[Array, "*B V"]) -> Int[Array, "*B V"]:
+    """int32 in the order of floats: those of negative numbers count down."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0 is 0
+    return jnp.where(bits < 0, bits ^ _LARGEST, bits)
+
+
+def _least(holds: Callable[[Array], Array], order: Int[Array, "*B V"]) -> Int[Array, "*B 1"]:
+    """The least int32 of each row for which `holds` does; it holds for all that are larger.
+
+    By halves: what is known is that it holds at `high`, and not below `low`.
+    """
+
+    def half(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down; no sum overflows
+        found = holds(middle)
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    fill = lambda value: jnp.full((*order.shape[:-1], 1), value, jnp.int32)
+    return jax.lax.fori_loop(0, 32, half, (fill(-_LARGEST - 1), fill(_LARGEST)))[1]

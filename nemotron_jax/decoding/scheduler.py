@@ -198,7 +198,8 @@ class Scheduler:
         return None
 
     def next_chunk(self, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], list[Slot]]:
-        """The shape (rows, tokens) that reads most of the waiting prompts, and the slots it is for.
+        """The shape (rows, tokens) that reads most of the waiting prompts, and the slots it is for;
+        one that they fill by less than half only where none is filled better.
 
         They go to the end of the line, so that a long prompt lets others pass between its chunks.
         """
@@ -207,7 +208,11 @@ class Scheduler:
             slots = list(self._reading)[: shape[0]]
             return sum(min(len(slot.prompt) - slot.length, shape[1]) for slot in slots)
 
-        shape = max(shapes, key=lambda shape: (useful(shape), -shape[0] * shape[1]))
+        def worth(shape: tuple[int, int]) -> tuple[float, int, int]:
+            size, read = shape[0] * shape[1], useful(shape)
+            return min(2 * read / size, 1.0), read, -size
+
+        shape = max(shapes, key=worth)
         count = min(shape[0], len(self._reading))
         return shape, [self._reading.popleft() for _ in range(count)]
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.decoding.rules import Rules, forced, shaped
 from nemotron_jax.decoding.sampling import distribution, draw, sample
-from nemotron_jax.decoding.step import commit, decode_step, verify_step
+from nemotron_jax.decoding.step import commit, feed_token, verify_step
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
 
@@ -36,16 +36,18 @@ class Acceptance:
     mean_length: float  # tokens that one verification gave, the model's own counted
 
     @classmethod
-    def of_places(cls, counts: Int[np.ndarray, "places"]) -> "Acceptance":
-        """From how many tokens were given at each place, as `place_of` numbers them."""
-        drafts = counts[1:-2:2]
-        verifications = int(counts[0] + counts[1])
-        times = max(verifications, 1)
+    def of_places(cls, counts: Int[np.ndarray, "k+1 places"]) -> "Acceptance":
+        """From how many tokens were given at each place, as `place_of` numbers them, in rounds of
+        0 to k drafts."""
+        counts = counts[1:]  # those of rounds with drafts
+        drafts, verifications = counts[:, 1:-2:2].sum(axis=0), counts[:, 0] + counts[:, 1]
+        times = np.cumsum(verifications[::-1])[::-1]  # of rounds with a draft at each place
+        verified = int(times[0]) if len(times) else 0
         return cls(
-            drafted=verifications * len(drafts),
+            drafted=int(times.sum()),
             accepted=int(drafts.sum()),
-            by_position=tuple(float(count) / times for count in drafts),
-            mean_length=float(counts.sum()) / times if verifications else 1.0,
+            by_position=tuple((drafts / np.maximum(times, 1)).tolist()),
+            mean_length=float(counts.sum()) / verified if verified else 1.0,
         )
 
 
@@ -55,9 +57,15 @@ def place_of(number: Int[Array, "k+1"], accepted: Int[Array, "B 1"]) -> Int[Arra
     return 2 * number + (number < accepted)
 
 
-def count_places(places: Int[np.ndarray, "*N"], speculative: int) -> Int[np.ndarray, "places"]:
-    """How many tokens there are of each place; -1 is of no round and not counted."""
-    return np.bincount(places[places >= 0], minlength=2 * (speculative + 1))
+def count_places(
+    places: Int[np.ndarray, "*N"], drafts: int, most: int | None = None
+) -> Int[np.ndarray, "k+1 places"]:
+    """How many tokens there are of each place, of rounds of so many drafts, in a table of `most`
+    drafts (None: of no more than these); -1 is of no round and not counted."""
+    most = drafts if most is None else most
+    counts = np.zeros((most + 1, 2 * (most + 1)), np.int64)
+    counts[drafts] = np.bincount(places[places >= 0], minlength=counts.shape[1])
+    return counts
 
 
 @jax.tree_util.register_dataclass
@@ -91,9 +99,9 @@ class Given:
 class Round:
     """What one round gave: the first `accepted` + 1 tokens of each row count."""
 
-    cache: Cache  # with the state after each of the tokens that were fed; at rest without drafts
+    cache: Cache  # of which any number of the fed tokens can be kept; at rest without drafts
     fed: Int[Array, "B k+1"]  # the newest token and the drafts
-    hidden: Float[Array, "B k+1 D"] | None  # None without drafts
+    hidden: Float[Array, "B k+1 D"]
     given: Given  # those that follow: accepted drafts, then the model's own
     accepted: Int[Array, "B"]
 
@@ -218,8 +226,8 @@ def run_round(
     position = at.cache.length + 1  # the newest token stands before it
     number = at.given[:, None] + jnp.arange(count + 1)
     if count == 0:
-        cache, logits = decode_step(model, at.cache, at.token, execution=execution)
-        fed, hidden, logits = at.token[:, None], None, logits[:, None]
+        cache, hidden = feed_token(model, at.cache, at.token, execution=execution)
+        fed, logits = at.token[:, None], model.logits(hidden, execution=execution)
         likely = shaped(logits, rules, number)
         keys = keys_at(rules.row_keys, position, DRAW)
         tokens = sample(likely[:, 0], keys, rules.sampling)[:, None]
@@ -287,7 +295,7 @@ def finish_round(
 
     After drafts, rows that are not active keep their length; a single token is added to all.
     """
-    if round.hidden is None:
+    if round.fed.shape[1] == 1:
         return round.cache
     count = jnp.where(active, round.accepted + 1, 0)
     return commit(model, round.cache, round.hidden, round.fed, count, execution=execution)

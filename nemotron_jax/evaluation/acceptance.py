@@ -1,249 +1,225 @@
-"""What the model's own drafts are worth: how many stand, and what a round of them costs."""
+"""What the model's own drafts are worth: how many stand, by kind of text and number of drafts.
+
+What they cost is measured by suite `speed`.
+"""
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from nemotron_jax.config.checks import at_least_one, check, is_integer, not_negative
+from nemotron_jax.config.engine import MOST_DRAFTS
 from nemotron_jax.data.corpus import Corpus
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
-from nemotron_jax.decoding.generate import generate
-from nemotron_jax.decoding.reading import prefill
+from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.decoding.lockstep import Lockstep
 from nemotron_jax.decoding.request import Request
-from nemotron_jax.decoding.rules import Asked, Free, Rules
-from nemotron_jax.decoding.sampling import sample
-from nemotron_jax.decoding.speculative import Standing, accept, finish_round, run_round
-from nemotron_jax.decoding.step import (
-    commit,
-    decode_step,
-    for_decoding,
-    verify_step,
-)
 from nemotron_jax.decoding.wanted import Wanted
-from nemotron_jax.evaluation.evaluator import Plot, Result, Subject, Table
-from nemotron_jax.model.cache import Cache
+from nemotron_jax.evaluation.context import Context
+from nemotron_jax.evaluation.statistics import value_over
+from nemotron_jax.evaluation.subject import Subject
+from nemotron_jax.evaluation.suite import Plot, Result, Suite, Table, Value
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.types import Batch
 
-COLUMNS = ("rows", "k", "AL", "tokens/s", "speed-up", "predicted", "draft cost", "verify cost")
+COLUMNS = ("text", "k", "mean length", "low", "high", "drafts accepted", "verifications")
+PROMPT_TOKENS = 64  # of held-out text
+TEACHER_ROWS = 32  # of held-out text, at most: a mean over thousands of places
+HELD_OUT, COPY = "held_out", "copy"
+# Beginnings that a model of any tokenizer can go on with, by what is asked of it. SPEED-Bench's own
+# texts may not be shipped; its categories are of these kinds.
+TEXTS: Mapping[str, tuple[str, ...]] = {
+    "code": (
+        "def quicksort(items):\n    if len(items) < 2:\n        return items\n    pivot =",
+        "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self,",
+        "import json\n\ndef read(path):\n    with open(path) as file:\n",
+        "for name, value in sorted(table.items()):\n    print(",
+    ),
+    "prose": (
+        "The old lighthouse had stood on the cliff for a hundred years, and",
+        "In the morning the market was full of people, and the first thing that",
+        "Dear Sir or Madam, I am writing to you because",
+        "The history of the steam engine begins with",
+    ),
+    "numbers": (
+        "1, 2, 3, 4, 5, 6, 7, 8,",
+        "2 + 2 = 4\n3 + 3 = 6\n4 + 4 = 8\n5 + 5 =",
+        "The sum of the first ten even numbers is",
+        "x = 3\ny = 4\nx * y =",
+    ),
+    "structured": (
+        '{"name": "Ada", "age": 36, "languages": ["',
+        "<ul>\n  <li>first</li>\n  <li>",
+        "name,age,city\nAda,36,London\nAlan,41,",
+        "# Title\n\n## First part\n\n- one\n- two\n- ",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """Seconds of one plain step of all rows, of one round, and of a round's verification."""
+class Options:
+    """Numbers of drafts `k`, `prompts` of each kind of text, `new_tokens` of each; `temperature` 0
+    is greedy, which repeats itself in small models and flatters drafts."""
 
-    step: float
-    round: float
-    verify: float
-    drafts: int
-
-    @property
-    def draft(self) -> float:
-        """Of one draft, in plain steps."""
-        return (self.round - self.verify) / self.drafts / self.step
-
-    @property
-    def verification(self) -> float:
-        """Of verifying all drafts and the token before them, in plain steps."""
-        return self.verify / self.step
-
-    def speed_up(self, mean_length: float) -> float:
-        """Over plain decoding, when a round gives `mean_length` tokens."""
-        return mean_length * self.step / self.round
-
-
-@dataclasses.dataclass(frozen=True)
-class Acceptance:
-    """Drafts on held-out text: teacher-forced, sampled at temperature 1, and greedy.
-
-    Teacher-forced, the draft of depth d at each place stands with probability sum(min(p, q)) of
-    what model and draft give the same next token; the acceptance length of k drafts is
-    1 + sum over d <= k of the mean product of the first d. Greedy text repeats itself in small
-    models and flatters drafts, so the share of 4-grams that came before stands beside it.
-    """
-
-    corpus: Corpus
-    batches: tuple[Batch, ...]
-    drafts: tuple[int, ...] = (1, 2, 3, 5, 7)
-    batch_sizes: tuple[int, ...] = (1, 8)
+    k: tuple[int, ...] = (1, 3, 5)
     prompts: int = 16
-    prompt_tokens: int = 64
+    temperature: float = 1.0
     new_tokens: int = 128
-    repetitions: int = 3
-    seed: int = 0
-    name: str = "acceptance"
 
-    def run(self, model: Nemotron) -> Result:
-        """Values `al_*_k` by k, `speed_up_*`, `draft_cost` and `verify_4_cost` of one row."""
-        if model.mtp_block is None:
-            raise ValueError("suite 'acceptance': this model has no MTP block to draft with")
-        overlaps = self.teacher_forced(model)
-        model = for_decoding(model)
-        lengths = {k: acceptance_length(overlaps[:, :k]) for k in self.drafts}
-        values = {f"al_teacher_forced_{k}": length for k, length in lengths.items()}
-        sampled, greedy = self._generated(model)
-        for name, rows in (("sampled", sampled), ("greedy", greedy)):
-            values |= {f"al_{name}_{k}": found.mean_length for k, (found, _) in rows.items()}
-        values["repeated_4_grams_greedy"] = greedy[self.drafts[0]][1]
-        values["repeated_4_grams_sampled"] = sampled[self.drafts[0]][1]
-        speeds = [self._speed(model, rows, sampled) for rows in self.batch_sizes]
-        for row in (row for table in speeds for row in table):
-            values[f"speed_up_{row[0]}_rows_{row[1]}"] = row[4]
-            values[f"predicted_speed_up_{row[0]}_rows_{row[1]}"] = row[5]
-            values[f"draft_cost_{row[0]}_rows_{row[1]}"] = row[6]
-            values[f"verify_cost_{row[0]}_rows_{row[1] + 1}_tokens"] = row[7]
-        by_position = _by_position(overlaps, sampled, greedy)
-        return Result(
-            values=values,
-            n=len(overlaps),
-            counted="places of held-out text",
-            tables=(
-                by_position,
-                Table("Speed by rows and drafts", COLUMNS, tuple(r for t in speeds for r in t)),
-            ),
-            plots=(_plot(lengths, sampled, greedy),),
+    def __post_init__(self) -> None:
+        if is_integer(self.k):
+            object.__setattr__(self, "k", (self.k,))
+        ok = bool(self.k) and all(is_integer(k) and 1 <= k <= MOST_DRAFTS for k in self.k)
+        check(self, "k", ok, f"must be numbers from 1 to {MOST_DRAFTS}, as in (1,3)")
+        at_least_one(self, "prompts", "new_tokens")
+        not_negative(self, "temperature")
+
+
+def measure(context: Context, options: Options) -> Result:
+    """Mean length: tokens that a verification gives, the model's own counted; prompts are the
+    independent things.
+
+    Teacher-forced, the draft of depth d at each place of held-out text stands with probability
+    sum(min(p, q)) of what model and draft give the same next token; the mean length of k drafts is
+    1 + sum over d <= k of the mean product of the first d.
+    """
+    context.subject.require_mtp()
+    prompts = prompts_of(context.subject, options.prompts)
+    found = {}
+    for number, k in enumerate(options.k):
+        context.progress.at(number, len(options.k), "numbers of drafts")
+        found[k] = drafted(context, prompts, k, options)
+    values, rows = {}, []
+    for k, requests in found.items():
+        values[f"mean_length_{k}"] = length_of([r for part in requests.values() for r in part])
+        for name, part in requests.items():
+            value = values[f"mean_length_{k}/{name}"] = length_of(part)
+            accepted = sum(request.accepted_drafts for request in part)
+            verified = sum(request.verifications for request in part)
+            low, high = value.interval or (None, None)
+            rate = accepted / (k * max(verified, 1))
+            rows.append((name, k, value.mean, low, high, rate, verified))
+    total = sum(row[-1] for row in rows)
+    values["verifications"] = Value(total, better="", unit="verifications")
+    tables = [Table("By kind of text and drafts", COLUMNS, tuple(rows)), _by_position(found)]
+    curves = {name: [] for name in prompts}
+    for name, k, *numbers in rows:
+        curves[name].append((k, *numbers[:3]))
+    if context.subject.config is not None:
+        batches = _teacher_batches(context.subject)
+        deepest = max(options.k)
+        overlaps = teacher_forced(context.model, batches, deepest)
+        forced = [(k, acceptance_length(overlaps[:, :k])) for k in range(1, deepest + 1)]
+        curves["teacher-forced"] = forced
+        values |= {
+            f"teacher_forced_{k}": Value(v, n=len(overlaps), unit="tokens") for k, v in forced
+        }
+    return Result(
+        values,
+        tables=tuple(tables),
+        plots=(_plot(curves),),
+        headline=(f"mean_length_{max(options.k)}",),
+    )
+
+
+def length_of(requests: Sequence[Request]) -> Value:
+    """Tokens a verification gave, with prompts as the independent things; 1 is plain decoding."""
+    items = {
+        f"prompt_{hash_of(request.prompt)}": (
+            float(request.verifications + request.accepted_drafts),
+            float(request.verifications),
         )
-
-    def teacher_forced(self, model: Nemotron) -> Float[np.ndarray, "N k"]:
-        """By place and depth, the chance that a draft stands where all that follows is the text."""
-        deepest = max(self.drafts)
-        found = [np.asarray(_overlaps(model, batch, deepest)) for batch in self.batches]
-        whole = [_whole(np.asarray(batch.segment_ids), deepest) for batch in self.batches]
-        kept = [overlap[mask] for overlap, mask in zip(found, whole, strict=True)]
-        return np.concatenate(kept)
-
-    def _generated(self, model: Nemotron) -> tuple[dict, dict]:
-        """By k, acceptance and the share of repeated 4-grams: sampled, and greedy."""
-        prompts = self._prompts(self.prompts)
-        found: tuple[dict, dict] = ({}, {})
-        for table, temperature in zip(found, (1.0, 0.0), strict=True):
-            for k in self.drafts:
-                options = {"temperature": temperature, "speculative": k, "seed": self.seed}
-                result = generate(model, prompts, self.new_tokens, **options)
-                table[k] = (result.acceptance, repeated(result.tokens, 4))
-        return found
-
-    def _speed(self, model: Nemotron, rows: int, sampled: dict) -> list[tuple]:
-        """A line for each k: sampled tokens a second, beside plain decoding of the same rows."""
-        prompts = self._prompts(rows)
-        measure = functools.partial(self._tokens_per_second, model, prompts)
-        lines = []
-        for k in self.drafts:
-            # Side by side, so that both meet the same state of a shared machine.
-            rounds = [(measure(0), measure(k)) for _ in range(self.repetitions)]
-            plain, (speed, length) = max(a[0] for a, _ in rounds), max(b for _, b in rounds)
-            costs = measure_costs(model, prompts, k, repetitions=self.repetitions)
-            line = (rows, k, length, speed, speed / plain, costs.speed_up(length))
-            lines.append((*line, costs.draft, costs.verification))
-        return lines
-
-    def _tokens_per_second(
-        self, model: Nemotron, prompts: list[list[int]], k: int
-    ) -> tuple[float, float]:
-        """Of a loop that is compiled already, the prompt's prefill taken off; and the AL."""
-        options = {"temperature": 1.0, "seed": self.seed, "speculative": k}
-        generate(model, prompts, self.new_tokens, **options)  # compiles
-        seconds = []
-        for tokens in (1, self.new_tokens):
-            start = time.perf_counter()
-            result = generate(model, prompts, tokens, **options)
-            seconds.append(time.perf_counter() - start)
-        length = result.acceptance.mean_length if k else 1.0
-        return len(prompts) * (self.new_tokens - 1) / (seconds[1] - seconds[0]), length
-
-    def _prompts(self, count: int) -> list[list[int]]:
-        rows = np.concatenate([np.asarray(batch.tokens) for batch in self.batches])
-        segments = np.concatenate([np.asarray(batch.segment_ids) for batch in self.batches])
-        length = min(self.prompt_tokens, rows.shape[1])
-        alone = np.flatnonzero(segments[:, 0] == segments[:, length - 1])
-        if not len(alone):
-            raise ValueError(
-                f"suite 'acceptance': no held-out row begins with {length} tokens of one document; "
-                "give more held-out text or a smaller prompt_tokens"
-            )
-        return [rows[alone[n % len(alone)], :length].tolist() for n in range(count)]
+        for request in requests
+        if request.verifications
+    }
+    return value_over(items, unit="tokens", chance=1.0)
 
 
-def make(subject: Subject) -> Acceptance:
-    """The suite on the subject's held-out text."""
-    config = subject.require_config("acceptance")
-    rows = min(held_out_row_count(subject.corpus, config.data), 32)
-    batches = tuple(held_out_batches(subject.corpus, config.data, 0, rows))
-    return Acceptance(subject.corpus, batches, seed=subject.seed)
+def hash_of(prompt: Sequence[int]) -> str:
+    """A name of a prompt that is the same everywhere."""
+    return format(functools.reduce(lambda h, t: (h * 1_000_003 + t + 1) % 2**48, prompt, 7), "012x")
+
+
+def drafted(
+    context: Context, prompts: Mapping[str, Sequence[tuple[int, ...]]], k: int, options: Options
+) -> dict[str, list[Request]]:
+    """Finished requests of each kind of text, drafted k tokens a round."""
+    lockstep = Lockstep(context.model, context.execution, speculative=k)
+    wanted = Wanted(options.new_tokens, temperature=options.temperature, seed=context.seed)
+    seeded = lambda n: dataclasses.replace(wanted, seed=(context.seed + n) % 2**32)
+    found = {
+        name: [lockstep.submit(prompt, seeded(n))[0] for n, prompt in enumerate(part)]
+        for name, part in prompts.items()
+    }
+    lockstep.run()
+    return found
+
+
+def prompts_of(subject: Subject, count: int) -> dict[str, list[tuple[int, ...]]]:
+    """So many different prompts of each kind of text, as tokens; those of held-out text where the
+    subject has some."""
+    tokenizer = subject.tokenizer
+    found = {name: _varied(tokenizer, texts, count) for name, texts in TEXTS.items()}
+    if subject.config is not None:
+        passages = _passages(subject.corpus, 2 * count)
+        found[HELD_OUT] = passages[:count]
+        again = lambda passage: (*passage, *passage[: len(passage) // 4])
+        found[COPY] = [again(passage) for passage in passages[-count:]]
+    return found
+
+
+def _varied(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[tuple[int, ...]]:
+    """The texts, and again after each other's, until there are enough."""
+    whole = [texts[n % len(texts)] if n < len(texts) else _joined(texts, n) for n in range(count)]
+    return [tuple(ids) for ids in tokenizer.encode_batch(whole)]
+
+
+def _joined(texts: Sequence[str], number: int) -> str:
+    """Two texts after a number of their own, so that no prompt comes twice."""
+    first = texts[(number // len(texts)) % len(texts)]
+    return f"{number}\n{first}\n\n{texts[number % len(texts)]}"
+
+
+def _passages(corpus: Corpus, count: int) -> list[tuple[int, ...]]:
+    """Beginnings of held-out documents, and further on where there are few of them."""
+    held_out, size = corpus.held_out, PROMPT_TOKENS
+    starts = [
+        int(start) + offset
+        for offset in range(0, 16 * size, size)
+        for start, end in zip(held_out.offsets[:-1], held_out.offsets[1:], strict=True)
+        if start + offset + size <= end
+    ]
+    if len(starts) < count:
+        raise ValueError(
+            f"suite 'acceptance': the held-out text has {len(starts)} passages of {size} tokens "
+            f"and {count} are needed; give more text, or fewer prompts"
+        )
+    return [tuple(held_out.tokens[at : at + size].tolist()) for at in starts[:count]]
+
+
+def _teacher_batches(subject: Subject) -> list[Batch]:
+    data = subject.config.data
+    rows = min(held_out_row_count(subject.corpus, data), TEACHER_ROWS)
+    return list(held_out_batches(subject.corpus, data, 0, rows))
+
+
+def teacher_forced(
+    model: Nemotron, batches: Sequence[Batch], deepest: int
+) -> Float[np.ndarray, "N k"]:
+    """By place and depth, the chance that a draft stands where all that follows is the text."""
+    found = [np.asarray(_overlaps(model, batch, deepest)) for batch in batches]
+    whole = [_whole(np.asarray(batch.segment_ids), deepest) for batch in batches]
+    return np.concatenate([o[mask] for o, mask in zip(found, whole, strict=True)])
 
 
 def acceptance_length(overlaps: Float[np.ndarray, "N k"]) -> float:
     """Tokens that a verification gives on average, the model's own counted."""
     return 1 + float(np.cumprod(overlaps, axis=1).mean(axis=0).sum())
-
-
-def repeated(tokens: Int[np.ndarray, "B N"], length: int) -> float:
-    """Share of the n-grams of each row that stand earlier in the row."""
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, length, axis=1)
-    distinct = sum(len({tuple(gram) for gram in row.tolist()}) for row in grams)
-    return 1 - distinct / (grams.shape[0] * grams.shape[1])
-
-
-def measure_costs(
-    model: Nemotron,
-    prompts: Sequence[Sequence[int]],
-    k: int,
-    *,
-    repetitions: int = 3,
-    rounds: int = 24,
-) -> Costs:
-    """What sampled decoding at temperature 1 spends, each kind of work in a loop of its own.
-
-    Every round keeps one token, so that caches grow alike whatever the model accepts.
-    """
-    drawn = Wanted(max_new_tokens=1, temperature=1.0)
-    requests = {n: Request(tuple(row), drawn, n, lambda: False) for n, row in enumerate(prompts)}
-    asked = Asked.of(requests, len(prompts), Free(model.config.vocab_size))
-    rules, never = Rules.create(asked, model.config.pad_token), jnp.zeros(len(prompts), bool)
-
-    def plain(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
-        cache, logits = decode_step(model, cache, token)
-        return cache, sample(logits, rules.row_keys, rules.sampling)
-
-    def whole(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
-        round = run_round(model, Standing(cache, token, 0 * token, never), k, rules)
-        kept = dataclasses.replace(round, accepted=0 * round.accepted)
-        return finish_round(model, kept, round.accepted >= 0), round.given.tokens[:, 0]
-
-    def verified(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
-        fed = (token[:, None] + jnp.arange(k + 1)) % model.config.vocab_size
-        checked, hidden, logits = verify_step(model, cache, fed)
-        accepted, own = accept(logits, fed[:, 1:], logits[:, :k], cache.length, rules)
-        return commit(model, checked, hidden, fed, jnp.minimum(accepted, 0) + 1), own
-
-    works = {"step": plain, "round": whole, "verify": verified}
-    caches = {
-        name: prefill(model, prompts, rounds + k + 2, mtp=name != "step")[0] for name in works
-    }
-    token = jnp.zeros(len(prompts), jnp.int32)
-    loops = {name: _loop(work, rounds) for name, work in works.items()}
-    best = dict.fromkeys(works, float("inf"))
-    for repetition in range(repetitions + 1):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            jax.block_until_ready(loop(model, caches[name], token))
-            if repetition:  # the first compiles
-                best[name] = min(best[name], (time.perf_counter() - start) / rounds)
-    return Costs(**best, drafts=k)
-
-
-def _loop(work: Callable, rounds: int) -> Callable:
-    @jax.jit
-    def run(model: Nemotron, cache: Cache, token: Array) -> tuple[Cache, Array]:
-        step = lambda _, carry: work(model, *carry)
-        return jax.lax.fori_loop(0, rounds, step, (cache, token))
-
-    return run
 
 
 @functools.partial(jax.jit, static_argnames="deepest")
@@ -266,38 +242,39 @@ def _whole(segments: Int[np.ndarray, "B T"], deepest: int) -> np.ndarray:
     return (segments > 0) & (later == segments)
 
 
-def _by_position(overlaps: np.ndarray, sampled: dict, greedy: dict) -> Table:
-    deepest = max(sampled)
-    columns = zip(
-        range(1, deepest + 1),
-        overlaps.mean(axis=0).tolist(),
-        _conditional(sampled[deepest][0].by_position),
-        _conditional(greedy[deepest][0].by_position),
-        strict=True,
-    )
-    return Table(
-        f"Chance that a draft stands when those before it did, k = {deepest}",
-        ("position", "teacher-forced", "sampled", "greedy"),
-        tuple(columns),
-    )
+def _by_position(found: Mapping[int, Mapping[str, Sequence[Request]]]) -> Table:
+    """The chance that a draft stands when those before it did."""
+    rows = []
+    for k, requests in found.items():
+        places = [p for part in requests.values() for r in part for p in r.places]
+        counts = np.bincount([p for p in places if p >= 0], minlength=2 * (k + 1))
+        accepted = [int(counts[0] + counts[1]), *(int(c) for c in counts[1 : 2 * k : 2])]
+        rows += [(k, n, accepted[n] / max(accepted[n - 1], 1)) for n in range(1, k + 1)]
+    title = "Chance that a draft is accepted when those before it were"
+    return Table(title, ("k", "position", "chance"), tuple(rows))
 
 
-def _conditional(by_position: Sequence[float]) -> list[float]:
-    before = (1.0, *by_position[:-1])
-    return [rate / max(last, 1e-9) for rate, last in zip(by_position, before, strict=True)]
-
-
-def _plot(lengths: dict, sampled: dict, greedy: dict) -> Plot:
-    curve = lambda found: tuple((k, found[k][0].mean_length) for k in found)
+def _plot(curves: Mapping[str, Sequence[tuple]]) -> Plot:
     return Plot(
         name="acceptance_length",
         title="Tokens that one verification gives",
         x_label="drafts k",
         y_label="tokens",
-        curves={
-            "teacher-forced": tuple(lengths.items()),
-            "sampled": curve(sampled),
-            "greedy": curve(greedy),
-        },
+        curves=curves,
         baselines={"plain decoding": 1.0},
     )
+
+
+def _ready(subject: Subject, options: Options) -> None:
+    subject.require_mtp()
+    prompts_of(subject, options.prompts)
+
+
+SUITE = Suite(
+    name="acceptance",
+    about="how many tokens a verification of the model's own drafts gives",
+    options=Options,
+    measure=measure,
+    ready=_ready,
+    one_process=True,
+)

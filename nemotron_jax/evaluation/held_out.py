@@ -14,6 +14,7 @@ from nemotron_jax.config.run import DataConfig
 from nemotron_jax.data.corpus import Corpus, unigram_entropy
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.sharding import on_every_device
 from nemotron_jax.training.losses import token_nll
 from nemotron_jax.types import Batch
 
@@ -112,4 +113,4 @@ def token_nats(
 def _token_nats(model: Nemotron, batch: Batch, *, chunk: int, execution: Execution) -> Array:
     output = model(batch.tokens, segment_ids=batch.segment_ids, execution=execution)
     nats = token_nll(output.hidden, model.head.matrix(), batch.targets[..., 0], chunk)
-    return jnp.where(batch.weights[..., 0] > 0, nats, 0.0)
+    return on_every_device(jnp.where(batch.weights[..., 0] > 0, nats, 0.0))

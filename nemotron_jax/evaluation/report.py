@@ -1,233 +1,210 @@
 """A report of suites as JSON, Markdown, HTML and images; every file is whole or absent."""
 
-import dataclasses
-import datetime
-import hashlib
-import html
-import importlib.metadata
-import io
-import json
-import math
-import platform
-import shlex
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
+from nemotron_jax.evaluation.document import (
+    Grid,
+    Heading,
+    Part,
+    Picture,
+    Quote,
+    Sentences,
+    markdown,
+    page,
+    shown,
+)
+from nemotron_jax.evaluation.kept import Record, write_json, write_text
+from nemotron_jax.evaluation.plots import draw
+from nemotron_jax.evaluation.transcripts import write_lines
 
-from nemotron_jax.config.convert import to_json
-from nemotron_jax.evaluation.evaluator import Plot, Result, Subject
-from nemotron_jax.files import atomic_writer
-from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import flatten
-from nemotron_jax.run_directory import RunDirectory
-
-FORMAT_VERSION = 1
-LIBRARIES = ("nemotron-jax", "jax", "jaxlib", "flax", "numpy")
-COLOUR = "tab:blue"  # of the evaluated model in every plot
-_HTML_HEAD = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
-table{{border-collapse:collapse;margin:1em 0}}td,th{{border:1px solid #bbb;padding:.2em .6em}}
-td{{text-align:right}}td:first-child{{text-align:left}}img{{max-width:100%}}</style>
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class SuiteRun:
-    """One suite's result and how long it took."""
-
-    result: Result
-    wall_s: float
+FORMAT, FORMAT_VERSION = "nemotron_jax.report", 1
+REPORT, TRANSCRIPTS = "report.json", "transcripts.jsonl"
+VALUE_COLUMNS = ("value", "mean", "low", "high", "n", "unit", "chance", "untrained")
+# What of a value stands in report.json; the rest is kept with the suite's result.
+_OF_VALUE = ("mean", "interval", "n", "unit", "chance", "untrained", "better")
+_OF_SUITE = ("options", "status", "why", "seconds", "cpu_seconds", "values", "counts", "tables")
+_OF_SUITE += ("tables_per_second", "plots", "headline", "says", "kept")
+SAMPLES, SAMPLE_CHARACTERS = 3, 1200  # of each suite, and of each text in one
 
 
-@dataclasses.dataclass(frozen=True)
-class _Section:
-    """A heading, tables and images: what Markdown and HTML have in common."""
-
-    heading: str
-    tables: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]], ...]
-    images: tuple[tuple[str, str], ...] = ()  # (title, path within the report's directory)
-
-
-def metadata(model: Nemotron, subject: Subject) -> dict[str, Any]:
-    """What a number of the report depends on: model, configuration, checkpoint, device, versions.
-
-    `step` is that of the run's checkpoint that was loaded, of `checkpoint_steps` that there are.
-    """
-    config, device = subject.config, jax.devices()[0]
-    text = None if config is None else to_json(config)
-    parameters = flatten(model)
-    return {
-        "checkpoint": str(subject.checkpoint),
-        "step": model.origin and model.origin.step,
-        "checkpoint_steps": RunDirectory(subject.checkpoint).steps(),
-        "model": {
-            "pattern": model.config.pattern,
-            "width": model.config.width,
-            "parameters": sum(leaf.size for leaf in parameters.values()),
-            "dtype": str(parameters["embedding"].dtype),
-        },
-        "config_sha256": text and hashlib.sha256(text.encode()).hexdigest(),
-        "seed": subject.seed,
-        "device": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: _version(name) for name in LIBRARIES},
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def write_report(directory: Path, facts: Mapping[str, Any], suites: Mapping[str, SuiteRun]) -> Path:
+def write_report(
+    directory: Path,
+    facts: Mapping[str, Any],
+    records: Mapping[str, Record],
+    abouts: Mapping[str, str],
+    lines: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """report.json, report.md, report.html, transcripts.jsonl and plots/ in `directory`.
 
-    Returns the path of report.json, which is written last. Values that are not finite become null.
+    `abouts` says what each suite measures, `lines` are those of transcripts. Returns the path of
+    report.json, which is written last.
     """
-    for run in suites.values():
-        for plot in run.result.plots:
-            draw(plot, directory / "plots" / f"{plot.name}.png")
-    sections = [_facts_section(facts, suites), *(_section(*item) for item in suites.items())]
-    lines = (
-        json.dumps({"suite": name, **transcript}, ensure_ascii=False, allow_nan=False) + "\n"
-        for name, run in suites.items()
-        for transcript in run.result.transcripts
-    )
-    _write(directory / "transcripts.jsonl", "".join(lines))
-    _write(directory / "report.md", _markdown(sections))
-    _write(directory / "report.html", _html(sections))
-    record = {
+    for record in records.values():
+        for plot in record["plots"]:
+            draw(plot, directory / "plots" / f"{plot['name']}.png")
+    write_lines(directory / TRANSCRIPTS, lines)
+    parts = _parts(facts, records, abouts, lines)
+    write_text(directory / "report.md", markdown(parts))
+    write_text(directory / "report.html", page(_title(facts), parts, directory))
+    report = {
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         **facts,
-        "suites": {name: _record(run) for name, run in suites.items()},
+        "suites": {name: _public(record) for name, record in records.items()},
     }
-    path = directory / "report.json"
-    _write(path, json.dumps(_finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return path
+    write_json(directory / REPORT, report)
+    return directory / REPORT
 
 
-def draw(plot: Plot, path: Path) -> None:
-    """The plot as an image, and its numbers beside it as JSON."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, (name, points) in enumerate(plot.curves.items()):
-        colour = COLOUR if name == "model" else f"C{number + 1}"
-        axes.plot(*zip(*points, strict=True), "o-", label=name, color=colour)
-    for name, level in plot.baselines.items():
-        axes.axhline(level, color="grey", ls="--", label=name)
-    if plot.log_x:
-        axes.set_xscale("log", base=2)
-    axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    with atomic_writer(path) as out:
-        out.write(image.getvalue())
-    _write(path.with_suffix(".json"), json.dumps(_finite(dataclasses.asdict(plot)), indent=1))
+def _public(record: Record) -> Record:
+    """A suite's record without what only comparisons need."""
+    values = {
+        name: {field: value[field] for field in _OF_VALUE}
+        for name, value in record["values"].items()
+    }
+    chosen = {name: record[name] for name in _OF_SUITE if name in record}
+    plots = [f"plots/{plot['name']}.png" for plot in record["plots"]]
+    return chosen | {"values": values, "plots": plots}
 
 
-def _facts_section(facts: Mapping[str, Any], suites: Mapping[str, SuiteRun]) -> _Section:
-    rows = [(name, _cell(value)) for name, value in facts.items()]
-    rows += [(f"{name}: wall time", f"{run.wall_s:.1f} s") for name, run in suites.items()]
-    return _Section("Evaluation", (("", ("", ""), tuple(rows)),))
+def _title(facts: Mapping[str, Any]) -> str:
+    return f"Evaluation of {facts['model']['path_name'] or 'a model'}"
 
 
-def _section(name: str, run: SuiteRun) -> _Section:
-    result = run.result
-    values = tuple(
-        (field, _cell(value), _cell(result.standard_errors.get(field)))
-        for field, value in result.values.items()
+def _parts(
+    facts: Mapping[str, Any],
+    records: Mapping[str, Record],
+    abouts: Mapping[str, str],
+    lines: Sequence[Mapping[str, Any]],
+) -> list[Part]:
+    parts: list[Part] = [Heading(_title(facts), 1), Sentences((_subject(facts["model"]),))]
+    said = [f"{name}: {text}" for name, r in records.items() for text in sentences(r)]
+    parts += [Heading("In short"), Sentences(tuple(said), points=True)]
+    if samples := _samples(lines):
+        parts += [Heading("Samples"), *samples]
+    for name, record in records.items():
+        parts += _suite_parts(name, record, abouts.get(name, ""))
+    rows = [(name, _fact(value)) for name, value in _flat(facts)]
+    return [*parts, Heading("What these numbers depend on"), Grid("", ("", ""), rows)]
+
+
+def _subject(model: Mapping[str, Any]) -> str:
+    if model.get("url"):
+        return f"The model behind {model['url']}."
+    text = f"{model['parameters']:,} parameters in {model['dtype']}, pattern {model['pattern']}"
+    step = "" if model.get("step") is None else f", after {model['step']:,} steps of training"
+    return f"{text}{step}."
+
+
+def sentences(record: Record) -> list[str]:
+    """What a suite found and whether that is good, in sentences."""
+    if record["status"] != "ok":
+        return [f"{record['status']}: {record['why']}"]
+    found = list(record["says"])
+    for name in record["headline"]:
+        found.append(_verdict(name, record["values"][name]))
+    counts = {k.replace("_", " "): v for k, v in record["counts"].items() if v}
+    if counts:
+        found.append(f"Beside that: {', '.join(f'{n:,} {name}' for name, n in counts.items())}.")
+    return found or ["done."]
+
+
+def _verdict(name: str, value: Mapping[str, Any]) -> str:
+    """A value against chance and against the untrained model."""
+    unit = "" if value["unit"] == "share" else f" {value['unit']}".rstrip()
+    text = f"{name} is {shown(value['mean'])}{unit}"
+    interval = value["interval"]
+    if interval is not None:
+        text += f" (95 %: {shown(interval[0])} to {shown(interval[1])}, n = {value['n']:,})"
+    sign = {"higher": 1, "lower": -1}.get(value["better"], 0)
+    judged = []
+    for what in ("chance", "untrained"):
+        level = value[what]
+        if level is None:
+            continue
+        low, high = interval or (value["mean"], value["mean"])
+        better, worse = (low > level, high < level) if sign > 0 else (high < level, low > level)
+        word = "better than" if better else "worse than" if worse else "not told from"
+        named = "chance" if what == "chance" else "the untrained model"
+        judged.append(f"{word} {named} ({shown(level)})" if sign else f"{named}: {shown(level)}")
+    return f"{text}{': ' if judged else ''}{' and '.join(judged)}."
+
+
+def _suite_parts(name: str, record: Record, about: str) -> list[Part]:
+    parts: list[Part] = [Heading(name)]
+    if about:
+        parts.append(Sentences((f"Measures {about}.",)))
+    given = ", ".join(
+        f"{key} = {shown(value) or 'default'}" for key, value in record["options"].items()
     )
-    tables = [
-        (f"n = {result.n} {result.counted}".rstrip(), ("value", "", "standard error"), values)
-    ]
-    for table in result.tables:
-        rows = tuple(tuple(_cell(cell) for cell in row) for row in table.rows)
-        tables.append((table.title, table.columns, rows))
-    images = tuple((plot.title, f"plots/{plot.name}.png") for plot in result.plots)
-    return _Section(name, tuple(tables), images)
-
-
-def _markdown(sections: list[_Section]) -> str:
-    escape = lambda cell: cell.replace("|", "\\|").replace("\n", " ")
-    lines = []
-    for depth, section in enumerate(sections):
-        lines += [f"{'#' if depth == 0 else '##'} {section.heading}", ""]
-        for title, columns, rows in section.tables:
-            lines += [title, ""] if title else []
-            lines += [f"| {' | '.join(map(escape, columns))} |", "|---" * len(columns) + "|"]
-            lines += [f"| {' | '.join(map(escape, row))} |" for row in rows] + [""]
-        for title, path in section.images:
-            lines += [f"![{title}]({path})", ""]
-    return "\n".join(lines)
-
-
-def _html(sections: list[_Section]) -> str:
-    escape = html.escape
-    parts = [_HTML_HEAD.format(title=escape(sections[0].heading))]
-    for depth, section in enumerate(sections):
-        level = 1 if depth == 0 else 2
-        parts.append(f"<h{level}>{escape(section.heading)}</h{level}>\n")
-        for title, columns, rows in section.tables:
-            head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-            body = "".join(
-                f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
+    if given:
+        parts.append(Sentences((f"Options: {given}.",)))
+    if record["status"] != "ok":
+        return [*parts, Sentences((f"{record['status'].capitalize()}: {record['why']}",))]
+    rows = []
+    for field, value in record["values"].items():
+        low, high = value["interval"] or (None, None)
+        rest = (value["n"], value["unit"], value["chance"], value["untrained"])
+        rows.append((field, value["mean"], low, high, *rest))
+    parts.append(Grid("Values, with intervals of 95 %", VALUE_COLUMNS, rows))
+    counts = record["counts"]
+    parts.append(
+        Sentences(
+            (
+                f"Cut off: {counts['truncated']:,}. Without an answer: {counts['no_answer']:,}. "
+                f"Failures of the machinery, left out: {counts['infra_errors']:,}.",
             )
-            parts.append(f"<p>{escape(title)}</p>\n<table>\n<tr>{head}</tr>\n{body}</table>\n")
-        for title, path in section.images:
-            parts.append(f'<p><img src="{escape(path)}" alt="{escape(title)}"></p>\n')
-    return "".join(parts) + "</html>\n"
+        )
+    )
+    for table in (*record["tables"], *record["tables_per_second"]):
+        parts.append(Grid(table["title"], table["columns"], table["rows"]))
+    parts += [Picture(p["title"], f"plots/{p['name']}.png") for p in record["plots"]]
+    return parts
 
 
-def _record(run: SuiteRun) -> dict[str, Any]:
-    result = run.result
-    return {
-        "values": result.values,
-        "standard_errors": result.standard_errors,
-        "n": result.n,
-        "n_counts": result.counted,
-        "wall_s": run.wall_s,
-        "tables": [dataclasses.asdict(table) for table in result.tables],
-        "plots": [f"plots/{plot.name}.png" for plot in result.plots],
-        "transcripts": len(result.transcripts),
-    }
+def _samples(lines: Sequence[Mapping[str, Any]]) -> list[Part]:
+    """Of each suite a right answer, a wrong one, and more up to SAMPLES."""
+    by_suite: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_suite.setdefault(line["suite"], []).append(line)
+    parts: list[Part] = []
+    for name, own in by_suite.items():
+        right = [line for line in own if line["score"] == 1][:1]
+        wrong = [line for line in own if line["score"] is not None and line["score"] < 1][:1]
+        rest = [line for line in own if line not in right and line not in wrong]
+        for line in [*right, *wrong, *rest][:SAMPLES]:
+            title = f"{name}, {line['task']}: score {shown(line['score']) or 'none'}"
+            parts.append(Quote(title, _conversation(line)))
+    return parts
 
 
-def _cell(value: Any) -> str:
-    """Four significant digits of a number; integers whole; nothing for what is not known."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "not known"
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_cell, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _conversation(line: Mapping[str, Any]) -> str:
+    cut = lambda text: text if len(text) <= SAMPLE_CHARACTERS else f"{text[:SAMPLE_CHARACTERS]} …"
+    if "messages" in line:
+        *before, last = line["messages"]
+        repeats = last.get("content") == line["answer"]  # a conversation may hold its answer
+        asked = "\n".join(
+            f"{message['role']}: {message.get('content') or message.get('tool_calls')}"
+            for message in (before if repeats else line["messages"])
+        )
+    else:
+        asked = str(line["prompt"])
+    told = f"{cut(asked)}\n\n→ {cut(line['answer'])}"
+    why = f"\n\n{line['reason']}" if line["reason"] else ""
+    gold = "" if line["gold"] is None else f"\n\nexpected: {cut(shown(line['gold']))}"
+    return f"{told}{gold}{why}"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _flat(facts: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        whole = f"{before}{name}".replace("_", " ")
+        is_part = isinstance(value, Mapping) and name != "versions"
+        rows += _flat(value, f"{before}{name}, ") if is_part else [(whole, value)]
+    return rows
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_writer(path) as out:
-        out.write(text.encode())
+def _fact(value: Any) -> str:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else shown(value)

@@ -14,7 +14,7 @@ from nemotron_jax.decoding.generate import generate
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.step import for_decoding
 from nemotron_jax.decoding.wanted import Wanted
-from nemotron_jax.evaluation.evaluator import Table
+from nemotron_jax.evaluation.suite import Table
 from nemotron_jax.model.nemotron import Nemotron
 
 COLUMNS = (

@@ -13,18 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from nemotron_jax.config.checks import at_least_one, check, is_integer
+from nemotron_jax.config.engine import MOST_DRAFTS
 from nemotron_jax.config.run import RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data.packing import Row, lookahead_of, make_batch
 from nemotron_jax.decoding.generate import generate
 from nemotron_jax.decoding.reading import prefill
-from nemotron_jax.evaluation.evaluator import Result, Subject, Table
+from nemotron_jax.evaluation.acceptance import prompts_of
+from nemotron_jax.evaluation.context import Context
+from nemotron_jax.evaluation.draft_speed import draft_speed
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
+from nemotron_jax.evaluation.subject import Subject
+from nemotron_jax.evaluation.suite import Result, Suite, Table, Value
 from nemotron_jax.model.adapters import merge_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.training.prepared import Prepared, first_state, prepare_run
 from nemotron_jax.training.state import TrainState
 from nemotron_jax.training.step import make_train_step
 
+DRAFT_ROWS = (1, 8)  # one, which reads every weight for a token, and as many as a small server's
 COLUMNS = ("what", "rows", "tokens a row", "best tokens/s", "median tokens/s", "compile s")
 
 
@@ -79,16 +86,19 @@ class Speed:
             (name, batch, tokens, timing.best, timing.median, timing.compile_s)
             for name, (batch, tokens, timing) in timings.items()
         )
-        values = {}
-        for name, (_, _, timing) in timings.items():
-            values[f"{name}_tokens_per_second"] = timing.best
-            values[f"{name}_compile_s"] = timing.compile_s
-        values["peak_memory_mb"] = peak_memory_mb()  # of these kinds of work; the engine's follows
-        tables = (Table("Speed", COLUMNS, table),)
+        values = {f"{name}_tokens_per_second": t.best for name, (_, _, t) in timings.items()}
+        memory = peak_memory_mb()  # of these kinds of work; the engine's follows
+        tables = [Table("Speed", COLUMNS, table), Table("Memory", ("peak, MB",), ((memory,),))]
         if self.serving is not None:
             found, of_engine = self.serving.run(model)
-            values, tables = values | found, (*tables, of_engine)
-        return Result(values, self.repetitions, tables=tables, counted="repetitions")
+            values |= {name: v for name, v in found.items() if name.endswith("_per_second")}
+            rest = [item for item in found.items() if item[0] not in values]
+            tables += [of_engine, Table("The engine", ("ratio of speeds", ""), tuple(rest))]
+        each = {
+            name: Value(value, n=self.repetitions, unit="tokens/s")
+            for name, value in values.items()
+        }
+        return Result(each, timed=tuple(tables), headline=("decode_1_row_tokens_per_second",))
 
     def _train(self, model: Nemotron, config: RunConfig) -> Timing:
         data, depths = config.data, config.training.mtp_depths
@@ -136,9 +146,64 @@ class Speed:
         return generator.integers(0, model.config.vocab_size, (rows, length)).astype(np.int32)
 
 
-def make(subject: Subject) -> Speed:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`repetitions` of each kind of work are timed, the best of them counts; `serving`: whether the
+    engine is timed too; `drafts`: numbers of drafts that are timed beside plain decoding."""
+
+    repetitions: int = 3
+    new_tokens: int = 128
+    serving: bool = True
+    drafts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if is_integer(self.drafts):
+            object.__setattr__(self, "drafts", (self.drafts,))
+        ok = all(is_integer(k) and 1 <= k <= MOST_DRAFTS for k in self.drafts)
+        check(self, "drafts", ok, f"must be numbers from 1 to {MOST_DRAFTS}, as in (1,3)")
+        at_least_one(self, "repetitions", "new_tokens")
+        check(self, "serving", isinstance(self.serving, bool), "must be True or False")
+
+
+def measure(context: Context, options: Options) -> Result:
     """The suite at the sizes of the subject's configuration, or at the default ones."""
-    return Speed(subject.config, seed=subject.seed)
+    found = Speed(
+        context.subject.config,
+        repetitions=options.repetitions,
+        new_tokens=options.new_tokens,
+        seed=context.seed,
+        serving=ServingSpeed(repetitions=options.repetitions) if options.serving else None,
+    ).run(context.model)
+    tables = [
+        draft_speed(
+            context.model,
+            [prompt for part in prompts_of(context.subject, rows).values() for prompt in part][
+                :rows
+            ],
+            options.drafts,
+            new_tokens=options.new_tokens,
+            repetitions=options.repetitions,
+            seed=context.seed,
+        )
+        for rows in (DRAFT_ROWS if options.drafts else ())
+    ]
+    return dataclasses.replace(found, timed=(*found.timed, *tables))
+
+
+def _ready(subject: Subject, options: Options) -> None:
+    if options.drafts:
+        subject.require_mtp()
+        prompts_of(subject, max(DRAFT_ROWS))
+
+
+SUITE = Suite(
+    name="speed",
+    about="tokens a second of training, reading, decoding and serving on this device",
+    options=Options,
+    measure=measure,
+    ready=_ready,
+    one_process=True,
+)
 
 
 def peak_memory_mb() -> float:

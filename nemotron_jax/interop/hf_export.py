@@ -1,5 +1,6 @@
 """Writing a model as a hub directory that transformers and `load_pretrained` both read."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -10,20 +11,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.hub import text_config, with_text_config
 from nemotron_jax.config.hub_writer import to_hf
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.untrusted import read_object
 from nemotron_jax.data import companions
+from nemotron_jax.interop.hf_encode import Encoder, Quantization, module_of
 from nemotron_jax.interop.hf_import import default_dtype
-from nemotron_jax.interop.hf_names import hub_tensors
+from nemotron_jax.interop.hf_names import HubTensor, hub_tensors
 from nemotron_jax.interop.hf_recipe import FILE as RECIPE_FILE
 from nemotron_jax.interop.hf_recipe import KEY as RECIPE_KEY
 from nemotron_jax.interop.hub_files import INDEX_FILE, SINGLE_FILE, HubFiles, open_hub
+from nemotron_jax.interop.parts import readable
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.types import Origin
@@ -36,34 +42,60 @@ def save_hub(
     path: str | os.PathLike,
     dtype: str | None = None,
     *,
+    quantization: Quantization | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write `model` under the hub's names into the directory `path`.
+) -> dict[str, int]:
+    """Write `model` under the hub's names into the directory `path`; how many matrices are stored
+    as codes, by format.
 
     `dtype=None` gives each tensor the dtype of the files it was loaded from (for a new model
-    bfloat16, selection biases float32). The new directory is written whole beside `path` and then
-    takes its place; files of an older directory that a model does not consist of are kept. Raises
-    ValueError for a dtype that no model is stored in and for a path that cannot be written.
+    bfloat16, selection biases float32); `quantization` stores matrices as codes instead. The new
+    directory is written whole beside `path` and then takes its place; files of an older directory
+    that a model does not consist of are kept. Processes that share a model all call it, and the
+    first one writes; none returns before the directory is there. Raises ValueError for a dtype that
+    no model is stored in, for a path that cannot be written, and as `Encoder` does.
     """
     dtype = None if dtype is None else dtype_name("save_pretrained", dtype)
+    processes = jax.process_count()
+    rule = f"codes are made by one process, and there are {processes}; save floats"
+    check_value(
+        "save_pretrained",
+        "quantization",
+        quantization,
+        quantization is None or processes == 1,
+        rule,
+    )
     target = Path(path).resolve()
+    encoder = None if quantization is None else Encoder(model, quantization)
+    origin = model.origin if model.origin is not None else Origin("", "bfloat16")
+    around = _model_around(origin)
+    stored = origin.dtype if dtype is None else dtype
+    exceptions = dict(origin.dtype_exceptions) if dtype is None else {}
+    if encoder is None:
+        tensors = _stored(model, stored, exceptions, around)
+    else:
+        tensors = _encoded(encoder, stored, exceptions, around)
+    if jax.process_index() > 0:
+        collections.deque(tensors, maxlen=0)  # all take part where the first reads a parameter
+        multihost_utils.sync_global_devices("save_pretrained")
+        return {}
     staging = _staging(target)
     try:
-        origin = model.origin if model.origin is not None else Origin("", "bfloat16")
-        around = _model_around(origin)
-        stored = origin.dtype if dtype is None else dtype
-        exceptions = dict(origin.dtype_exceptions) if dtype is None else {}
-        tensors = _stored(model, stored, exceptions, around)
         _write_tensors(tensors, staging, shard_bytes)
         _write_companions(model, staging, origin)
         config = _hub_config(model.config, stored, around)
+        if encoder is not None:
+            config |= _write_recipe(encoder, staging)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for file in staging.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(staging / "config.json", file)
         staging.chmod(_with_search((staging / "config.json").stat().st_mode))
         _take_place(staging, target)
+        if processes > 1:
+            multihost_utils.sync_global_devices("save_pretrained")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return {} if encoder is None else encoder.counts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +182,50 @@ def _stored(
     model: Nemotron, stored: str, exceptions: dict[str, str], around: _Around | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor as the files have it, those of the model around it unchanged."""
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(model).items()}
+    arrays = {name: readable(leaf) for name, leaf in flatten(model).items()}
     for tensor in hub_tensors(model.config, set(arrays)):
-        kind = exceptions.get(tensor.name)
-        dtype = default_dtype(tensor.name, stored) if kind is None else default_dtype("", kind)
-        name = tensor.name if around is None else around.files.stored_name(tensor.name)
-        yield name, np.ascontiguousarray(tensor.to_hub(arrays).astype(dtype))
+        dtype = _dtype(tensor.name, stored, exceptions)
+        yield _stored_name(tensor, around), _cast(tensor.to_hub(arrays), dtype)
+    yield from _others(around)
+
+
+def _encoded(
+    encoder: Encoder, stored: str, exceptions: dict[str, str], around: _Around | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The same, the matrices of a recipe as codes with scales."""
+    for tensor in encoder.tensors:
+        name = _stored_name(tensor, around)
+        if name.endswith(".weight") and module_of(tensor) in encoder.formats:
+            yield from encoder.codes(tensor, name)
+        else:
+            yield name, _cast(encoder.floats(tensor), _dtype(tensor.name, stored, exceptions))
+    yield from _others(around)
+
+
+def _dtype(name: str, stored: str, exceptions: dict[str, str]) -> np.dtype:
+    kind = exceptions.get(name)
+    return default_dtype(name, stored) if kind is None else default_dtype("", kind)
+
+
+def _stored_name(tensor: HubTensor, around: _Around | None) -> str:
+    return tensor.name if around is None else around.files.stored_name(tensor.name)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return np.ascontiguousarray(array.astype(dtype))
+
+
+def _others(around: _Around | None) -> Iterator[tuple[str, np.ndarray]]:
     for name, (file, entry) in around.files.others.items() if around else ():
         yield name, file.read_entry(entry)
+
+
+def _write_recipe(encoder: Encoder, directory: Path) -> dict[str, Any]:
+    """Write the recipe's own file; its key of config.json, which transformers and vLLM read."""
+    recipe, producer = encoder.recipe(), {"name": "nemotron_jax"}
+    own = {"producer": producer, "quantization": recipe}
+    (directory / RECIPE_FILE).write_text(json.dumps(own, indent=2) + "\n")
+    return {RECIPE_KEY: {"quant_method": "modelopt", "producer": producer, **recipe}}
 
 
 def _write_tensors(

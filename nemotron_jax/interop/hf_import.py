@@ -3,7 +3,8 @@
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,17 @@ def load_hub(
     mtp: str = "keep",
     mesh: Mesh | None = None,
     experts: str = "dense",
+    split: bool = False,
 ) -> Nemotron:
     """The model of a hub directory, its matrices in `dtype` (None: as stored).
 
     `mtp="drop"` leaves the MTP block out. Tensors are read one at a time, file by file, into the
     memory that a CPU device keeps; with a mesh those that this host's devices hold a part of, and
-    of each their parts are kept. Matrices stored as codes become the floats that they stand for,
-    one at a time; with `experts="nvfp4"` routed experts stay codes. Missing, extra and misshapen
-    tensors are one ValueError that lists them all.
+    of each their parts are kept. `split` gives single layers, for decoding: then they are read
+    parameter by parameter, each of which goes to its devices before the next one is begun. Matrices
+    stored as codes become the floats that they stand for, one at a time; with `experts="nvfp4"`
+    routed experts stay codes. Missing, extra and misshapen tensors are one ValueError that lists
+    them all.
     """
     check_value("load_pretrained", "mtp", mtp, mtp in MTP, f"must be one of {', '.join(MTP)}")
     directory = Path(path)
@@ -66,6 +70,7 @@ def load_hub(
     model = abstract_model(
         config, stored if dtype is None else dtype_name("load_pretrained", dtype)
     )
+    model = jax.eval_shape(lambda model: model.split_layers(), model) if split else model
     shapes = {name: leaf.shape for name, leaf in flatten(model).items()}
     tensors = {tensor.name: tensor for tensor in hub_tensors(config, set(shapes))}
     codes = {} if recipe is None else take_codes(recipe, files, tensors, shapes)
@@ -78,14 +83,11 @@ def load_hub(
         name: Destination(leaf.shape, leaf.dtype, placed.get(name))
         for name, leaf in flatten(model).items()
     }
-    for name, read in _readers(files, codes, into, tensors):
-        tensor = tensors[name]
-        if tensor.parameters[0] not in into:
-            _write_codes(into, tensor, codes[name])
-        elif any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
-            for parameter, values in tensor.from_hub(read(), shapes):
-                into[parameter].write(tensor.index, values)
-    parameters = {name: into.pop(name).array() for name in list(into)}
+    readers = _readers(files, codes, into, tensors)
+    if split:
+        place = {name.removesuffix(".words"): number for number, name in enumerate(into)}
+        readers = sorted(readers, key=lambda reader: place[tensors[reader[0]].parameters[0]])
+    parameters = _filled(readers, codes, into, tensors, shapes)
     loaded = unflatten(model, parameters)
     home = str(directory.resolve())
     loaded.origin = Origin(
@@ -97,6 +99,48 @@ def load_hub(
         is_part=text_config(keys) is not keys,
     )
     return loaded
+
+
+def holds_expert_codes(path: str | os.PathLike) -> bool:
+    """Whether a hub directory stores all routed experts of its trunk as NVFP4 codes."""
+    directory = Path(path)
+    keys = read_object(directory / "config.json", _HINT)
+    found = [
+        entry.dtype == np.uint8
+        for file in open_hub(directory, keys).files
+        for name, entry in file.entries.items()
+        if ".mixer.experts." in name and name.endswith((".weight", ".weight_packed"))
+        if not name.startswith("mtp.")
+    ]
+    return bool(found) and all(found) and read_recipe(directory, keys) is not None
+
+
+def _filled(
+    readers: Iterable[tuple[str, Callable[[], np.ndarray]]],
+    codes: dict[str, Codes],
+    into: dict[str, Destination],
+    tensors: dict[str, HubTensor],
+    shapes: dict[str, tuple[int, ...]],
+) -> dict[str, jax.Array]:
+    """Every parameter by name, each handed to its devices once the last of its tensors is read."""
+    missing = Counter(name for tensor in tensors.values() for name in tensor.parameters)
+    names, parameters = list(into), {}
+    for name, read in readers:
+        tensor = tensors[name]
+        if tensor.parameters[0] not in into:
+            if into[f"{tensor.parameters[0]}.words"].holds(tensor.index):
+                _write_codes(into, tensor, codes[name])
+            continue
+        if any(into[parameter].holds(tensor.index) for parameter in tensor.parameters):
+            for parameter, values in tensor.from_hub(read(), shapes):
+                into[parameter].write(tensor.index, values)
+        missing.subtract(tensor.parameters)
+        for parameter in tensor.parameters:
+            if not missing[parameter]:
+                parameters[parameter] = into.pop(parameter).array()
+    return {
+        name: parameters[name] if name in parameters else into.pop(name).array() for name in names
+    }
 
 
 def _readers(

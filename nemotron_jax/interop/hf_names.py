@@ -99,13 +99,18 @@ class HubTensor:
 
 
 def hub_tensors(config: ModelConfig, names: set[str]) -> Iterator[HubTensor]:
-    """Every hub tensor of the parameters `names` of a model, in the hub's order."""
+    """Every hub tensor of the parameters `names` of a model, stacked or split, in the hub's
+    order."""
     for hub, ours, layout in _TOP:
         yield HubTensor(hub, ours, (), layout)
     count = dict.fromkeys(BLOCK_KINDS, 0)
     for layer, letter in enumerate(config.pattern):
         prefix, kind = f"backbone.layers.{layer}.", BLOCK_KINDS[letter]
-        yield from _block(config, letter, prefix, f"{kind}.", (count[letter],), names)
+        number = count[letter]
+        if f"{kind}.{number}.norm.weight" in names:
+            yield from _block(config, letter, prefix, f"{kind}.{number}.", (), names)
+        else:
+            yield from _block(config, letter, prefix, f"{kind}.", (number,), names)
         count[letter] += 1
     for number, letter in enumerate(config.mtp.pattern if config.mtp else ""):
         prefix = f"mtp.layers.{number}."

@@ -1,32 +1,72 @@
 """Grouped-query attention without positions, and its key/value cache."""
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import AttentionConfig
 from nemotron_jax.layers.linear import Linear
-from nemotron_jax.sharding import local
+from nemotron_jax.sharding import local, parts, shard
 from nemotron_jax.types import Context, Rows
 from pallas_kernels import attention
+
+# Logical axes of keys and values: by row, and in a pool of pages, which all rows share.
+_BY_ROW = ("batch", None, "kv_heads", None)
+POOL = (None, None, ("kv_heads", 2), None)  # k and v of a head
+
+
+class _KeysAndValues:
+    """What the states of attention have in common: what lies past a row's length is never read, so
+    a length is all that it takes to forget tokens, and rows never touch each other's."""
+
+    goes_back = True
+
+    def select(self, count: Int[Array, "B"]) -> Self:
+        return self
+
+    def where(self, rows: Bool[Array, "B"], other: Self) -> Self:
+        return self
+
+    def emptied(self, rows: Bool[Array, "B"]) -> Self:
+        return self
+
+    def rounded(self, like: Self, narrow: Callable[[Array], Array]) -> Self:
+        return self
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVState:
-    """Keys and values of the tokens seen so far; what lies past the cache's length is never
-    read."""
+class KVState(_KeysAndValues):
+    """Keys and values of the tokens seen so far, each row's own."""
 
     k: Float[Array, "B S K C"]
     v: Float[Array, "B S K C"]
 
     @classmethod
     def zeros(cls, config: AttentionConfig, batch: int, capacity: int, dtype: str) -> "KVState":
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+        shape = (batch, capacity, held_heads(config), config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.k.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads of a token, repeated ones counted."""
+        return self.k.shape[2]
+
+    def shared(self, rows: str | None = "batch") -> "KVState":
+        """The same, laid out as devices share heads, and rows where they are `rows`."""
+        axes = (rows, *_BY_ROW[1:])
+        return KVState(shard(self.k, *axes), shard(self.v, *axes))
 
     def append(
         self, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], offset: Int[Array, "B"]
@@ -38,51 +78,78 @@ class KVState:
                 f"KVState: T={num_tokens} tokens exceed the cache's capacity of {capacity}; "
                 "give init_cache a larger max_length"
             )
-        return KVState(_write(self.k, k, offset), _write(self.v, v, offset))
+        write = local(_write, (_BY_ROW, _BY_ROW, ("batch",)), _BY_ROW)
+        return KVState(write(self.k, k, offset), write(self.v, v, offset))
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row has room for."""
-        return self.k.shape[1]
-
-    def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-        """Every row's keys and values, for queries in `dtype`."""
-        return self.k.astype(dtype), self.v.astype(dtype)
+    def attend(
+        self, q: Float[Array, "B T H C"], rows: Rows, context: Context
+    ) -> Float[Array, "B T H C"]:
+        """Attention of the tokens just appended."""
+        k, v = self.k.astype(q.dtype), self.v.astype(q.dtype)
+        return _attend(q, k, v, (None, rows.lengths, rows.offset), context)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagedKV:
+class PagedKV(_KeysAndValues):
     """Keys and values in pages of a pool that rows share; `table` names each row's pages in order.
 
-    Nothing hangs on where a page lies, for attention has no positions. Page 0 belongs to nobody: it
-    takes what is written past a row's pages, and is never read within a row's length.
+    In a page the heads' keys and values take turns: k of head 0, v of head 0, k of head 1, as
+    kernels for pages want them. Nothing hangs on where a page lies, for attention has no positions.
+    Page 0 belongs to nobody: it takes what is written past a row's pages, and is never read within
+    a row's length.
     """
 
-    k: Float[Array, "pages page K C"]
-    v: Float[Array, "pages page K C"]
+    pool: Float[Array, "pages page 2K C"]
     table: Int[Array, "B W"]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row's table has room for."""
+        return self.table.shape[1] * self.pool.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """Key/value heads of a token, repeated ones counted."""
+        return self.pool.shape[2] // 2
+
+    def shared(self, rows: str | None = "batch") -> "PagedKV":
+        """The same, laid out as devices share heads; pages are whole, for any row may read them."""
+        return PagedKV(shard(self.pool, *POOL), self.table)
 
     def append(
         self, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], offset: Int[Array, "B"]
     ) -> "PagedKV":
         """Write T tokens of every row at its own offset; the caller keeps offset + T within the
         table, and rows that share a page beyond its tokens."""
-        size = self.k.shape[1]
+        size = self.pool.shape[1]
         position = offset[:, None] + jnp.arange(k.shape[1])
         page = jnp.take_along_axis(self.table, position // size, axis=1, mode="clip")
-        write = lambda pool, new: pool.at[page, position % size].set(_stored(new, pool.dtype))
-        return PagedKV(write(self.k, k), write(self.v, v), self.table)
+        both = jnp.stack([k, v], axis=3).reshape(*k.shape[:2], -1, k.shape[3])
+        put = lambda pool, new, page, place: pool.at[page, place].set(_stored(new, pool.dtype))
+        write = local(put, (POOL, POOL, (None,), (None,)), POOL)  # every row's, on each device
+        return PagedKV(write(self.pool, both, page, position % size), self.table)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that a row's table has room for."""
-        return self.table.shape[1] * self.k.shape[1]
+    def attend(
+        self, q: Float[Array, "B T H C"], rows: Rows, context: Context
+    ) -> Float[Array, "B T H C"]:
+        """Attention of the tokens just appended, over each row's own pages where they lie."""
 
-    def read(self, dtype: jnp.dtype) -> tuple[Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-        """Every row's keys and values, gathered from its pages, for queries in `dtype`."""
-        rows = lambda pool: pool[self.table].reshape(len(self.table), -1, *pool.shape[2:])
-        return rows(self.k).astype(dtype), rows(self.v).astype(dtype)
+        def over_pages(q: Array, pool: Array, table: Array, *masks: Array | None) -> Array:
+            lengths, offset = masks
+            return attention(
+                q,
+                pool,
+                pages=table,
+                lengths=lengths,
+                q_offset=offset,
+                implementation=context.kernel("attention"),
+                target=context.target,
+            )
+
+        heads, by_row = ("batch", None, "heads", None), (("batch",),) * 3
+        run = local(over_pages, (heads, POOL, *by_row), heads)
+        return run(q, self.pool, self.table, rows.lengths, rows.offset)
 
 
 class Attention(nnx.Module):
@@ -118,12 +185,35 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVState | PagedKV | None, None]:
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = (project(x, context, rows).reshape(heads) for project in (self.q, self.k, self.v))
+        held = held_heads(self.config)
+        if state is not None and state.heads != held:
+            raise ValueError(
+                f"Attention: the cache holds {state.heads} key/value heads, and these devices "
+                f"share {held}; make it on the mesh that it is used on"
+            )
+        k, v = _repeated(k, held), _repeated(v, held)
         if state is None:
             y = _attend(q, k, v, (rows.documents, rows.lengths, None), context)
         else:
             state = state.append(k, v, rows.offset)
-            y = _attend(q, *state.read(q.dtype), (None, rows.lengths, rows.offset), context)
+            y = state.attend(q, rows, context)
         return self.out(y.reshape(*x.shape[:2], -1), context, rows), state, None
+
+
+def held_heads(config: AttentionConfig) -> int:
+    """Key/value heads as the devices at hand hold them: repeated until each has whole ones of its
+    own, which are all that its query heads read."""
+    return math.lcm(config.num_kv_heads, parts("heads", config.num_heads))
+
+
+def _repeated(heads: Array, count: int) -> Array:
+    """[B, T, K, C] as `count` heads, each of the K several times in a row."""
+    times = count // heads.shape[2]
+    if times == 1:
+        return heads
+    # In float32, in which the gradients of the copies are then summed.
+    wide = jnp.repeat(heads.astype(jnp.float32), times, axis=2).astype(heads.dtype)
+    return shard(wide, *_BY_ROW)
 
 
 def _attend(
@@ -145,9 +235,8 @@ def _attend(
             target=context.target,
         )
 
-    heads, kv_heads = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-    by_row = (("batch",),) * len(masks)
-    return local(attend, (heads, kv_heads, kv_heads, *by_row), heads)(q, k, v, *masks)
+    heads, by_row = ("batch", None, "heads", None), (("batch",),) * len(masks)
+    return local(attend, (heads, _BY_ROW, _BY_ROW, *by_row), heads)(q, k, v, *masks)
 
 
 def _stored(new: Array, dtype: jnp.dtype) -> Array:

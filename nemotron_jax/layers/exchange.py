@@ -7,7 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from nemotron_jax.sharding import cuts_of, first_expert, row_axes
+from nemotron_jax.sharding import row_axes
+from nemotron_jax.sharding.weights import cuts_of, first_expert
 from nemotron_jax.types import Weight
 
 
@@ -42,13 +43,14 @@ class Exchange:
             return _joined(tokens, self.rows)
         return jax.lax.all_gather(tokens, self.rows, axis=0, tiled=True)
 
-    def from_owners(self, sums: jax.Array) -> jax.Array:
-        """This device's tokens [N, ...] of the sum, over the owners, of what each made of all."""
+    def from_owners(self, sums: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """This device's tokens [N, ...] of the sum, over the owners, of what each made of all.
+
+        Added up as the sums are, then in `dtype`; so is their gradient, and it travels in that.
+        """
         same = tuple(axis for axis in self.owners if axis not in self.rows)
         sums = jax.lax.psum(sums, same) if same else sums
-        if not self.rows:
-            return sums
-        return jax.lax.psum_scatter(sums, self.rows, scatter_dimension=0, tiled=True)
+        return _scattered(sums, self.rows, dtype) if self.rows else sums.astype(dtype)
 
     def among_all(self, own: jax.Array, experts: int) -> jax.Array:
         """Numbers of this device's experts among those of all `experts`, which are zeros.
@@ -79,3 +81,22 @@ def _joined_backward(names: tuple[str, ...], _: None, gradient: jax.Array) -> tu
 
 
 _joined.defvjp(_joined_forward, _joined_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scattered(sums: jax.Array, names: tuple[str, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.psum_scatter(sums, names, scatter_dimension=0, tiled=True).astype(dtype)
+
+
+def _scattered_forward(sums: jax.Array, names: tuple[str, ...], dtype: jnp.dtype) -> tuple:
+    return _scattered(sums, names, dtype), jnp.zeros((), sums.dtype)
+
+
+def _scattered_backward(
+    names: tuple[str, ...], dtype: jnp.dtype, like: jax.Array, gradient: jax.Array
+) -> tuple:
+    whole = jax.lax.all_gather(gradient, names, axis=0, tiled=True)
+    return (whole.astype(like.dtype),)
+
+
+_scattered.defvjp(_scattered_forward, _scattered_backward)

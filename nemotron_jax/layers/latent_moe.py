@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.model import MoEConfig
@@ -13,8 +14,15 @@ from nemotron_jax.layers.experts import Experts, mix
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.layers.router import Router, balance_loss, choose
-from nemotron_jax.sharding import Cuts, cuts_of, first_expert, gathered, local
+from nemotron_jax.sharding import local
+from nemotron_jax.sharding.weights import Cuts, cuts_of, first_expert, gathered
 from nemotron_jax.types import Context, Packed, Rows, Weight
+
+MIXED = "mixed"
+# What rematerialised blocks keep: 2 KB a token of Super. The gradient of the experts makes what it
+# needs of their rows itself, so without it all would be made, and exchanged, once more for
+# `latent_up`'s gradient alone.
+KEPT = jax.checkpoint_policies.save_only_these_names(MIXED)
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +83,7 @@ class LatentMoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], None, RouterMetrics]:
         latent = x if self.latent_down is None else self.latent_down(x, context, rows)
         mixed, load, aux_loss = self._routed(latent, self.router.logits(x), rows, context)
+        mixed = checkpoint_name(mixed, MIXED)
         routed = mixed if self.latent_up is None else self.latent_up(mixed, context, rows)
         shared, _, _ = self.shared(x, rows, state, context)
         metrics = RouterMetrics(jnp.sum(load, axis=0), jnp.sum(aux_loss))
@@ -89,8 +98,10 @@ class LatentMoE(nnx.Module):
     ) -> tuple[Float[Array, "B T L"], Float[Array, "devices E"], Float[Array, "devices"]]:
         """Experts' outputs of each device's own tokens; load and balance loss of each device."""
         matrices = self.experts.matrices()
+        cuts = tuple(cuts_of(matrix) for matrix in matrices)
+        matrices = tuple(map(_with_fitting_codes, matrices, cuts))
         owned = Owned(
-            tuple(cuts_of(matrix) for matrix in matrices),
+            cuts,
             Exchange.of(matrices[0], latent.shape[0]),
             self.config,
             context,
@@ -145,6 +156,7 @@ class Owned:
         up, down, *adapters = (
             matrix if isinstance(matrix, Packed) else matrix.value for matrix in matrices
         )
+        codes = [matrix.codes if isinstance(matrix, Weight) else None for matrix in matrices]
         # Up's and down's products gather them, each as it needs them.
         of_adapters = zip(adapters, self.cuts[2:], strict=True)
         adapters = [gathered(part, cuts, self.context.dtype) for part, cuts in of_adapters]
@@ -159,5 +171,15 @@ class Owned:
             num_experts=count,
             devices=exchange.devices,
             cuts=self.cuts[:2],
+            codes=tuple(codes[:2]),
         )
-        return exchange.from_owners(own).astype(x.dtype), exchange.among_all(load, num_experts)
+        return exchange.from_owners(own, x.dtype), exchange.among_all(load, num_experts)
+
+
+def _with_fitting_codes(matrix: Weight | Packed, cuts: Cuts) -> Weight | Packed:
+    """The matrix without its codes where devices share more than whole experts: then it is
+    quantised where it is whole."""
+    cut_within = any(axis > 0 for axis, _ in (*cuts.gathered, *cuts.kept))
+    if isinstance(matrix, Weight) and cut_within:
+        return dataclasses.replace(matrix, codes=None)
+    return matrix

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from nemotron_jax import quant
 from nemotron_jax.config.precision import ROLES
+from nemotron_jax.layers.kept_codes import KeptCodes
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.types import Axes, Context, Rows, Weight
 from pallas_kernels import nvfp4
@@ -35,6 +36,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(normal(rngs, shape, std, dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
         self.adapter: LowRank | None = nnx.data(None)
+        self.weight_codes: KeptCodes | None = nnx.data(None)
 
     def __call__(
         self,
@@ -51,7 +53,8 @@ class Linear(nnx.Module):
 
     def matrix(self) -> Weight:
         """The weight as its product takes it."""
-        return Weight(self.weight[...], self.weight.axes)
+        codes = None if self.weight_codes is None else self.weight_codes.value()
+        return Weight(self.weight[...], self.weight.axes, codes)
 
     def _biased(self, y: Float[Array, "... Out"]) -> Float[Array, "... Out"]:
         if self.bias is None:

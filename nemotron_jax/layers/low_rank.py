@@ -1,5 +1,7 @@
 """The low-rank change of a matrix, as its module carries it."""
 
+import math
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -29,6 +31,11 @@ class LowRank(nnx.Module):
         self.b = Adapter(b, axes=(*leading, "rank", columns))
         self.scale = scale
         self.dropout = dropout
+
+    @property
+    def size(self) -> int:
+        """Parameters of the factors that it holds, of all layers of a stack."""
+        return math.prod(self.b.shape) + (0 if self.a is None else math.prod(self.a.shape))
 
     def apply(
         self, x: Float[Array, "... In"], dtype: jnp.dtype, a: nnx.Param | None = None

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from nemotron_jax.types import Array, Packed
 from pallas_kernels import PackedExperts, quantize_experts
 
-_WORDS = ("experts", "half", "block", "column")  # axes of words; no mesh cuts them yet
+_WORDS = ("experts", None, None, None)  # axes of words: devices share whole experts
 
 
 class PackedMatrix(nnx.Module):
@@ -29,6 +29,7 @@ class PackedMatrix(nnx.Module):
         self.factor = nnx.Param(factor, axes=_WORDS[:1])
         self.depth = depth  # K
         self.axes = axes  # of the matrices
+        self.is_base = False  # whether adapters train beside it, somewhere in its model
 
     @classmethod
     def of(cls, matrices: nnx.Param) -> "PackedMatrix":
@@ -40,10 +41,15 @@ class PackedMatrix(nnx.Module):
         arrays = map(shaped, (packed.words, packed.scales, packed.factor))
         return cls(*arrays, depth=depth, axes=matrices.axes)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrices that the codes stand for, any axes of layers first."""
+        return (*self.factor.shape, self.depth, self.words.shape[-1])
+
     def weight(self, name: str) -> Packed:
         """The matrices as their product takes them; `name` says in errors whose they are."""
         value = PackedExperts(self.words[...], self.scales[...], self.factor[...], self.depth)
-        return Packed(value, name)
+        return Packed(value, name, self.is_base)
 
     def unpacked(self, dtype: jnp.dtype) -> nnx.Param:
         """The floats that the codes stand for, each rounded once to `dtype`."""

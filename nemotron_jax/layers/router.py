@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.linear import normal
-from nemotron_jax.sharding import gather_parameter
+from nemotron_jax.sharding.weights import gather_parameter
 
 
 class SelectionBias(nnx.Variable):

@@ -80,6 +80,18 @@ def parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
+def weight_bytes(config: ModelConfig, *, experts: str = "dense", bytes_each: int = 2) -> int:
+    """Bytes of a model's weights of `bytes_each`; with `experts="nvfp4"` the routed experts', of
+    the MTP block too, are codes: 9/16 of a byte each and a float32 a matrix."""
+    total = bytes_each * parameters(config).total
+    if experts == "dense" or config.moe is None:
+        return total
+    layers = (config.pattern + (config.mtp.pattern if config.mtp else "")).count("E")
+    weights = layers * config.moe.num_experts * _expert_size(config)
+    matrices = 2 * layers * config.moe.num_experts
+    return total - bytes_each * weights + weights * 9 // 16 + 4 * matrices
+
+
 def active_parameters(config: ModelConfig, *, embedding: bool = True, head: bool = True) -> int:
     """Parameters of the main model that one token touches, with or without the vocabulary's."""
     count = parameters(config)

@@ -12,7 +12,9 @@ from jaxtyping import Array
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.low_rank import Adapter, LowRank
+from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.packing import experts_of, pack_experts
 from nemotron_jax.model.parameters import abstract_model, variables
 
 
@@ -33,14 +35,14 @@ def add_adapters(model: Nemotron, lora: LoRAConfig, key: Array) -> Nemotron:
 
     A is uniform within ±1/√inputs, float32, as PEFT draws it. The trunk alone gets adapters: the
     MTP block drafts with its own matrices, and hub libraries have none to adapt. Raises ValueError
-    when the model has none of the targets.
+    when the model has none of the targets. Experts that are codes become a base: gradients of
+    their inputs pass through them, to adapters of other matrices and their own.
     """
-    if model.experts_format != "dense":
-        raise ValueError(
-            "add_adapters: the model's experts are NVFP4 codes, beside which nothing trains yet; "
-            "take unpacked(model)"
-        )
     model = _copied(model)
+    for experts in experts_of(model):
+        for matrix in (experts.up, experts.down):
+            if isinstance(matrix, PackedMatrix):
+                matrix.is_base = True
     chosen = [site for site in adapter_sites(model) if site.target in lora.targets]
     if not chosen:
         raise ValueError(
@@ -64,24 +66,50 @@ def add_adapters(model: Nemotron, lora: LoRAConfig, key: Array) -> Nemotron:
 
 
 def abstract_adapted(
-    config: ModelConfig, lora: LoRAConfig | None, dtype: str = "float32"
+    config: ModelConfig, lora: LoRAConfig | None, dtype: str | None = None
 ) -> Nemotron:
-    """Shapes of a model with its adapters, of float32; without where there is no config of any."""
-    model = abstract_model(config, dtype)
+    """Shapes of a model with its adapters, its base as a run holds it, but for another `dtype` of
+    its matrices; float32 and no adapters where there is no config of any."""
     if lora is None:
-        return model
-    return jax.eval_shape(lambda model: add_adapters(model, lora, jax.random.key(0)), model)
+        return abstract_model(config, dtype or "float32")
+
+    def adapted(model: Nemotron) -> Nemotron:
+        return add_adapters(as_base(model, lora), lora, jax.random.key(0))
+
+    return jax.eval_shape(adapted, abstract_model(config, dtype or lora.base_dtype))
+
+
+def as_base(model: Nemotron, lora: LoRAConfig) -> Nemotron:
+    """The model with its routed experts as the base of adapters holds them."""
+    return pack_experts(model) if lora.base_experts == "nvfp4" else model
 
 
 def merge_adapters(model: Nemotron) -> Nemotron:
-    """The model with every adapter's change in its matrix, in the matrix's dtype, and none left."""
+    """The model with every adapter's change in its matrix, in the matrix's dtype, and none left.
+
+    Raises ValueError where one is to be added to codes.
+    """
     model = _copied(model)
     sites = [site for site in adapter_sites(model) if getattr(site.module, site.adapter)]
+    for site in sites:
+        if isinstance(getattr(site.module, site.matrix), PackedMatrix):
+            raise ValueError(
+                f"merge_adapters: {site.name} are NVFP4 codes, which hold no change; merge the "
+                "adapters of unpacked(model)"
+            )
     changes = [site_change(site) for site in sites]
     for site, change in zip(sites, changes, strict=True):
         old = getattr(site.module, site.matrix)
         merged = (old[...].astype(jnp.float32) + change).astype(old[...].dtype)
         setattr(site.module, site.matrix, nnx.Param(merged, axes=old.axes))
+        setattr(site.module, site.adapter, nnx.data(None))
+    return model
+
+
+def without_adapters(model: Nemotron) -> Nemotron:
+    """The base of a model's adapters alone."""
+    model = _copied(model)
+    for site in adapter_sites(model):
         setattr(site.module, site.adapter, nnx.data(None))
     return model
 

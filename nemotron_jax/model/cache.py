@@ -2,14 +2,18 @@
 hold."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import ModelConfig
-from nemotron_jax.layers.attention import KVState, PagedKV
+from nemotron_jax.layers.attention import KVState
 from nemotron_jax.layers.mamba2 import MambaState
+from nemotron_jax.layers.state import LayerState, chosen
+from nemotron_jax.sharding import shard
 
 
 @jax.tree_util.register_dataclass
@@ -17,8 +21,9 @@ from nemotron_jax.layers.mamba2 import MambaState
 class Cache:
     """One state per layer, None where a layer keeps none; `length` counts each row's tokens.
 
-    After a call with `every_state`, `start` holds the lengths before it and Mamba states hold one
-    entry a token: `select` brings such a cache back to one state per row.
+    States are of any kind in layers/state.py, whose rules are their own. After a call with
+    `every_state`, `start` holds the lengths before it, and `select` brings the cache to the state
+    after as many of the call's tokens as a row keeps.
 
     For drafting, `mtp` is the MTP block's own cache and `hidden` the backbone's state of each row's
     last token. Entry i of `mtp` is made of hidden state i and token i + 1, so at rest it is one
@@ -45,10 +50,20 @@ class Cache:
 
         return cls(tuple(state(letter) for letter in pattern), jnp.zeros(batch, jnp.int32))
 
+    def shared(self) -> "Cache":
+        """The same, laid out as devices share it: programs that begin and end so hand it on."""
+        return dataclasses.replace(
+            self,
+            layers=self._each(lambda state: state.shared()),
+            length=shard(self.length, "batch"),
+            mtp=self.mtp and self.mtp.shared(),
+            hidden=None if self.hidden is None else shard(self.hidden, "batch", None),
+        )
+
     @property
     def capacity(self) -> int | None:
         """Tokens that a row has room for; None without attention, whose states never grow."""
-        sizes = [state.capacity for state in self.layers if isinstance(state, KVState | PagedKV)]
+        sizes = [state.capacity for state in self._states() if state.capacity is not None]
         return min(sizes, default=None)
 
     def overflowed(self) -> Bool[Array, "B"]:
@@ -69,24 +84,16 @@ class Cache:
         return dataclasses.replace(self, layers=layers, length=length, start=start)
 
     def select(self, count: Int[Array, "B"]) -> "Cache":
-        """The cache as it was after the first `count` of the last call's tokens, by row.
-
-        A count of 0 keeps the length from before the call, but its Mamba states are those after
-        one token: it is for rows that are finished.
-        """
+        """The cache as it was after the first `count` of the last call's tokens, by row: none
+        leaves the row as it was before the call."""
         if self.start is None:
             raise ValueError(
                 "Cache.select: this cache holds one state per row; "
                 "call the model with every_state=True"
             )
-        index = jnp.maximum(count - 1, 0)
-        layers = tuple(
-            jax.tree.map(lambda a: _of_rows(a, index), layer)
-            if isinstance(layer, MambaState)
-            else layer
-            for layer in self.layers
-        )
-        length = jnp.where(self.overflowed(), self.length, self.start + count)
+        layers = self._each(lambda state: state.select(count))
+        outgrown = self.overflowed() & (count > 0)
+        length = jnp.where(outgrown, self.length, self.start + count)
         return dataclasses.replace(self, layers=layers, length=length, start=None)
 
     def truncate(self, length: Int[Array, "B"]) -> "Cache":
@@ -97,7 +104,7 @@ class Cache:
         """
         if self.start is not None:
             return self.select(jnp.minimum(length, self.length) - self.start)
-        if any(isinstance(layer, MambaState) for layer in self.layers):
+        if not all(state.goes_back for state in self._states()):
             raise ValueError(
                 "Cache.truncate: a Mamba state does not go back; call the model with "
                 "every_state=True, or put a cache that was kept at the wanted length"
@@ -109,45 +116,36 @@ class Cache:
 
         Keys and values are this one's: those that it alone holds lie past the other rows' lengths.
         """
-
-        def chosen(mine: Array | None, theirs: Array | None) -> Array | None:
-            if mine is None:
-                return None
-            return jnp.where(rows.reshape(-1, *(1,) * (mine.ndim - 1)), mine, theirs)
-
-        layers = tuple(
-            jax.tree.map(chosen, mine, theirs) if isinstance(mine, MambaState) else mine
-            for mine, theirs in zip(self.layers, other.layers, strict=True)
-        )
+        self._check_selected("where")
+        mtp, hidden = self.mtp, self.hidden
         return dataclasses.replace(
             self,
-            layers=layers,
-            length=chosen(self.length, other.length),
-            mtp=None if self.mtp is None else self.mtp.where(rows, other.mtp),
-            hidden=chosen(self.hidden, other.hidden),
+            layers=self._each(lambda mine, theirs: mine.where(rows, theirs), other),
+            length=chosen(rows, self.length, other.length),
+            mtp=None if mtp is None else mtp.where(rows, other.mtp),
+            hidden=None if hidden is None else chosen(rows, hidden, other.hidden),
         )
 
     def reset(self, rows: Bool[Array, "B"]) -> "Cache":
         """The cache with the given rows empty, as new."""
-
-        def emptied(array: Array | None) -> Array | None:
-            if array is None:
-                return None
-            mask = rows.reshape(-1, *(1,) * (array.ndim - 1))
-            return jnp.where(mask, jnp.zeros((), array.dtype), array)
-
-        layers = tuple(
-            jax.tree.map(emptied, layer) if isinstance(layer, MambaState) else layer
-            for layer in self.layers
-        )
+        self._check_selected("reset")
+        kept, hidden = ~rows, self.hidden
         return dataclasses.replace(
             self,
-            layers=layers,  # keys and values past the length are never read
-            length=emptied(self.length),
-            start=emptied(self.start),
+            layers=self._each(lambda state: state.emptied(rows)),
+            length=chosen(kept, self.length, 0),
             mtp=None if self.mtp is None else self.mtp.reset(rows),
-            hidden=emptied(self.hidden),
+            hidden=None if hidden is None else chosen(kept, hidden, jnp.zeros((), hidden.dtype)),
         )
+
+    def rounded(self, like: "Cache", narrow: Callable[[int, Array], Array]) -> "Cache":
+        """The cache with recurrent states kept as those of `like` are; `narrow` is told the layer
+        and a state that must go into fewer bits."""
+        layers = tuple(
+            state and state.rounded(before, functools.partial(narrow, layer))
+            for layer, (state, before) in enumerate(zip(self.layers, like.layers, strict=True))
+        )
+        return dataclasses.replace(self, layers=layers)
 
     def put(self, row: Int[Array, ""] | int, other: "Cache", other_row: int = 0) -> "Cache":
         """The cache with one row replaced by a row of another, whose capacity may be smaller.
@@ -176,8 +174,17 @@ class Cache:
         mark = jnp.where(other.overflowed()[other_row], self.capacity + 1, other.length[other_row])
         return dataclasses.replace(written, length=written.length.at[row].set(mark))
 
+    def _states(self) -> Iterator[LayerState]:
+        """Those of the layers that keep one."""
+        return (state for state in self.layers if state is not None)
 
-def _of_rows(states: Float[Array, "B T ..."], index: Int[Array, "B"]) -> Float[Array, "B ..."]:
-    """Each row's state at its index, copied whole: a gather would compute where each number is."""
-    take = lambda row: jax.lax.dynamic_index_in_dim(states[row], index[row], keepdims=False)
-    return jnp.stack([take(row) for row in range(states.shape[0])])
+    def _each(self, function: Callable[..., LayerState], *others: "Cache") -> tuple:
+        """Each layer's state, and those of other caches with it, through a function."""
+        layers = zip(self.layers, *(other.layers for other in others), strict=True)
+        return tuple(None if states[0] is None else function(*states) for states in layers)
+
+    def _check_selected(self, what: str) -> None:
+        if self.start is not None:
+            raise ValueError(
+                f"Cache.{what}: the last call kept every state; select how many tokens stand first"
+            )

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
-from nemotron_jax.layers.latent_moe import RouterMetrics
+from nemotron_jax.layers.latent_moe import KEPT, RouterMetrics
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.norm import RMSNorm
 from nemotron_jax.model.block import Block
@@ -52,7 +52,7 @@ class MTPBlock(nnx.Module):
         for number, block in enumerate(self.blocks):
             state = None if states is None else states[number]
             run = lambda x, block=block, state=state: block(x, rows, state, context)
-            x, state, report = (jax.checkpoint(run) if remat else run)(x)
+            x, state, report = (jax.checkpoint(run, policy=KEPT) if remat else run)(x)
             new_states.append(state)
             if report is not None:
                 metrics.append(report)

@@ -21,8 +21,10 @@ from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.block import make_stack
 from nemotron_jax.model.cache import Cache
 from nemotron_jax.model.mtp import MTPBlock
-from nemotron_jax.model.stack import Stacks, run_stack, split_layers
-from nemotron_jax.sharding import cuts_of, gathered, local, shard, target_platform
+from nemotron_jax.model.stack import Stacks, run_stack, split_layers, stay
+from nemotron_jax.sharding import local, shard, target_platform
+from nemotron_jax.sharding.vocabulary import Vocabulary
+from nemotron_jax.sharding.weights import cuts_of, gathered
 from nemotron_jax.types import Context, Origin, Output, Rows, Weight
 from pallas_kernels import nvfp4
 
@@ -184,14 +186,15 @@ class Nemotron(nnx.Module):
 
     def split_layers(self) -> "Nemotron":
         """The same model with single layers in place of stacks, for loops that run one token at a
-        time.
+        time, and weights that stay where they are.
 
-        Inside a compiled loop a layer of a stack would be copied out at every step.
+        Inside a compiled loop a layer of a stack would be copied out at every step, and the parts
+        of one gathered.
         """
         model = copy.copy(self)
         for letter, layers in split_layers(self._stacks()).items():
             setattr(model, BLOCK_KINDS[letter], layers)
-        return model
+        return stay(model)
 
     def _empty_cache(self, pattern: str, batch: int, max_length: int, dtype: str | None) -> Cache:
         if not all(is_integer(size) and size >= 1 for size in (batch, max_length)):
@@ -256,7 +259,8 @@ def _forward(
 
 @functools.partial(jax.jit, static_argnames=("execution",))
 def _logits(model: Nemotron, hidden: Array, execution: Execution) -> Array:
-    return model.head(hidden, model._context(execution), out_dtype=jnp.float32)
+    logits = model.head(hidden, model._context(execution), out_dtype=jnp.float32)
+    return shard(logits, "batch", *(None,) * (logits.ndim - 2), "vocabulary")
 
 
 @functools.partial(jax.jit, static_argnames=("execution",))
@@ -318,7 +322,11 @@ def _embed(model: Nemotron, tokens: Int[Array, "B T"], context: Context) -> Floa
     """The tokens' rows of the embedding table, looked up by each device for its own tokens."""
     table = Weight(model.embedding[...], model.embedding.axes)
     cuts = cuts_of(table)
-    look_up = lambda part, tokens: gathered(part, cuts, context.dtype)[tokens].astype(context.dtype)
+    vocabulary = Vocabulary.of(cuts, 0)
+
+    def look_up(part: Array, tokens: Array) -> Array:
+        return vocabulary.look_up(gathered(part, cuts, context.dtype), tokens).astype(context.dtype)
+
     x = local(look_up, (table, ("batch",)), ("batch",))(table.value, tokens)
     return shard(x, "batch", "tokens", "width")
 

@@ -11,8 +11,6 @@ from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 
-FORMATS = ("dense", "nvfp4")  # of the experts' matrices
-
 
 def pack_experts(model: Nemotron, *, mtp: bool = True) -> Nemotron:
     """The model with its experts' matrices rounded to NVFP4, for decoding; what is packed already
@@ -21,7 +19,7 @@ def pack_experts(model: Nemotron, *, mtp: bool = True) -> Nemotron:
     `mtp=False` leaves the MTP block's as they are, as published checkpoints do. Raises ValueError
     for a model without experts and for one with adapters.
     """
-    if not any(True for _ in _experts(model)):
+    if not any(True for _ in experts_of(model)):
         raise ValueError(
             f"experts='nvfp4': the model of pattern {model.config.pattern!r} has no routed experts"
         )
@@ -66,13 +64,14 @@ def _replaced(
 ) -> Nemotron:
     """A copy of the model, each of its experts' two matrices what `new` makes of them."""
     model = jax.tree.unflatten(*reversed(jax.tree.flatten(model)))
-    for experts in _experts(model, mtp=mtp):
+    for experts in experts_of(model, mtp=mtp):
         for name in ("up", "down"):
             setattr(experts, name, new(experts, name))
     return model
 
 
-def _experts(model: Nemotron, *, mtp: bool = True) -> Iterator[Experts]:
+def experts_of(model: Nemotron, *, mtp: bool = True) -> Iterator[Experts]:
+    """The routed experts of the trunk's layers, those of a stack as one, and of the MTP block."""
     stack = getattr(model, BLOCK_KINDS["E"])
     blocks = list(stack) if isinstance(stack, nnx.List) else [] if stack is None else [stack]
     if mtp and model.mtp_block is not None:

@@ -7,10 +7,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
-from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.sharding import parameter_sharding
+from nemotron_jax.sharding import MESH_AXES, current_mesh, parameter_sharding
 from nemotron_jax.types import Axes
 
 
@@ -23,6 +23,20 @@ def flatten(model: Nemotron) -> dict[str, jax.Array]:
     """Every parameter under its dotted name, such as `mamba.mixer.x.weight`, in tree order."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return {_dotted(path): leaf for path, leaf in leaves}
+
+
+def stacks(model: Nemotron) -> dict[str, tuple[tuple[int, ...], list[jax.Array]]]:
+    """Every parameter under the name that it has in a model of stacks, with its shape there: its
+    one array, or where layers stand alone those of all layers in order."""
+    found: dict[str, tuple[tuple[int, ...], list[jax.Array]]] = {}
+    for name, leaf in flatten(model).items():
+        kind, number, rest = [*name.split(".", 2), "", ""][:3]
+        if kind in BLOCK_KINDS.values() and number.isdigit():
+            layers = [*found.get(f"{kind}.{rest}", ((), []))[1], leaf]
+            found[f"{kind}.{rest}"] = (len(layers), *leaf.shape), layers
+        else:
+            found[name] = leaf.shape, [leaf]
+    return found
 
 
 def unflatten(like: Nemotron, parameters: Mapping[str, jax.Array]) -> Nemotron:
@@ -70,6 +84,29 @@ def model_shardings(model: Nemotron, mesh: Mesh) -> dict[str, NamedSharding]:
         name: parameter_sharding(mesh, axes, shapes[name])
         for name, axes in model_axes(model).items()
     }
+
+
+def mesh_of(model: Nemotron) -> Mesh | None:
+    """The mesh that is set, or else the one that the model is spread over, if it is of our axes."""
+    return own_mesh(model) if current_mesh() is None else current_mesh()
+
+
+def own_mesh(model: Nemotron) -> Mesh | None:
+    """The mesh that the model is spread over, if it is of our axes."""
+    place = getattr(model.embedding[...], "sharding", None)
+    ours = isinstance(place, NamedSharding) and place.mesh.axis_names == MESH_AXES
+    return place.mesh if ours else None
+
+
+def laid_out(model: Nemotron) -> Nemotron:
+    """The model with every parameter where its axes say on its mesh; as it is without one."""
+    is_traced = isinstance(model.embedding[...], jax.core.Tracer)
+    mesh = None if is_traced else mesh_of(model)
+    if mesh is None:
+        return model
+    places = model_shardings(model, mesh)
+    leaves = flatten(model)
+    return unflatten(model, {n: jax.device_put(leaf, places[n]) for n, leaf in leaves.items()})
 
 
 def _dotted(path: tuple) -> str:

@@ -42,15 +42,16 @@ def step_work(
 ) -> Work:
     """One call of `tokens` tokens for each of `rows` rows; `expert_bytes`: where experts' differ.
 
-    Keys and values are read once a row; a recurrent state is read once, and written after every
-    token, so that a rejection can select one.
+    Keys and values are read once a row. A recurrent state is read and written once; where several
+    tokens are verified it is read once for all of them, and once more when it is known how many
+    stand.
     """
     state = accounting.decode_state(config, context)
     weights, experts = _weights(config, config.pattern, rows * tokens)
     weights += config.vocab_size * config.width
     expert_bytes = weight_bytes if expert_bytes is None else expert_bytes
     moved = weights * weight_bytes + experts * expert_bytes
-    moved += rows * (state.kv + (1 + tokens) * (state.ssm + state.conv))
+    moved += rows * (state.kv + (2 if tokens == 1 else 3) * (state.ssm + state.conv))
     return Work(moved, rows * tokens * accounting.forward_flops(config, context).total)
 
 

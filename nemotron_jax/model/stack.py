@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
-from nemotron_jax.layers.latent_moe import RouterMetrics
+from nemotron_jax.layers.latent_moe import KEPT, RouterMetrics
 from nemotron_jax.model.block import Block
-from nemotron_jax.sharding import part_shape
+from nemotron_jax.sharding import part_shape, staying
 from nemotron_jax.types import Context, Rows
 from pallas_kernels import nvfp4
 
@@ -109,6 +109,12 @@ def split_layers(stacks: Stacks) -> Stacks:
     }
 
 
+def stay(module: nnx.Module) -> nnx.Module:
+    """The module with weights that stay on their devices; see `staying`."""
+    own = lambda variable: variable.replace(axes=staying(variable.axes))
+    return jax.tree.map(own, module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
 def _run_layers(
     x: Array,
     config: ModelConfig,
@@ -196,13 +202,13 @@ def _unit(
 
 
 def _kept(stack: Block, remat: str) -> Callable[..., bool]:
-    """Which values of a block the backward pass finds again: for `mixers` none; else all but the
-    layer's weights, which it takes from their stack once more.
+    """Which values of a block the backward pass finds again: for `mixers` what its experts gave;
+    else all but the layer's weights, which it takes from their stack once more.
 
     A value is told by the primitive that makes it and by the shapes that this one is given.
     """
     if remat == "mixers":
-        return jax.checkpoint_policies.nothing_saveable
+        return KEPT
     shapes = set()
     for weight in jax.tree.leaves(stack, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         of_all = weight[...].shape

@@ -202,7 +202,7 @@ def _bytes(model: ModelConfig, wish: Wish, devices: int, rows: int) -> dict[str,
     weights = 2 * (total - experts) + EXPERTS[wish.experts] * experts
     state = accounting.decode_state(model, wish.context)
     kv = state.kv + (state.mtp_kv if wish.speculative else 0)
-    states = (1 + wish.speculative) * state.ssm + state.conv  # one for each token of a round
+    states = state.ssm + state.conv  # the tokens that a round replays are a hundredth of that
     logits = (1 + wish.speculative) * 4 * model.vocab_size
     size = {
         "parameters": weights,

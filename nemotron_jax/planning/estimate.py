@@ -58,6 +58,7 @@ def estimate(question: Question, place: Slice) -> dict:
         "estimated": True,
         "devices": place.size,
         "collectives": {},
+        "overlap": {},
         "compile_seconds": 0.0,
         "rows": config.data.batch_size,
         "sequence_length": config.data.sequence_length,

@@ -40,32 +40,44 @@ def many(reports: Sequence[Mapping]) -> str:
     """A table over slices, and which of them fit."""
     decodes = any("decode" in report for report in reports)
     rate = "tokens/s" if decodes else "MFU"
-    lines = [("slice", "devices", "mesh", "rows", "GB, of", "", "step", rate)]
+    rows = "rows that fit" if decodes else "rows"
+    lines = [("slice", "devices", "mesh", rows, "GB, of", "", "step", rate, "with drafts")]
     for report in reports:
         if "fits" not in report:
-            row = (report["target"], str(report["devices"]), "", "", "", "", "", "no row for each")
+            empty = ("",) * 5
+            row = (report["target"], str(report["devices"]), *empty, "no row for each", "")
             lines.append(row)
             continue
         size = report["bytes_per_device"]
-        figure = f"{report['decode']['tokens_per_second']:,.0f}" if decodes else ""
+        figure, drafted, fitting = _decode_cells(report["decode"]) if decodes else ("",) * 3
         lines.append(
             (
                 report["target"],
                 str(report["devices"]),
                 mesh_of(report),
-                "" if decodes else f"{report['micro_batches']} x {_rows(report)}",
+                fitting or f"{report['micro_batches']} x {_rows(report)}",
                 f"{size['total'] / GB:.0f} of {size['available'] / GB:.0f}",
                 "fits" if report["fits"] else "no",
                 _time(report["estimated_step_seconds"]["total"]),
                 figure or f"{report['mfu']:.2f}",
+                drafted,
             )
         )
+    if not any(line[-1] for line in lines[1:]):
+        lines = [line[:-1] for line in lines]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
         "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
     return "\n".join([*text, _smallest(reports)])
+
+
+def _decode_cells(decode: Mapping) -> tuple[str, str, str]:
+    """Tokens a second without and with drafts, and the rows that fit."""
+    drafts = decode["speculative"]
+    drafted = f"{drafts['tokens_per_second']:,.0f}" if drafts else ""
+    return f"{decode['tokens_per_second']:,.0f}", drafted, f"{decode['rows_that_fit']:,}"
 
 
 def mesh_of(report: Mapping) -> str:

@@ -283,8 +283,8 @@ def _volumes(config: RunConfig, parts: list[_Part]) -> dict[str, float]:
             found["experts" if product.is_expert else "dense"] += times * product.size
         if letter == "E":
             found["dense"] += times * model.width * model.moe.num_experts  # the router
-            # Tokens forward and again, their sums in float32; cotangents the other way round.
-            passes = (mode.forward + mode.backward) * (word + FLOAT32)
+            # Tokens forward and again, their sums once, in float32; cotangents the other way round.
+            passes = mode.forward * word + FLOAT32 + mode.backward * (word + FLOAT32)
             found["tokens"] += part.count * passes * (model.moe.latent_width or model.width)
     table, (heads, passes) = model.vocab_size * model.width, _heads(config, parts)
     learns = FLOAT32 * (passes == 3)

@@ -112,21 +112,23 @@ def _environment_of_prompts(config: RolloutConfig, count: int) -> Int[np.ndarray
     return np.minimum(np.searchsorted(bounds, points, side="right"), len(shares) - 1)
 
 
-def make_pools(config: RunConfig, play: PoolPlays, directory: RunDirectory) -> Pools | None:
+def make_pools(
+    rl: RLConfig, seed: int, play: PoolPlays, directory: RunDirectory, *, of: str
+) -> Pools | None:
     """Each environment's pool: its tasks but those that the model always solves, easiest first.
 
     The pools are kept in a file, since a run that goes on has another model by then, and so are the
     plays that they come from, batch by batch: what a kill or damage leaves of them is not played
     again. None where the config wants none; an environment whose tasks are all solved keeps them.
+    `of` are the run's `pool_settings`: what was played under others is played again.
     """
-    if not config.rl.pool_tasks:
+    if not rl.pool_tasks:
         return None
-    names, count = config.rl.rollout.environments, config.rl.pool_tasks
-    of = _settings(config)
+    names, count = rl.rollout.environments, rl.pool_tasks
     if (kept := _read_pools(directory.pools, directory.pool_plays, of)) is not None:
         return kept
-    tasks = [training_task(name, config.seed, n) for name in names for n in range(count)]
-    rewards = _played(config, tasks, play, directory.pool_plays)
+    tasks = [training_task(name, seed, n) for name in names for n in range(count)]
+    rewards = _played(rl, tasks, play, directory.pool_plays, of)
     counts = np.sum(~np.isnan(rewards), axis=0)
     means = np.where(counts, np.nansum(rewards, axis=0) / np.maximum(counts, 1), np.nan)
     found = dict(zip(names, means.reshape(len(names), count), strict=True))
@@ -157,15 +159,14 @@ def _read_pools(path: Path, plays: Path, of: str) -> Pools | None:
 
 
 def _played(
-    config: RunConfig, tasks: Sequence[Task], play: PoolPlays, path: Path
+    rl: RLConfig, tasks: Sequence[Task], play: PoolPlays, path: Path, of: str
 ) -> Float[np.ndarray, "S N"]:
     """The reward of each play of each task, NaN where its environment failed.
 
     A batch is a line of the file as soon as it is played; those that are there are not played.
     """
-    rollout, of = config.rl.rollout, _settings(config)
-    size = rollout.prompts * rollout.generations
-    rewards = np.full((config.rl.pool_samples, len(tasks)), np.nan)
+    size = rl.rollout.prompts * rl.rollout.generations
+    rewards = np.full((rl.pool_samples, len(tasks)), np.nan)
     lines = [(number, _of_line(found)) for number, found in read_objects(path)]
     if damaged := [number for number, line in lines if line is None]:
         keep_damaged(path, damaged)
@@ -190,8 +191,8 @@ def _played(
     return rewards
 
 
-def _settings(config: RunConfig) -> str:
-    """What the plays are a function of, the start of the model with it, as one name."""
+def pool_settings(config: RunConfig) -> str:
+    """What the plays of pools are a function of, the start of the model with it, as one name."""
     rollout = dataclasses.replace(
         config.rl.rollout, workers=0, worker_kind="processes", timeout_s=1.0
     )

@@ -145,7 +145,7 @@ def grpo_objective(rl: RLConfig, loss_chunk: int, execution: Execution) -> Objec
         load = load_by_bias(model, output.router_load)
         return total, sums | {"router_load": jax.lax.stop_gradient(load)}
 
-    return Objective(totals, loss)
+    return Objective(totals, loss, execution.precision)
 
 
 def token_logprobs(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.rl import ObjectiveConfig, RolloutConfig
-from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import pack_whole
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.playing.episode import Episode
@@ -22,6 +21,9 @@ from nemotron_jax.posttraining.grpo import (
     turn_advantages,
 )
 from nemotron_jax.sharding import place_batch
+
+# The log-probability of each target, given a model, tokens, targets and segment ids.
+Score = Callable[..., Float[Array, "B T"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +74,23 @@ def pack_tokens(
 def policy_batch(
     episodes: Sequence[Episode],
     advantages: Float[np.ndarray, "N"],
+    score: Score,
     model: Nemotron,
-    config: RunConfig,
     *,
+    rows: int,
+    row_tokens: int,
+    objective: ObjectiveConfig,
     reference: Nemotron | None = None,
 ) -> tuple[PolicyBatch, list[float]]:
     """The batch of a step's episodes, and each one's mean exp|log trainer - log generator|.
 
-    `model` is the trainer at the step's start. An episode is left out (its tokens weigh 0) where
-    its environment failed, where the mismatch is beyond the limit, and, as configured, where it was
-    cut off.
+    `score` is `score_tokens` as the step computes, `model` the trainer at the step's start. An
+    episode is left out (its tokens weigh 0) where its environment failed, where the mismatch is
+    beyond the limit, and, as configured, where it was cut off.
     """
-    rows, row_tokens = config.data.batch_size, config.data.sequence_length
     places = place_episodes([len(e.tokens) for e in episodes], rows, row_tokens)
     tokens, targets, segments = pack_tokens(episodes, places, rows, row_tokens)
     given = place_batch((tokens, targets, segments))
-    score = functools.partial(
-        score_tokens,
-        execution=config.execution,
-        chunk=config.training.loss_chunk,
-        temperature=config.rl.rollout.temperature,
-    )
     trainer = np.asarray(score(model, *given))
     scored = None if reference is None else np.asarray(score(reference, *given))
     empty = lambda: np.zeros((rows, row_tokens), np.float32)
@@ -104,9 +102,9 @@ def policy_batch(
         own, old = episode.own[1:], trainer[here]
         generator[here] = episode.logprobs[1:]
         mismatches.append(mismatch(old[own], episode.logprobs[1:][own]))
-        gain, weight = token_gains(episode, float(advantage), mismatches[-1], config.rl.objective)
+        gain, weight = token_gains(episode, float(advantage), mismatches[-1], objective)
         gains[here], weights[here] = gain[1:], weight[1:]
-        cap = config.rl.objective.importance_cap
+        cap = objective.importance_cap
         importance[here] = np.where(own, importance_weights(old, episode.logprobs[1:], cap), 0)
     batch = PolicyBatch(
         tokens, targets, segments, weights, gains, importance, generator, trainer, scored

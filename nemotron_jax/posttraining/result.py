@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.rl import RLConfig
 from nemotron_jax.data.messages import played_conversation
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments import registry
@@ -21,24 +22,36 @@ Values = dict[str, float | int | list[float] | dict]
 _NORMAL_95 = 1.96  # standard deviations on either side of a mean's 95 % interval
 
 
-def result(before: Nemotron, after: Nemotron, tokenizer: Tokenizer, config: RunConfig) -> Values:
+def result(
+    before: Nemotron,
+    after: Nemotron,
+    tokenizer: Tokenizer,
+    rl: RLConfig,
+    seed: int,
+    execution: Execution,
+) -> Values:
     """Mean reward on held-out tasks before and after, and the 95 % interval of the gain.
 
     The same tasks are played once each by both, sampled as in training. `easy_…` are those of the
     tasks that the slip `rl.easy_slip` gets right; `environments` holds the same for each one.
     """
-    tasks = held_out_tasks(config.rl.rollout, config.seed, config.rl.result_tasks)
-    sampler = make_sampler(config.rl.rollout)
-    execution = config.execution.at_step(config.training.steps - 1)
+    tasks = held_out_tasks(rl.rollout, seed, rl.result_tasks)
+    sampler = make_sampler(rl.rollout)
     rewards = []
     for model in (before, after):
         episodes = play_tasks_once(
-            model, tokenizer, config, tasks, draw=0, sampler=sampler, execution=execution
+            model,
+            tokenizer,
+            rl.rollout,
+            tasks,
+            seed=seed + 1,
+            sampler=sampler,
+            execution=execution,
         )
         rewards.append(np.array([e.verdict.reward if e.counted else np.nan for e in episodes]))
     found = compared(*rewards)
-    if config.rl.easy_slip:
-        easy = easy_tasks(tasks, config.rl.easy_slip)
+    if rl.easy_slip:
+        easy = easy_tasks(tasks, rl.easy_slip)
         for name, part in (("easy", easy), ("hard", ~easy)):
             values = compared(*(one[part] for one in rewards))
             found |= {f"{name}_{key}": value for key, value in values.items()}

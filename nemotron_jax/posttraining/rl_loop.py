@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,12 @@ from nemotron_jax.posttraining.curriculum import (
 )
 from nemotron_jax.posttraining.grpo import PolicyBatch, group_advantages, low_effort_reward
 from nemotron_jax.posttraining.health import check_counted, health
-from nemotron_jax.posttraining.policy_batch import logprob_gap, policy_batch, rows_needed
+from nemotron_jax.posttraining.policy_batch import (
+    logprob_gap,
+    policy_batch,
+    rows_needed,
+    score_tokens,
+)
 from nemotron_jax.posttraining.preference import Judge, make_judge, preference_rewards
 
 OnEpisodes = Callable[[int, Sequence[Episode], Sequence[float]], None]
@@ -157,12 +163,20 @@ class Rollouts:
         groups = np.array([episode.group for episode in episodes])
         counted = np.array([episode.counted for episode in episodes])
         advantages = group_advantages(rewards, groups, counted, objective.advantage_clip)
-        execution = config.execution.at_step(self._step)
+        score = functools.partial(
+            score_tokens,
+            execution=config.execution.at_step(self._step),
+            chunk=config.training.loss_chunk,
+            temperature=config.rl.rollout.temperature,
+        )
         batch, mismatches = policy_batch(
             episodes,
             advantages,
+            score,
             model,
-            dataclasses.replace(config, execution=execution),
+            rows=config.data.batch_size,
+            row_tokens=config.data.sequence_length,
+            objective=objective,
             reference=self._reference,
         )
         self._report = health(episodes, rewards, mismatches, objective.sequence_limit)
@@ -261,13 +275,12 @@ def _check_slip(slip: str, sources: Sequence[tuple[Environment, int | None]], se
     check_value("RLConfig", "easy_slip", slip, slip in known, rule)
 
 
-def check_prompts(config: RunConfig, tokenizer: Tokenizer | str) -> None:
+def check_prompts(rollout: RolloutConfig, seed: int, tokenizer: Tokenizer | str) -> None:
     """Raise ValueError where no prompt of the first batch leaves any room to answer.
 
     Of a tokenizer that is yet to be trained its pattern is given, which says how short they can be.
     """
-    rollout = config.rl.rollout
-    tasks, low_effort = step_tasks(rollout, config.seed, 0)
+    tasks, low_effort = step_tasks(rollout, seed, 0)
     lengths = []
     for task, low in zip(tasks, low_effort, strict=True):
         options = ChatOptions(enable_thinking=rollout.thinking, low_effort=low)

@@ -8,7 +8,9 @@ import numpy as np
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.playing import PlayConfig
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.rl import RLConfig, RolloutConfig
+from nemotron_jax.config.run import DataConfig
+from nemotron_jax.config.sft import SFTConfig
 from nemotron_jax.data.messages import ORACLE, oracle_source
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.environments.base import Task
@@ -26,26 +28,28 @@ from nemotron_jax.training.report import Probe
 _SIDE_BY_SIDE = 64
 
 
-def success_of_oracles(tokenizer: Tokenizer, config: RunConfig) -> Probe | None:
+def success_of_oracles(
+    tokenizer: Tokenizer, data: DataConfig, sft: SFTConfig, seed: int
+) -> Probe | None:
     """A function of a model in fine-tuning: `success`, its mean reward on held-out tasks of the
     oracle sources.
 
-    None where the config plays no tasks or no source is an oracle. Tasks are those that the oracle
+    None where `sft` plays no tasks or no source is an oracle. Tasks are those that the oracle
     sources hold out, `sft.success_tasks` of each, played greedily and without reasoning, since
     oracles do not think aloud. A conversation may be as long as a row of the data.
     """
-    sources = [source for source in config.data.sources if source.startswith(ORACLE)]
-    if not sources or not config.sft.success_tasks:
+    sources = [source for source in data.sources if source.startswith(ORACLE)]
+    if not sources or not sft.success_tasks:
         return None
     played = [oracle_source(source) for source in sources]
     tasks = [
-        environment.split(config.seed, "held_out", index, level=level)
+        environment.split(seed, "held_out", index, level=level)
         for environment, level in played
-        for index in range(config.sft.success_tasks)
+        for index in range(sft.success_tasks)
     ]
     play = PlayConfig(
-        max_tokens=config.data.sequence_length,
-        max_turn_tokens=config.sft.success_tokens,
+        max_tokens=data.sequence_length,
+        max_turn_tokens=sft.success_tokens,
         max_turns=max(environment.max_turns for environment, _ in played),
         temperature=0.0,
     )
@@ -71,16 +75,17 @@ def success_of_oracles(tokenizer: Tokenizer, config: RunConfig) -> Probe | None:
 
 
 def success_of_tasks(
-    tokenizer: Tokenizer, config: RunConfig, sampler: Sampler | None = None
+    tokenizer: Tokenizer, rl: RLConfig, seed: int, sampler: Sampler | None = None
 ) -> Probe:
     """A function of a model: `success`, its mean reward on held-out tasks, and that of each
     environment. `sampler` is the run's, by default one of its own."""
-    tasks = held_out_tasks(config.rl.rollout, config.seed, config.rl.held_out_tasks)
-    sampler = sampler or make_sampler(config.rl.rollout)
+    tasks = held_out_tasks(rl.rollout, seed, rl.held_out_tasks)
+    sampler = sampler or make_sampler(rl.rollout)
 
     def evaluate(model: Nemotron, execution: Execution) -> dict[str, float]:
+        draws = seed + 1
         episodes = play_tasks_once(
-            model, tokenizer, config, tasks, draw=0, sampler=sampler, execution=execution
+            model, tokenizer, rl.rollout, tasks, seed=draws, sampler=sampler, execution=execution
         )
         names = sorted({one.task.environment for one in episodes if one.counted})
         by_name = {name: [e for e in episodes if e.task.environment == name] for name in names}
@@ -94,9 +99,12 @@ def success_of_tasks(
 def pool_plays(
     model: Callable[[], Nemotron],
     tokenizer: Tokenizer,
-    config: RunConfig,
+    rollout: RolloutConfig,
+    seed: int,
+    *,
     players: Players,
     sampler: Sampler,
+    execution: Execution,
 ) -> PoolPlays:
     """What plays the tasks of pools: each one's reward, NaN where its environment failed, which
     says nothing of how hard it is. The model is asked for when there is something to play."""
@@ -105,13 +113,13 @@ def pool_plays(
         episodes = play_tasks_once(
             model(),
             tokenizer,
-            config,
+            rollout,
             tasks,
-            draw=1 + draw,
+            seed=seed + 2 + draw,
             first=first,
             players=players,
             sampler=sampler,
-            execution=config.execution.at_step(0),
+            execution=execution,
         )
         return [one.verdict.reward if one.counted else math.nan for one in episodes]
 
@@ -121,10 +129,10 @@ def pool_plays(
 def play_tasks_once(
     model: Nemotron,
     tokenizer: Tokenizer,
-    config: RunConfig,
+    rollout: RolloutConfig,
     tasks: Sequence[Task],
     *,
-    draw: int,
+    seed: int,
     sampler: Sampler,
     execution: Execution,
     first: int = 0,
@@ -132,10 +140,9 @@ def play_tasks_once(
 ) -> list[Episode]:
     """Each task played once as in training, as many side by side as there.
 
-    `first` is the number of the first of these tasks among all that are played so; `players` are
-    left open, those of this process are made for it.
+    `seed` is that of all draws, `first` the number of the first of these tasks among all that are
+    played so. `players` are left open, those of this process are made for it.
     """
-    rollout = config.rl.rollout
     size = rollout.prompts * rollout.generations
     episodes: list[Episode] = []
     with contextlib.ExitStack() as stack:
@@ -149,7 +156,7 @@ def play_tasks_once(
                 part,
                 rollout,
                 sampler=sampler,
-                seed=step_seed(config.seed + 1 + draw, first + number * size),
+                seed=step_seed(seed, first + number * size),
                 execution=execution,
             )
     episodes = episodes[: len(tasks)]

@@ -1,7 +1,7 @@
 """Precision of the weight matmuls."""
 
 from nemotron_jax.quant.matmul import dot, dot_together, expert_mlp, row_alignment
-from nemotron_jax.quant.windows import mix_in_windows, window_rows
+from nemotron_jax.quant.mix import mix_in_windows, window_rows
 
 __all__ = [
     "dot",

@@ -3,30 +3,28 @@ place."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.precision import HIGH, ROLES
-from nemotron_jax.quant import emulated
+from nemotron_jax.quant import emulated, observe, packed
+from nemotron_jax.quant.codes import Codes
 from nemotron_jax.quant.operands import alignment
-from nemotron_jax.sharding import (
+from nemotron_jax.sharding import shard_parameter
+from nemotron_jax.sharding.weights import (
     Cuts,
     first_expert,
     gather_parameter,
     gathered,
     scattered,
-    shard_parameter,
     whole,
 )
 from nemotron_jax.types import Axes, Context, Packed, Rows, Weight
 from pallas_kernels import (
     ExpertOrder,
-    PackedExperts,
     grouped_matmul,
-    grouped_matmul_packed,
     grouped_mlp,
     grouped_mlp_gradients,
     nvfp4,
@@ -71,6 +69,7 @@ def dot_together(
     """
     dtypes = [jnp.dtype(dtype or context.dtype) for dtype in out_dtypes]
     x = x.astype(context.dtype)
+    observe.observe(role, x)
     if context.format(role) == HIGH:
         pairs = zip(weights, dtypes, strict=True)
         return [_dot(x, weight.value, weight.axes, dtype) for weight, dtype in pairs]
@@ -78,8 +77,9 @@ def dot_together(
     numbers = jnp.arange(flat.shape[0]) if rows.numbers is None else rows.numbers.reshape(-1)
     masters = tuple(weight.value for weight in weights)
     axes = tuple(weight.axes for weight in weights)
-    spec = _spec(role, context, tuple(dtypes), axes)
-    products = emulated.dot(spec, flat, masters, _words(role, rows), numbers)
+    spec = spec_of(role, context, tuple(dtypes), axes)
+    codes = tuple(weight.codes for weight in weights)
+    products = emulated.dot(spec, flat, masters, words_of(role, rows), numbers, codes)
     return [y.reshape(*x.shape[:-1], -1) for y in products]
 
 
@@ -98,85 +98,77 @@ def expert_mlp(
     context: Context,
     rows: Rows = Rows(),
     cuts: tuple[Cuts, Cuts] = (Cuts(), Cuts()),
+    codes: tuple[Codes | None, Codes | None] = (None, None),
 ) -> Float[Array, "rows L"]:
     """Squared-ReLU experts over rows sorted by expert; rows past the groups' sum give zeros.
 
     `up` [E L F] and `down` [E F L] are masters, or inside `local` this device's parts of them, cut
-    as `cuts` say: they are gathered here, and their gradients scattered, one at a time.
+    as `cuts` say: they are gathered here, and their gradients scattered, one at a time. `codes` are
+    those of up and down, where they were made beforehand.
     `adapters` are A and B of up, then of down: each product gets `x A B` of its input added, in
-    high precision. Where up and down are codes there are none. Raises ValueError for codes in an
-    emulated format, and where a gradient is asked for through them.
+    high precision. Raises ValueError for codes in an emulated format, and where a gradient is asked
+    for through codes that no adapters train beside.
     """
     x, sizes = x.astype(context.dtype), order.group_sizes
-    if isinstance(up, Packed):
-        return _packed_mlp(x, up, down, sizes, context)
     kernel = {"implementation": context.kernel("grouped_matmul"), "target": context.target}
+    if isinstance(up, Packed):
+        _check_high(up, context)
+        if not adapters:
+            hidden = packed.product(x, up, sizes, cuts[0], kernel, activation="relu2")
+            return packed.product(hidden, down, sizes, cuts[1], kernel)
+    if observe.observed():
+        hidden = grouped_matmul(x, gathered(up, cuts[0], context.dtype), sizes, **kernel)
+        observe.observe(EXPERT_ROLES[0], x)
+        observe.observe(EXPERT_ROLES[1], jnp.square(jax.nn.relu(hidden)))
     if not adapters and all(context.format(role) == HIGH for role in EXPERT_ROLES):
         return _mlp(cuts, tuple(kernel.values()), x, up, down, sizes)
-    choices = order.entry_row.shape[1]
-    tokens = order.entry_row.shape[0]
-    numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
-    entries = numbers[order.row_token] * choices + order.row_entry % choices
-    fillers = _fillers(sizes, entries.shape[0], row_alignment(context), cuts[0].owners)
-    entries = jnp.where(order.holds, entries, ~fillers)
+    entries = row_numbers(order, rows, context, cuts[0].owners)
     grouped = functools.partial(grouped_matmul, **kernel)
-    each = enumerate(zip(EXPERT_ROLES, (up, down), cuts, strict=True))
-    for number, (role, weight, cut) in each:
+    each = enumerate(zip(EXPERT_ROLES, (up, down), cuts, codes, strict=True))
+    for number, (role, weight, cut, kept) in each:
         if role == EXPERT_ROLES[1]:
             x = jnp.square(jax.nn.relu(x))
         added = jnp.zeros((), x.dtype)
         if adapters:
             a, b = adapters[2 * number : 2 * number + 2]
             added = grouped(grouped(x, a, sizes), b, sizes)
-        if context.format(role) == HIGH:
+        if isinstance(weight, Packed):
+            x = packed.product(x, weight, sizes, cut, kernel) + added
+        elif context.format(role) == HIGH:
             x = grouped(x, gathered(weight, cut, context.dtype), sizes) + added
         else:
-            spec = _spec(role, context, (jnp.dtype(context.dtype),), cuts=cut)
-            x = emulated.grouped_dot(spec, x, weight, sizes, _words(role, rows), entries) + added
+            spec = spec_of(role, context, (jnp.dtype(context.dtype),), cuts=cut)
+            drawn = words_of(role, rows), entries
+            x = emulated.grouped_dot(spec, x, weight, sizes, *drawn, codes=kept) + added
     return x
 
 
-def _fillers(sizes: Array, rows: int, align: int, owners: Sequence[str]) -> Int[Array, "rows"]:
-    """Numbers of the rows that fill groups up: by expert and place from the group's end, so that
-    they do not depend on which experts share a device."""
-    ends, row = jnp.cumsum(sizes), jnp.arange(rows)
+def row_numbers(
+    order: ExpertOrder, rows: Rows, context: Context, owners: Sequence[str]
+) -> Int[Array, "rows"]:
+    """The numbers by which rows of an order draw random bits: by token and choice; those that fill
+    a group up by expert and place from its end, so that they do not depend on which experts share
+    a device. `rows` are all tokens'."""
+    tokens, choices = order.entry_row.shape
+    numbers = jnp.arange(tokens) if rows.numbers is None else rows.numbers.reshape(-1)
+    entries = numbers[order.row_token] * choices + order.row_entry % choices
+    sizes, row = order.group_sizes, jnp.arange(entries.shape[0])
+    ends = jnp.cumsum(sizes)
     group = jnp.minimum(jnp.searchsorted(ends, row, side="right"), sizes.shape[0] - 1)
     expert = first_expert(owners, sizes.shape[0]) + group
-    return expert * align + ends[group] - 1 - row
+    fillers = expert * row_alignment(context) + ends[group] - 1 - row
+    return jnp.where(order.holds, entries, ~fillers)
 
 
-def _packed_mlp(x: Array, up: Packed, down: Packed, sizes: Array, context: Context) -> Array:
+def _check_high(up: Packed, context: Context) -> None:
     if any(context.format(role) != HIGH for role in EXPERT_ROLES):
         raise ValueError(
             f"{up.name} are NVFP4 codes, and the precision recipe would quantise them again; use "
             "an Execution without one, or take unpacked(model)"
         )
-    kernel = context.kernel("grouped_matmul"), context.target
-    hidden = _packed(up.name, "relu2", kernel, x, up.value, sizes)
-    return _packed(down.name, None, kernel, hidden, down.value, sizes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _packed(
-    name: str,
-    activation: str | None,
-    kernel: tuple[str | None, str | None],
-    x: Array,
-    experts: PackedExperts,
-    sizes: Array,
-) -> Array:
-    options = {"implementation": kernel[0], "target": kernel[1]}
-    return grouped_matmul_packed(x, experts, sizes, activation=activation, **options)
-
-
-@_packed.defjvp
-def _refuse_gradient(name: str, *_: Any) -> None:
-    raise ValueError(
-        f"{name} are NVFP4 codes, through which no gradient is computed; train unpacked(model)"
-    )
-
-
-def _spec(
+def spec_of(
     role: str,
     context: Context,
     out_dtypes: tuple[jnp.dtype, ...],
@@ -188,7 +180,7 @@ def _spec(
     return emulated.Spec(role, context.format(role), options, out_dtypes, axes, cuts, *kernel)
 
 
-def _words(role: str, rows: Rows) -> Array | None:
+def words_of(role: str, rows: Rows) -> Array | None:
     """Random words of this role's matmul; None where no key was given."""
     return None if rows.words is None else nvfp4.fold(rows.words, ROLES.index(role))
 

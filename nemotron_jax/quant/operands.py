@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.precision import MXFP8, NVFP4, NVFP4Config
-from nemotron_jax.sharding import is_local, max_over_devices, target_platform
+from nemotron_jax.sharding import is_local, target_platform
+from nemotron_jax.sharding.weights import max_over_devices
 from pallas_kernels import nvfp4
 
 FPROP, DGRAD, WGRAD = "fprop", "dgrad", "wgrad"
@@ -97,13 +98,28 @@ def largest(
     return functools.reduce(jnp.maximum, each)
 
 
+def largest_of_groups(
+    x: Float[Array, "R C"], treatment: Treatment, groups: Groups
+) -> Float[Array, "groups"]:
+    """The largest magnitude of each group on this device, after the transform that the treatment
+    begins with; float32, 0 for an empty group and where the format scales by none."""
+    if treatment.format == MXFP8:
+        return jnp.zeros(groups.count, jnp.float32)
+    turned = nvfp4.hadamard_rows(x) if treatment.hadamard else x
+    rows = jnp.max(jnp.abs(turned).reshape(groups.of_rows.shape[0], -1), axis=1)
+    found = jax.ops.segment_max(
+        rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
+    )
+    return jnp.maximum(found, 0)  # an empty group's maximum is -inf
+
+
 def quantized(
     x: Float[Array, "R C"],
     treatment: Treatment,
     *,
     draw: Draw | None = None,
     groups: Groups | None = None,
-    amax: Float[Array, ""] | None = None,
+    amax: Float[Array, "..."] | None = None,
 ) -> tuple[Float[Array, "R C"], Float[Array, "..."]]:
     """The operand, exact in bfloat16, and the factor that belongs to the product: a number, or one
     for each group.
@@ -115,19 +131,12 @@ def quantized(
     if treatment.format == MXFP8:
         ones = jnp.ones(() if groups is None else groups.count, jnp.float32)
         return nvfp4.round_trip_mxfp8(x, block=treatment.block), ones
-    if groups is None:
-        if amax is None:
-            amax = max_over_devices(largest([x], hadamard=treatment.hadamard))
-        found = of_strips = amax
-    else:
-        turned = nvfp4.hadamard_rows(x) if treatment.hadamard else x
-        rows = jnp.max(jnp.abs(turned).reshape(groups.of_rows.shape[0], -1), axis=1)
-        found = jax.ops.segment_max(
-            rows.astype(jnp.float32), groups.of_rows, groups.count, indices_are_sorted=True
-        )
-        found = jnp.maximum(found, 0)  # an empty group's maximum is -inf
-        found = max_over_devices(found, owners=groups.owners) if groups.shared else found
-        of_strips = found[groups.of_rows][:, None]  # of 16 rows each
+    if amax is None and groups is None:
+        amax = max_over_devices(largest([x], hadamard=treatment.hadamard))
+    elif amax is None:
+        amax = largest_of_groups(x, treatment, groups)
+        amax = max_over_devices(amax, owners=groups.owners) if groups.shared else amax
+    of_strips = amax if groups is None else amax[groups.of_rows][:, None]  # of 16 rows each
     draws = {} if draw is None else {"words": draw.words, "rows": draw.rows}
     operand = nvfp4.round_trip(
         x,
@@ -139,7 +148,7 @@ def quantized(
         target=target_platform(),
         **draws,
     )
-    return operand, found / 2688
+    return operand, amax / 2688
 
 
 def stream(words: Array, product: str, side: str) -> Array:

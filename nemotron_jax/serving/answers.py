@@ -8,6 +8,7 @@ from typing import Any
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.serving.driver import Piece, Stream
 from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.wishes import Job
 
@@ -16,6 +17,7 @@ class Answer:
     """An answer that grows from a stream's pieces."""
 
     kind, prefix = "", ""
+    end = b"data: [DONE]\n\n"  # of a stream
 
     def __init__(self, jobs: Sequence[Job], served: Served, *, fields: Fields) -> None:
         self.jobs, self.served = jobs, served
@@ -23,8 +25,8 @@ class Answer:
         options = fields.part("stream_options")
         self.include_usage = options.flag("include_usage")
         self._with_ids = fields.flag("return_token_ids")
-        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
         self.tokens: list[list[int]] = [[] for job in jobs for _ in range(job.n)]
         self.last: dict[int, Request] = {}
 
@@ -36,12 +38,16 @@ class Answer:
         """The answer in the chunks of each round."""
         raise NotImplementedError
 
+    def failed(self, refusal: Refusal) -> dict[str, Any]:
+        """What a stream says whose status was sent before it failed."""
+        return refusal.body()
+
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """What every object of an answer begins with."""
         return {
-            "id": self._id,
+            "id": self.id,
             "object": kind,
-            "created": self._created,
+            "created": self.created,
             "model": self.served.name,
             "choices": choices,
         }
@@ -58,6 +64,11 @@ class Answer:
     def prompt_ids(self) -> dict[str, Any]:
         """The prompt's ids, where they are asked for."""
         return {"prompt_token_ids": list(self.jobs[0].prompt)} if self._with_ids else {}
+
+    @property
+    def size(self) -> int:
+        """Tokens of prompts and continuations."""
+        return self.new_tokens + sum(len(job.prompt) * job.n for job in self.jobs)
 
     @property
     def new_tokens(self) -> int:

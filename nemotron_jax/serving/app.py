@@ -27,12 +27,15 @@ from nemotron_jax.serving.http import (
     unless_gone,
 )
 from nemotron_jax.serving.refusal import Refusal
+from nemotron_jax.serving.responses import ResponseAnswer
+from nemotron_jax.serving.responses_request import read_response
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.wishes import encoded
 
 LOG = logging.getLogger("nemotron_jax.serving")
 MAX_BODY = 8_000_000  # bytes: a prompt of 1M tokens, and twice that
 _LAG_EVERY_S = 0.1  # how often the loop's lag is measured
+_LARGE = 4096  # tokens whose log-probabilities take 10 ms or more to be written as JSON
 _OPEN = ("/", "/health", "/metrics")  # paths that need no key: they show no text of anybody's
 # The page runs its own script and talks to this server alone.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
@@ -44,6 +47,9 @@ _READERS = {
     "chat": lambda fields, served: ChatAnswer(read_chat(fields, served), served, fields=fields),
     "text": lambda fields, served: CompletionAnswer(
         read_completion(fields, served), served, fields=fields
+    ),
+    "response": lambda fields, served: ResponseAnswer(
+        read_response(fields, served), served, fields=fields
     ),
 }
 
@@ -74,10 +80,12 @@ def make_app(
     for path, method, endpoint in (
         ("/v1/chat/completions", "POST", endpoints.chat),
         ("/v1/completions", "POST", endpoints.text),
+        ("/v1/responses", "POST", endpoints.response),
         ("/v1/models", "GET", endpoints.models),
         ("/v1/models/{name:path}", "GET", endpoints.model),
         ("/tokenize", "POST", endpoints.tokenize),
         ("/detokenize", "POST", endpoints.detokenize),
+        ("/tokenizer_info", "GET", endpoints.tokenizer),
         ("/health", "GET", endpoints.health),
         ("/metrics", "GET", endpoints.metrics),
         ("/", "GET", endpoints.page),
@@ -105,6 +113,10 @@ class _Endpoints:
         """POST /v1/completions"""
         return await self._answer(request, "text")
 
+    async def response(self, request: Request) -> Response:
+        """POST /v1/responses"""
+        return await self._answer(request, "response")
+
     async def models(self) -> Response:
         """GET /v1/models"""
         return JsonResponse({"object": "list", "data": [self._card()]})
@@ -131,6 +143,11 @@ class _Endpoints:
         text = await asyncio.to_thread(lambda: decode(tokens, show_special=True))
         return JsonResponse({"prompt": text})
 
+    async def tokenizer(self) -> Response:
+        """GET /tokenizer_info"""
+        ends = self._served.tokenizer.special_names.get(self._served.tokenizer.eos)
+        return JsonResponse({"eos_token": ends, "bos_token": None, "pad_token": None})
+
     async def health(self) -> Response:
         """GET /health"""
         ready = self._driver.ready and not self._driver.draining
@@ -152,12 +169,15 @@ class _Endpoints:
         request.state.answer = answer
         stream = await self._driver.submit(answer.jobs)
         if answer.streams:
-            return Events(answer.chunks(stream), stream.close)
+            return Events(answer, stream)
         try:
             body = await unless_gone(request, answer.whole(stream))
         finally:
             stream.close()
-        return JsonResponse(body) if body is not None else Response(status_code=499)
+        if body is None:
+            return Response(status_code=499)
+        small = answer.size < _LARGE
+        return JsonResponse(body) if small else await asyncio.to_thread(JsonResponse, body)
 
     async def _fields(self, request: Request) -> Fields:
         self._driver.check_open()  # before a large body is read for nothing
@@ -254,7 +274,10 @@ def _tokenized(fields: Fields, served: Served) -> list[int]:
         return read_prompt(fields).ids(served)
     if fields.get("prompt") is None:
         raise Refusal("prompt: is missing; give a text, or messages", "prompt")
-    return encoded(served, fields.text("prompt"), "prompt")
+    text = fields.text("prompt")
+    # Names of special tokens are text within a text; alone one asks for the token.
+    alone = {name: token for token, name in served.tokenizer.special_names.items()}.get(text)
+    return encoded(served, text, "prompt") if alone is None else [alone]
 
 
 async def _measure_lag(driver: Driver) -> None:

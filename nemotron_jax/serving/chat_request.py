@@ -9,12 +9,14 @@ from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, calls_of, te
 from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
 from nemotron_jax.decoding.wanted import MOST_TOP, Budget
 from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.grammars import Format, calls_of_tools
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.wishes import (
     Job,
     apart,
     check_size,
+    checked_format,
     job_of,
     samples_of,
     sampling_of,
@@ -34,6 +36,8 @@ class ChatPrompt:
     tools: Sequence[Mapping[str, Any]] | None
     options: ChatOptions
     nonempty: bool = False
+    must_call: Sequence[Mapping[str, Any]] = ()  # tools of which one has to be called
+    once: bool = False
 
     def ids(self, served: Served, prefix: Sequence[int] | None = None) -> list[int]:
         """The prompt's ids. `prefix` are those that the conversation had up to the end of its last
@@ -74,6 +78,7 @@ class ChatRequest:
     nonempty: bool
     parallel: bool
     logprobs: bool
+    held: bool = False  # calls come as a grammar has them
 
 
 def read_chat(fields: Fields, served: Served) -> ChatRequest:
@@ -85,14 +90,11 @@ def read_chat(fields: Fields, served: Served) -> ChatRequest:
         raise fields.refuse("top_logprobs", "needs logprobs=true")
     stops = stop_tokens_of(fields, served, served.turn_stops)
     thinking = prompt.options.enable_thinking
-    form = wanted_format(fields, served, stops, thinking=thinking)
-    sampling = sampling_of(
-        fields,
-        served,
-        stop_tokens=stops,
-        top_logprobs=top,
-        budget=_budget(fields, served, prompt.options),
-    )
+    budget = _budget(fields, served, prompt.options)
+    form = _held_calls(fields, served, stops, prompt, budget)
+    held = form is not None
+    form = form or wanted_format(fields, served, stops, thinking=thinking)
+    sampling = sampling_of(fields, served, stop_tokens=stops, top_logprobs=top, budget=budget)
     prefix = fields.token_ids("required_prefix_token_ids", served.vocabulary)
     ids = prompt.ids(served, prefix)
     return ChatRequest(
@@ -102,6 +104,7 @@ def read_chat(fields: Fields, served: Served) -> ChatRequest:
         nonempty=prompt.nonempty,
         parallel=fields.flag("parallel_tool_calls", True),
         logprobs=logprobs,
+        held=held,
     )
 
 
@@ -120,6 +123,8 @@ def read_prompt(fields: Fields) -> ChatPrompt:
             where = f"messages[{number}]"
             raise Refusal(f"{where}: {str(error).removeprefix('chat: ')[:300]}", where) from None
     tools = _tools(fields)
+    must_call, named = _must_call(fields, tools)
+    tools = [] if fields.get("tool_choice") == "none" else tools
     switches = fields.part("chat_template_kwargs").values()
     nonempty = switches.pop("force_nonempty_content", False)
     effort = fields.text("reasoning_effort")
@@ -131,7 +136,7 @@ def read_prompt(fields: Fields) -> ChatPrompt:
         options = ChatOptions.from_kwargs(switches)
     except (ValueError, TypeError) as error:
         raise Refusal(str(error)[:300], "chat_template_kwargs") from None
-    return ChatPrompt(messages, tools or None, options, nonempty is True)
+    return ChatPrompt(messages, tools or None, options, nonempty is True, must_call, named)
 
 
 def _message(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,12 +166,57 @@ def _tools(fields: Fields) -> list[Mapping[str, Any]]:
             raise Refusal(f"tools[{number}]: needs a function with a name", f"tools[{number}]")
         if not isinstance(function.get("parameters", {}), Mapping | None):
             raise Refusal(f"tools[{number}]: parameters must be a schema", f"tools[{number}]")
+    return tools
+
+
+def _must_call(
+    fields: Fields, tools: Sequence[Mapping[str, Any]]
+) -> tuple[Sequence[Mapping[str, Any]], bool]:
+    """The tools of which one has to be called, and whether it is one by name, then once."""
     choice = fields.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise fields.refuse(
-            "tool_choice", "a call cannot be required yet; use auto, and say so in a message"
-        )
-    return [] if choice == "none" else tools
+    if choice in (None, "none", "auto"):
+        return (), False
+    if choice == "required":
+        if not tools:
+            raise fields.refuse("tool_choice", "there is no tool that could be called; give some")
+        return tools, False
+    if not isinstance(choice, Mapping) or choice.get("type") != "function":
+        rule = 'must be none, auto, required, or {"type": "function", "function": {"name": …}}'
+        raise fields.refuse("tool_choice", rule)
+    function = choice.get("function", choice)
+    name = function.get("name") if isinstance(function, Mapping) else None
+    named = [tool for tool in tools if tool.get("function", tool)["name"] == name]
+    if not named:
+        raise fields.refuse("tool_choice", "names none of the tools")
+    return named[:1], True
+
+
+def _held_calls(
+    fields: Fields,
+    served: Served,
+    stops: tuple[int, ...],
+    prompt: ChatPrompt,
+    budget: Budget | None,
+) -> Format | None:
+    """What calls are held to: where one has to come, or a tool is strict, or there is a format;
+    None where calls are the model's own."""
+    tools = prompt.tools or ()
+    strict = any(tool.get("function", tool).get("strict") is True for tool in tools)
+    formed = fields.part("response_format").get("type") not in (None, "text")
+    if not tools or not (prompt.must_call or strict or formed):
+        return None
+    form = calls_of_tools(
+        fields,
+        served.tokenizer,
+        served.vocabulary,
+        stops,
+        prompt.must_call or tools,
+        single=prompt.once or not fields.flag("parallel_tool_calls", True),
+        required=bool(prompt.must_call),
+        thinking=prompt.options.enable_thinking,
+        budgeted=budget is not None,
+    )
+    return checked_format(fields, form)
 
 
 def _budget(fields: Fields, served: Served, options: ChatOptions) -> Budget | None:

@@ -1,5 +1,6 @@
 """/v1/completions: the text that follows a text or ids, with the prompt's own scores if asked."""
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -78,7 +79,7 @@ class CompletionAnswer(Answer):
         parts: list[list[dict[str, Any]]] = [[] for _ in self._choices]
         async for pieces in stream.rounds():
             for piece in pieces:
-                parts[piece.index].append(self._choices[piece.index].push(piece))
+                parts[piece.index].append(await self._pushed(piece))
                 self.seen(piece)
         choices = []
         for index, rows in enumerate(parts):
@@ -101,7 +102,7 @@ class CompletionAnswer(Answer):
         async for pieces in stream.rounds():
             sent = []
             for piece in pieces:
-                row = self._choices[piece.index].push(piece)
+                row = await self._pushed(piece)
                 self.seen(piece)
                 if row["text"] or row["logprobs"] or row["finish_reason"] or self._with_ids:
                     body = {"index": piece.index, **row, **self.ids(piece.tokens)}
@@ -110,6 +111,11 @@ class CompletionAnswer(Answer):
                 yield sent
         if self.include_usage:
             yield [self.envelope(self.kind, []) | {"usage": usage_of(self.last)}]
+
+    async def _pushed(self, piece: Piece) -> dict[str, Any]:
+        """What a piece adds; that of a prompt, which may be long, is made in another thread."""
+        choice = self._choices[piece.index]
+        return await asyncio.to_thread(choice.push, piece) if choice.echoes else choice.push(piece)
 
 
 class _Choice:
@@ -120,11 +126,16 @@ class _Choice:
         self._text = VisibleText(served.tokenizer, job.wanted, show_special=False)
         self._shown, self._offset, self._begun = served.tokenizer.stream(), 0, False
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the prompt comes next."""
+        return self._request.echo and not self._begun
+
     def push(self, piece: Piece) -> dict[str, Any]:
         """What a piece adds to the text and to the log-probabilities."""
         text, scores = "", {"tokens": [], "token_logprobs": [], "top_logprobs": []}
         scores["text_offset"] = []
-        if self._request.echo and not self._begun:
+        if self.echoes:
             prompt = self.job.prompt
             text = self._tokenizer.decode(prompt)
             if self._request.logprobs:

@@ -36,6 +36,7 @@ class Piece:
     logprobs: Sequence[float] = ()
     top_logprobs: Sequence[Sequence[tuple[int, float]]] = ()
     finish_reason: str | None = None
+    error: str = ""  # why it could not go on
 
 
 class Stream:
@@ -52,7 +53,7 @@ class Stream:
         self._pieces: list[Piece] = []
         self._news = asyncio.Event()
         self._left = self.count
-        self._failure: str = ""
+        self._failure: Refusal | None = None
         self._closed = False
 
     async def rounds(self) -> AsyncIterator[list[Piece]]:
@@ -60,8 +61,8 @@ class Stream:
         while self._left or self._pieces:
             await self._news.wait()
             self._news.clear()
-            if self._failure:
-                raise Refusal(self._failure, status=500)
+            if self._failure is not None:
+                raise self._failure
             pieces, self._pieces = self._pieces, []
             self._left -= sum(piece.finish_reason is not None for piece in pieces)
             if pieces:
@@ -73,9 +74,9 @@ class Stream:
             self._pieces.append(piece)
             self._news.set()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, failure: Refusal) -> None:
         """End it without an answer."""
-        self._failure = reason
+        self._failure = failure
         self._news.set()
 
     def close(self) -> None:
@@ -195,12 +196,16 @@ class Driver:
                 before = stream.latest.get(piece.index)
                 stream.latest[piece.index] = now
                 self.metrics.given(now, stream.began, before, len(piece.tokens))
-            stream.put(piece)
+            if piece.error:  # a grammar beyond its limits: what there is of a text fits nothing
+                reason = f"the answer could not be held to its format: {piece.error[:200]}"
+                stream.fail(Refusal(reason, "response_format"))
+            else:
+                stream.put(piece)
 
     def _gave_up(self, streams: Sequence[Stream], finished: int) -> None:
         self.in_flight -= finished
         for stream in streams:
-            stream.fail("the server failed at this request; try again")
+            stream.fail(Refusal("the server failed at this request; try again", status=500))
 
     # In the driver's own thread.
 
@@ -262,11 +267,9 @@ class Driver:
             end, reason = len(request.tokens), request.finish_reason
             if end == live.given and reason is None:
                 continue
-            if request.error and reason is not None:
-                traceback.print_exception(RuntimeError(request.error))
             new = slice(live.given, end)
             top = request.top_logprobs[new]
-            piece = (request.tokens[new], request.logprobs[new], top, reason)
+            piece = (request.tokens[new], request.logprobs[new], top, reason, request.error)
             batch.append((live.stream, Piece(live.index, request, *piece)))
             live.given = end
             if reason is not None:

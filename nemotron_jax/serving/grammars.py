@@ -1,17 +1,19 @@
-"""Continuations held to a JSON schema or a regular expression, by llguidance."""
+"""Continuations held to a JSON schema, a regular expression or calls of tools, by llguidance."""
 
 import dataclasses
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nemotron_jax.data.chat.render import ANSWER
+from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.serving.call_grammars import TEXT_OR_CALLS, calls_grammar
 from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.patterns import check_pattern, check_patterns
 from nemotron_jax.serving.refusal import Refusal
 
 # Of a schema or an expression as text. A grammar is compiled within llguidance's own limits too.
@@ -23,39 +25,53 @@ _COMPACT = {"whitespace_flexible": False}
 class TextGrammar:
     """Lets only texts of a grammar be written, and then a stop token.
 
-    Until `opens_after` has been given all ordinary text may come: the reasoning is free. Special
-    tokens but the stop tokens and that one never come, as their names are no text.
+    Until `opening` has been given all ordinary text may come: the reasoning is free. A call opens
+    the grammar too where `call` is its token, and is the grammar's first. Of special tokens only
+    these and those of calls ever come, and a stop token at an end alone; their names are text.
     """
 
     def __init__(
-        self, matcher: Any, text: np.ndarray, stops: np.ndarray, opens_after: int | None
+        self,
+        matcher: Any,
+        tokens: "_Tokens",
+        *,
+        opening: int | None,
+        call: int | None = None,
     ) -> None:
-        self._matcher, self._text, self._stops = matcher, text, stops
-        self._opens_after = opens_after
+        self._matcher, self._tokens = matcher, tokens
+        self._opening, self._call = opening, call
 
     def mask(self) -> np.ndarray:
         """What may come next, as `decoding.wanted.Grammar` says."""
-        if self._opens_after is not None:
-            free = self._text.copy()
-            free[self._opens_after // 32] |= np.uint32(1 << self._opens_after % 32)
+        if self._opening is not None:
+            free = self._tokens.text.copy()
+            for token in {self._opening, self._call} - {None}:
+                free[token // 32] |= np.uint32(1 << token % 32)
             return free
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        found = np.zeros_like(self._text)
+        if self._matcher.is_error():
+            raise RuntimeError(self._matcher.get_error().partition("<state>")[0])
+        found = np.zeros_like(self._tokens.text)
         found[: len(words)] = words[: len(found)]
-        found &= self._text
-        return found | self._stops if self._matcher.is_accepting() else found
+        found &= self._tokens.text | self._tokens.tags
+        return found | self._tokens.stops if self._matcher.is_accepting() else found
 
     def accept(self, token: int) -> bool:
-        """Take the next token; False where the grammar is over or broken."""
-        if self._opens_after is not None:
-            self._opens_after = None if token == self._opens_after else self._opens_after
+        """Take the next token; False where the grammar is over."""
+        if self._opening is not None:
+            opens = token in (self._opening, self._call)
+            self._opening = None if opens else self._opening
+            if token != self._call:
+                return True
+        if self._matcher.consume_token(token):
             return True
-        return self._matcher.consume_token(token) and not self._matcher.is_error()
+        # What was allowed is taken but for a grammar beyond its limits: no end of a text.
+        raise RuntimeError(self._matcher.get_error().partition("<state>")[0])
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A format that a request asks for, compiled: `grammar()` follows one continuation."""
+    """What a request's continuations are held to, compiled: `grammar()` follows one of them."""
 
     grammar: Callable[[], TextGrammar]
 
@@ -68,53 +84,109 @@ def format_of(
     kind = part.get("type")
     if kind in (None, "text"):
         return None
-    library = _library(part)
-    if kind == "json_object":
-        schema: Any = {"type": "object"}
-    elif kind == "json_schema":
-        schema = part.part("json_schema").get("schema")
-        schema = part.get("schema") if schema is None else schema
-        if not isinstance(schema, dict):
-            raise Refusal(
-                "response_format.json_schema.schema: must be a JSON schema",
-                "response_format.json_schema.schema",
-            )
-    elif kind == "regex":
-        source = library.LLMatcher.grammar_from_regex(_bounded(part.text("regex")))
-        return _compiled(source, tokenizer, vocabulary, stops, thinking=thinking)
-    else:
-        raise part.refuse("type", "must be text, json_object, json_schema or regex")
-    text = _bounded(json.dumps(schema))
+    make, param = _library("response_format.type").LLMatcher, "response_format"
     try:
-        source = library.LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT)
+        if kind == "regex":
+            check_pattern(part.text("regex"))
+            source = make.grammar_from_regex(_bounded(part.text("regex"), param))
+        else:
+            text = _bounded(json.dumps(_schema_of(part)), param)
+            source = make.grammar_from_json_schema(text, overrides=_COMPACT)
     except ValueError as error:
-        raise _wrong(str(error)) from None
-    return _compiled(source, tokenizer, vocabulary, stops, thinking=thinking)
-
-
-def _compiled(
-    source: str, tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...], *, thinking: bool
-) -> Format:
-    library = importlib.import_module("llguidance")
-    tokens, text, ends = _tokens_of(tokenizer, vocabulary, stops)
-    first = library.LLMatcher(tokens, source, log_level=0)
-    if first.is_error():
-        raise _wrong(first.get_error())
+        raise _wrong(str(error), param) from None
+    tokens = _tokens_of(tokenizer, vocabulary, stops)
+    matcher = _compiled(source, tokens, param)
     answer = tokenizer.token_id(ANSWER) if thinking else None
-    return Format(lambda: TextGrammar(first.deep_copy(), text, ends, answer))
+    return Format(lambda: TextGrammar(matcher.deep_copy(), tokens, opening=answer))
+
+
+def calls_of_tools(
+    fields: Fields,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    stops: tuple[int, ...],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    single: bool,
+    required: bool,
+    thinking: bool,
+    budgeted: bool,
+) -> Format:
+    """Calls of the tools by their schemas, one at most if `single`.
+
+    One has to come where it is `required`; else any text may, or what `response_format` asks for.
+    A call may end the reasoning, but not one that is `budgeted`: its end would come within the
+    call.
+    """
+    library = _library("tools")
+    part, answer, rules = fields.part("response_format"), TEXT_OR_CALLS, ""
+    if part.get("type") == "regex":
+        raise part.refuse("type", "cannot be kept together with tools; use json_schema")
+    try:
+        if part.get("type") not in (None, "text"):
+            schema = _schema_of(part) | {"x-guidance": _COMPACT}
+            answer, rules = "answer", f"\nanswer: %json {json.dumps(schema)}"
+        text = calls_grammar(tools, parallel=not single, answer=None if required else answer)
+    except ValueError as error:
+        named = str(error).startswith("tools[")
+        param = str(error).partition(":")[0] if named else "response_format"
+        raise Refusal(str(error)[:300], param) from None
+    source = library.LLMatcher.grammar_from_lark(_bounded(text + rules, "tools"))
+    tokens = _tokens_of(tokenizer, vocabulary, stops)
+    matcher = _compiled(source, tokens, "tools")
+    opening = tokenizer.token_id(ANSWER) if thinking else None
+    call = tokenizer.token_id(CALL) if not budgeted else None
+    return Format(lambda: TextGrammar(matcher.deep_copy(), tokens, opening=opening, call=call))
+
+
+def _schema_of(part: Fields) -> dict[str, Any]:
+    """The schema that a format names."""
+    if part.get("type") == "json_object":
+        return {"type": "object"}
+    if part.get("type") != "json_schema":
+        raise part.refuse("type", "must be text, json_object, json_schema or regex")
+    schema = part.part("json_schema").get("schema")
+    schema = part.get("schema") if schema is None else schema
+    if not isinstance(schema, dict):
+        raise Refusal(
+            "response_format.json_schema.schema: must be a JSON schema",
+            "response_format.json_schema.schema",
+        )
+    check_patterns(schema)
+    return schema
+
+
+def _compiled(source: str, tokens: "_Tokens", param: str) -> Any:
+    library = importlib.import_module("llguidance")
+    first = library.LLMatcher(tokens.library, source, log_level=0)
+    if not first.is_error():
+        first.compute_bitmask()  # what is too large for a first token need not wait for its turn
+    if first.is_error():
+        raise _wrong(first.get_error().partition("<state>")[0], param)
+    return first
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """A tokenizer as llguidance sees it, in which the stop tokens end a text; and bits of tokens:
+    those of text, those of calls, and those that stop."""
+
+    library: Any
+    text: np.ndarray
+    tags: np.ndarray
+    stops: np.ndarray
 
 
 @functools.lru_cache(maxsize=4)
-def _tokens_of(
-    tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]
-) -> tuple[Any, np.ndarray, np.ndarray]:
-    """llguidance's view of a tokenizer, in which the stop tokens end a text, with which tokens are
-    text and which end one."""
+def _tokens_of(tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]) -> _Tokens:
     library = importlib.import_module("llguidance")
     view = library.TokenizerWrapper(_View(tokenizer))
     tokens = library.LLTokenizer(view, eos_token=list(stops))
-    text = [number for number, piece in enumerate(tokenizer.token_bytes) if piece]
-    return tokens, _bits(text, vocabulary), _bits(stops, vocabulary)
+    pieces = enumerate(tokenizer.token_bytes)
+    # A token that stops never comes within a text: it would be cut off there.
+    text = [number for number, piece in pieces if piece and number not in stops]
+    tags = [tokenizer.token_id(name) for name in (CALL, CALL_END)]
+    return _Tokens(tokens, *(_bits(one, vocabulary) for one in (text, tags, stops)))
 
 
 class _View:
@@ -140,21 +212,23 @@ def _bits(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
     return np.packbits(flags, bitorder="little").view(np.uint32)
 
 
-def _library(part: Fields) -> Any:
+def _library(param: str) -> Any:
     try:
         return importlib.import_module("llguidance")
     except ImportError:
-        raise part.refuse(
-            "type", "this server has no llguidance, which holds answers to a format; use text"
+        raise Refusal(
+            f"{param}: this server has no llguidance, which holds answers to a format; use text, "
+            "and tool_choice=auto without strict tools",
+            param,
         ) from None
 
 
-def _bounded(text: str) -> str:
+def _bounded(text: str, param: str) -> str:
     if not text or len(text) > MOST_CHARACTERS:
-        raise _wrong(f"it has {len(text)} characters; write 1 to {MOST_CHARACTERS}")
+        raise _wrong(f"it has {len(text)} characters; write 1 to {MOST_CHARACTERS}", param)
     return text
 
 
-def _wrong(reason: str) -> Refusal:
+def _wrong(reason: str, param: str) -> Refusal:
     line = " ".join(reason.split())[:300]
-    return Refusal(f"response_format: no grammar can be made of it: {line}", "response_format")
+    return Refusal(f"{param}: no grammar can be made of it: {line}", param)

@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from fastapi import Request
@@ -11,12 +11,16 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nemotron_jax.serving.answers import Answer
+from nemotron_jax.serving.driver import Stream
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.refusal import Refusal
 
-# Seconds in which a client has to send the whole of a request's head, and of its body: a body of 8
-# MB takes that long at 270 KB/s.
-HEAD_S, BODY_S = 5, 30
+# Seconds in which a client has to send the whole of a request's head, and of its body, which has
+# one more for every so many bytes that came: a slow line may take its time, one that only drips
+# may not.
+HEAD_S = BODY_S = 5
+BYTES_A_SECOND = 100_000
 
 
 class JsonResponse(Response):
@@ -30,16 +34,13 @@ class JsonResponse(Response):
 
 
 class Events(StreamingResponse):
-    """Objects as server-sent events, those of a round at once; `at_end` is called in any case."""
+    """An answer as server-sent events, those of a round at once; the stream is closed in any
+    case."""
 
-    def __init__(
-        self,
-        rounds: AsyncIterator[list[dict[str, Any]]],
-        at_end: Callable[[], None],
-    ) -> None:
-        super().__init__(_events(rounds), media_type="text/event-stream")
+    def __init__(self, answer: Answer, stream: Stream) -> None:
+        super().__init__(_events(answer, stream), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-store"
-        self._at_end = at_end
+        self._at_end = stream.close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send them, until the end or until the client has gone."""
@@ -49,17 +50,18 @@ class Events(StreamingResponse):
             self._at_end()
 
 
-async def _events(rounds: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[bytes]:
+async def _events(answer: Answer, stream: Stream) -> AsyncIterator[bytes]:
     try:
-        async for objects in rounds:
+        async for objects in answer.chunks(stream):
             yield b"".join(map(_event, objects))
     except Refusal as refusal:  # the status has been sent
-        yield _event(refusal.body())
-    yield b"data: [DONE]\n\n"
+        yield _event(answer.failed(refusal))
+    yield answer.end
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return f"{name}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
 async def read_fields(request: Request, most: int) -> Fields:
@@ -71,15 +73,17 @@ async def read_fields(request: Request, most: int) -> Fields:
     said = request.headers.get("content-length", "")
     if said.isdigit() and (len(said) > 18 or int(said) > most):
         raise too_large
-    body = bytearray()
+    body, began = bytearray(), asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(BODY_S):
+        async with asyncio.timeout(BODY_S) as limit:
             async for part in request.stream():
                 body += part
                 if len(body) > most:
                     raise too_large
+                limit.reschedule(began + BODY_S + len(body) / BYTES_A_SECOND)
     except TimeoutError:
-        raise Refusal(f"the body did not come within {BODY_S} seconds", status=408) from None
+        reason = f"the body came slower than {BYTES_A_SECOND} bytes a second"
+        raise Refusal(reason, status=408) from None
     return await asyncio.to_thread(Fields.of, bytes(body))
 
 
@@ -112,13 +116,31 @@ async def _gone(request: Request) -> None:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which would wait for ever for the rest of a first request's head."""
+    """uvicorn's, which would wait for ever for the rest of a request's head."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin, and end if nothing whole comes in time."""
         super().connection_made(transport)
-        self.loop.call_later(HEAD_S, self._close_without_request)
+        self._late = self.loop.call_later(HEAD_S, self._close_without_request)
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came; the head of a request that has begun has its time."""
+        super().data_received(data)
+        if self._answers or not self.conn.trailing_data[0]:
+            self._late.cancel()
+        elif self._late.cancelled():
+            self._late = self.loop.call_later(HEAD_S, self._close_without_request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing any more."""
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def _answers(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _close_without_request(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        self._late.cancel()
+        if not self._answers and not self.transport.is_closing():
             self.transport.close()

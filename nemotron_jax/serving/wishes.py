@@ -53,9 +53,13 @@ def wanted_format(
         if fields.get(name) is not None:
             raise fields.refuse(name, "is not supported; use response_format")
     form = format_of(fields, served.tokenizer, served.vocabulary, stops, thinking=thinking)
-    for name in ("min_tokens", "tools") if form is not None else ():
-        if fields.get(name):
-            raise fields.refuse(name, "cannot be kept together with a response_format")
+    return None if form is None else checked_format(fields, form)
+
+
+def checked_format(fields: Fields, form: Format) -> Format:
+    """The format; Refusal for a wish that cannot be kept beside it."""
+    if fields.get("min_tokens"):
+        raise fields.refuse("min_tokens", "cannot be kept together with a format or held calls")
     return form
 
 

@@ -17,7 +17,7 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.playing.conversations import make_sampler
 from nemotron_jax.playing.workers import make_players
 from nemotron_jax.posttraining import rl_loop
-from nemotron_jax.posttraining.curriculum import make_pools
+from nemotron_jax.posttraining.curriculum import make_pools, pool_settings
 from nemotron_jax.posttraining.grpo import grpo_objective
 from nemotron_jax.posttraining.plots import draw_result
 from nemotron_jax.posttraining.result import result, summary
@@ -30,6 +30,7 @@ from nemotron_jax.pretrained import begin_run, data_of, load_pretrained, load_to
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.stages import sft
 from nemotron_jax.training import loop
+from nemotron_jax.training.coverage import coverage
 from nemotron_jax.training.metrics import read_records
 from nemotron_jax.training.prepared import Prepared, prepare_run
 
@@ -47,6 +48,8 @@ def run(
     _check(config, directory)
     objective = functools.partial(grpo_objective, config.rl, config.training.loss_chunk)
     prepared = prepare_run(config, directory.part("grpo"), objective=objective)
+    if line := coverage(config.model, config.lora):
+        print(f"note: {line}")
     if (found := finished(config, directory)) is not None:
         print(summary(found, directory))
         return 0
@@ -103,8 +106,11 @@ def compare(
     down, draw and print what has changed."""
     part, tokenizer = directory.part("grpo"), load_tokenizer(start)
     with jax.set_mesh(mesh):
-        before, after = (load_pretrained(path, mesh=mesh) for path in (start, part.path))
-        found = result(before, after, tokenizer, config)
+        execution = config.execution.at_step(config.training.steps - 1)
+        before, after = (
+            load_pretrained(path, mesh=mesh, layout="training") for path in (start, part.path)
+        )
+        found = result(before, after, tokenizer, config.rl, config.seed, execution)
     ended = _began_with(before) | _extent(config) | clock.read()
     with atomic_writer(directory.result) as out:
         out.write((json.dumps(found | ended, indent=1) + "\n").encode())
@@ -141,34 +147,43 @@ def _check(config: RunConfig, directory: RunDirectory) -> None:
 
 def _check_prompts(config: RunConfig, first: RunDirectory) -> None:
     """Raise ValueError where no prompt leaves room to answer, as far as the tokenizer is known."""
+    check = functools.partial(rl_loop.check_prompts, config.rl.rollout, config.seed)
     if config.warm_start is None:
-        rl_loop.check_prompts(config, load_tokenizer(config.init_from))
+        check(load_tokenizer(config.init_from))
         return
-    name = data_of(config.warm_start_run, first).tokenizer
+    name = data_of(config.warm_start.data, config.init_from, first).tokenizer
     if first.tokenizer.exists():
         name = str(first.path)
-    rl_loop.check_prompts(config, PATTERNS[name] if name in PATTERNS else load_tokenizer(name))
+    check(PATTERNS[name] if name in PATTERNS else load_tokenizer(name))
 
 
 def _reinforce(run: Prepared, start: str, mesh: Mesh, pay: Pay) -> bool:
     """Learn from rewards up to the last step; False where a signal stopped it."""
     config, directory = run.config, run.directory
     tokenizer, rollout = load_tokenizer(start), config.rl.rollout
-    rl_loop.check_prompts(config, tokenizer)
+    rl_loop.check_prompts(rollout, config.seed, tokenizer)
     directory.path.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory.path)
     for line in sandbox_lines(rollout):
         print(line)
-    first = functools.cache(lambda: load_pretrained(start, mesh=mesh))
+    first = functools.cache(lambda: load_pretrained(start, mesh=mesh, layout="training"))
     players, sampler = make_players(rollout), make_sampler(rollout)
-    play = pool_plays(first, tokenizer, config, players, sampler)
+    play = pool_plays(
+        first,
+        tokenizer,
+        rollout,
+        config.seed,
+        players=players,
+        sampler=sampler,
+        execution=config.execution.at_step(0),
+    )
     rollouts = rl_loop.Rollouts(
         config,
         tokenizer,
         sampler=sampler,
         players=players,
         reference=first() if config.rl.objective.kl_weight else None,
-        pools=make_pools(config, play, directory),
+        pools=make_pools(config.rl, config.seed, play, directory, of=pool_settings(config)),
         pay=pay,
         on_episodes=Transcripts(directory, config.rl.transcripts, thinking=rollout.thinking).add,
     )
@@ -176,7 +191,7 @@ def _reinforce(run: Prepared, start: str, mesh: Mesh, pay: Pay) -> bool:
         outcome = loop.run(
             run,
             data=rollouts,
-            probes=[success_of_tasks(tokenizer, config, sampler)],
+            probes=[success_of_tasks(tokenizer, config.rl, config.seed, sampler)],
             begin=lambda run: begin_run(run, start),
         )
     write_page(directory)

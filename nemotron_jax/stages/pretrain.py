@@ -6,15 +6,19 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from nemotron_jax import distributed
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import ChatCorpus
 from nemotron_jax.data.corpus import Corpus, prepare, repetitions
 from nemotron_jax.data.loader import TrainLoader
 from nemotron_jax.evaluation.held_out import held_out_probe, whole_probe
+from nemotron_jax.evaluation.probe import suite_probes
 from nemotron_jax.evaluation.samples import make_sampler
 from nemotron_jax.pretrained import begin_run, data_of
 from nemotron_jax.run_directory import RunDirectory
+from nemotron_jax.sharding import own_rows
 from nemotron_jax.training import limits, loop
+from nemotron_jax.training.coverage import coverage
 from nemotron_jax.training.prepared import Prepared, prepare_run
 from nemotron_jax.training.report import Probe, Sampler
 from nemotron_jax.training.summary import summary
@@ -24,9 +28,10 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
     """Prepare a run's text and train on it; prints what came out. Gives the exit status."""
     prepared = checked(config, directory)
     model, logging = config.model, config.logging
-    data = data_of(config, directory)
+    data = data_of(config.data, config.init_from, directory)
     eos = model.eos_token
-    tokenizer, corpus = prepare(data, model.vocab_size, directory.path, eos_token=eos)
+    made = lambda: prepare(data, model.vocab_size, directory.path, eos_token=eos)
+    tokenizer, corpus = distributed.first_alone(made)
     tokens, chunk = logging.sample_tokens, config.training.loss_chunk
     return learn(
         prepared,
@@ -44,6 +49,8 @@ def checked(config: RunConfig, directory: RunDirectory) -> Prepared:
     prepared = prepare_run(config, directory)
     limits.check_kernels(config)
     limits.check_memory(config)
+    if line := coverage(config.model, config.lora):
+        print(f"note: {line}")
     return prepared
 
 
@@ -61,7 +68,10 @@ def learn(
     for line in notes:
         print(f"note: {line}")
     config = run.config
-    loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
+    probes = [*probes, *suite_probes(config, run.directory)]
+    rows = own_rows(mesh, config.data.batch_size)
+    depths = config.training.mtp_depths
+    loader = TrainLoader(corpus, config.data, config.seed, depths, rows=rows)
     with contextlib.closing(loader), jax.set_mesh(mesh):
         outcome = loop.run(
             run,

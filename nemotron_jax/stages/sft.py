@@ -1,9 +1,8 @@
 """Stage `sft`: fine-tuning on conversations."""
 
-import dataclasses
-
 from jax.sharding import Mesh
 
+from nemotron_jax import distributed
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.conversations import prepare_conversations, repetitions
 from nemotron_jax.evaluation.held_out import learned_probe
@@ -16,8 +15,8 @@ from nemotron_jax.stages.pretrain import checked, learn
 def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
     """Prepare a run's conversations and train on what answers say; the exit status."""
     prepared = checked(config, directory)
-    data, model = data_of(config, directory), config.model
-    tokenizer, corpus = prepare_conversations(
+    data, model = data_of(config.data, config.init_from, directory), config.model
+    made = lambda: prepare_conversations(
         data,
         config.sft,
         model.vocab_size,
@@ -25,9 +24,9 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
         eos_token=model.eos_token,
         seed=config.seed,
     )
-    given = dataclasses.replace(config, data=data)
+    tokenizer, corpus = distributed.first_alone(made)
     batches = corpus.held_out_batches(data, 0, config.logging.evaluate_rows)
-    played = success_of_oracles(tokenizer, given)
+    played = success_of_oracles(tokenizer, data, config.sft, config.seed)
     return learn(
         prepared,
         mesh,

@@ -1,8 +1,10 @@
 """Checkpoints: saved while training goes on, sealed with checksums, checked when restored.
 
-    checkpoints/step_00000200/   arrays/model/      the parameters by dotted name (orbax)
+    checkpoints/step_00000200/   arrays/model/      the parameters by dotted name (orbax): all, or
+                                                    the adapters alone where there are some
                                  arrays/optimizer/  moments and counters by dotted name (orbax)
                                  state.json  config.json  tokenizer.json
+                                 base.json          what adapters were trained on
                                  manifest.json      size and SHA-256 of each file; written last
 
 A checkpoint is made under another name and renamed when its manifest is on disk, so whatever has
@@ -15,7 +17,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from nemotron_jax import distributed
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.manifest import sync_directory, write_manifest
-from nemotron_jax.model.adapters import abstract_adapted
+from nemotron_jax.model.adapters import abstract_adapted, adapter_names
+from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.state import TrainState
@@ -96,7 +100,7 @@ class Checkpoints:
             return
         partial = self._partial(step)
         partial.mkdir(exist_ok=True)
-        arrays = {MODEL: flatten(state.model), OPTIMIZER: optimizer_table(state.optimizer)}
+        arrays = {MODEL: kept(state.model), OPTIMIZER: optimizer_table(state.optimizer)}
         meta = {
             "format_version": FORMAT_VERSION,
             **{name: int(getattr(state, name)) for name in _COUNTERS},
@@ -126,19 +130,24 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def restore(self, like: TrainState) -> Restored | None:
-        """The newest whole checkpoint as a state of the shapes and shardings of `like`.
+    def restore(
+        self, like: TrainState, base: Callable[[], Nemotron] | None = None
+    ) -> Restored | None:
+        """The newest whole checkpoint as a state of the shapes and shardings of `like`; `base`
+        makes the model whose adapters the checkpoint holds, where it holds them alone.
 
         None where there is no checkpoint. A damaged one is named in a warning and an older one is
         taken; raises ValueError when none is whole, or when the arrays do not fit `like`.
         """
-        step = self._run.newest_whole()
+        step = distributed.from_first(self._run.newest_whole)
         if step is None:
             return None
         path = self._run.checkpoint(step)
         meta = _read_state(path)
-        shapes = {MODEL: flatten(like.model), OPTIMIZER: optimizer_table(like.optimizer)}
+        shapes = {MODEL: kept(like.model), OPTIMIZER: optimizer_table(like.optimizer)}
         arrays = _read_arrays(path, shapes)
+        alone = len(shapes[MODEL]) < len(flatten(like.model))
+        rest = flatten(base()) if alone else {}
         leaves, structure = jax.tree.flatten(like.optimizer)
         assert len(leaves) == len(arrays[OPTIMIZER])
         counters = {}
@@ -146,7 +155,7 @@ class Checkpoints:
             leaf = getattr(like, name)
             counters[name] = jax.device_put(np.asarray(meta[name], leaf.dtype), _placement(leaf))
         state = TrainState(
-            model=unflatten(like.model, arrays[MODEL]),
+            model=unflatten(like.model, rest | arrays[MODEL]),
             optimizer=structure.unflatten(arrays[OPTIMIZER][n] for n in shapes[OPTIMIZER]),
             **counters,
         )
@@ -158,6 +167,8 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if jax.process_index() == 0:
                 self._commit(step, texts)
+            # All may look for the checkpoint under its name once this is over.
+            distributed.meet("checkpoint")
             self._newest = step
         except Exception as error:
             self._error = self._explained(error, step, needed)
@@ -225,20 +236,29 @@ def optimizer_table(state: Any) -> Table:
     return table
 
 
+def kept(model: Nemotron) -> Table:
+    """The parameters that a checkpoint holds: all, or of a model with adapters these alone."""
+    table = flatten(model)
+    adapters = adapter_names(model)
+    return {name: table[name] for name in table if name in adapters} if adapters else table
+
+
 def load_parameters(
     directory: RunDirectory, *, mesh: Mesh | None = None
 ) -> tuple[RunConfig, int, Table]:
-    """A run's configuration, step and parameters by name: of the checkpoint that was named, or of
-    the newest one that they can be read from.
+    """A run's configuration, step and parameters by name, those of adapters alone where it trains
+    some: of the checkpoint that was named, or of the newest one that they can be read from.
 
     `mesh` lays them out on its devices; by default they are on one. Raises ValueError when there is
     no such checkpoint or none is whole.
     """
-    step = directory.model_step()
+    step = distributed.from_first(directory.model_step)
     run = directory.at(step).read()
     model = abstract_adapted(run.model, run.lora)
-    like = flatten(model)
+    like = kept(model)
     for name, sharding in ({} if mesh is None else model_shardings(model, mesh)).items():
+        if name not in like:
+            continue
         like[name] = jax.ShapeDtypeStruct(like[name].shape, like[name].dtype, sharding=sharding)
     path = directory.checkpoint(step).absolute()
     return run, step, _read_arrays(path, {MODEL: like})[MODEL]
@@ -278,7 +298,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, Table]) -> dict[str, Table]:
 
 
 def _placement(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _describe(table: Table) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from nemotron_jax import distributed
 from nemotron_jax.config.convert import to_json
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data import companions
@@ -76,24 +77,26 @@ def run(
     evaluation, `sampler` a text; `final` gives values of the last model, which its record holds as
     `whole_…`; `begin` makes the first state, where there is no checkpoint;
     Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
-    SIGINT ends the run after the step, saved. A run stopped in any way and begun again takes the
-    same steps and leaves the same records as one that was never stopped. Raises
-    ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
+    SIGINT to any process of the run ends it after the step, saved. A run stopped in any way and
+    begun again takes the same steps and leaves the same records as one that was never stopped.
+    Raises ValueError when the directory belongs to another run, TrainingStopped, and OSError when a
     checkpoint cannot be saved.
     """
     config, directory = run.config, run.directory
     directory.path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sole_owner(directory.path))
+        stack.enter_context(sole_owner(directory))
         checkpoints = stack.enter_context(Checkpoints(directory, config.logging.keep_checkpoints))
         state, step = _begin(run, checkpoints, data, begin)
         files = _files(config, directory)
-        with atomic_writer(directory.config) as out:
-            out.write(files[directory.config.name].encode())
-        companions.keep(config, directory)
+        if directory.writer:
+            with atomic_writer(directory.config) as out:
+                out.write(files[directory.config.name].encode())
+            chats = config.stage != "pretrain"
+            companions.keep(directory, config.model, config.init_from, chats=chats)
         reporter = stack.enter_context(Reporter(run, step, probes, sampler))
         stop = stack.enter_context(StopSignal())
-        parts = _Parts(data, checkpoints, files, reporter, stop)
+        parts = _Parts(data, checkpoints, files, reporter, stop, config.data.batch_size)
         state, step = _train(run, state, step, parts)
         checkpoints.wait()
         finished = step >= config.training.steps
@@ -110,7 +113,7 @@ def _begin(
     begin: Callable[[Prepared], TrainState],
 ) -> tuple[TrainState, int]:
     """The state to go on from and the steps it has behind it; `data` is brought to its place."""
-    restored = checkpoints.restore(run.shapes)
+    restored = checkpoints.restore(run.shapes, lambda: begin(run).model)
     if restored is None:
         return begin(run), 0
     data.restore(restored.data_position)
@@ -126,11 +129,13 @@ class _Parts:
     files: dict[str, str]  # that every checkpoint keeps
     reporter: Reporter
     stop: StopSignal
+    rows: int  # of a batch of all processes
 
     def next(self, model: Nemotron) -> Any:
         """The next batch, placed on the mesh."""
-        data = self.data
-        return place_batch(data.next_with(model) if isinstance(data, ModelLoader) else next(data))
+        if isinstance(self.data, ModelLoader):
+            return place_batch(self.data.next_with(model))
+        return place_batch(next(self.data), self.rows)
 
     def report(self) -> Mapping[str, float]:
         """What the data say of their last batch."""
@@ -141,13 +146,14 @@ def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[
     config, reporter = run.config, parts.reporter
     steps, logging = config.training.steps, config.logging
     current = train_step = None
-    while step < steps and not parts.stop.requested:
+    while step < steps and not parts.stop.agreed():
         batch = parts.next(state.model)
         compiles = current != (wanted := config.execution.at_step(step))
         if compiles:
             current = wanted
             reporter.progress.note("compiling the training step")
             train_step = compile_train_step(run, state, batch, run.objective(current))
+            distributed.meet()  # on CPUs whoever comes half a minute late is waited for no more
         state, metrics = train_step(state, batch)
         step += 1
         if compiles:
@@ -166,7 +172,7 @@ def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[
             reporter.log.sync()
             parts.checkpoints.save(state, parts.data.state(), parts.files)
         parts.checkpoints.check()
-    if parts.stop.requested:
+    if step < steps:
         reporter.progress.note(f"stopped after step {step}; saving")
         parts.checkpoints.save(state, parts.data.state(), parts.files)
     return state, step
@@ -185,6 +191,7 @@ def _check_finite(metrics: Metrics, step: int, limit: int) -> None:
 
 def _files(config: RunConfig, directory: RunDirectory) -> dict[str, str]:
     files = {directory.config.name: to_json(config)}
-    if directory.tokenizer.exists():
-        files[directory.tokenizer.name] = directory.tokenizer.read_text("utf-8")
+    for file in (directory.tokenizer, directory.base):
+        if file.exists():
+            files[file.name] = file.read_text("utf-8")
     return files

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.precision import PrecisionConfig
 from nemotron_jax.config.run import TrainingConfig
 from nemotron_jax.layers.router import count_sequences
 from nemotron_jax.model.nemotron import Nemotron, number_documents
 from nemotron_jax.model.parameters import load_by_bias
-from nemotron_jax.sharding import Cuts, cuts_of, gathered, local, scattered
+from nemotron_jax.sharding import local
+from nemotron_jax.sharding.vocabulary import Vocabulary
+from nemotron_jax.sharding.weights import Cuts, cuts_of, gathered, scattered
 from nemotron_jax.types import Batch, Weight
 
 Sums = dict[str, Array | dict[str, Array]]
@@ -32,6 +35,7 @@ class Objective:
 
     totals: Callable[[Batch], Any]
     loss: Callable[[Nemotron, Batch, Any, Array], tuple[Float[Array, ""], Sums]]
+    precision: PrecisionConfig = PrecisionConfig()  # that `loss` computes in
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +56,7 @@ def pretrain_objective(training: TrainingConfig, execution: Execution) -> Object
     def loss(model: Nemotron, part: Batch, totals: PretrainTotals, key: Array) -> tuple:
         return pretrain_loss(model, part, training, execution, totals=totals, key=key)
 
-    return Objective(totals, loss)
+    return Objective(totals, loss, execution.precision)
 
 
 def pretrain_loss(
@@ -146,7 +150,8 @@ def token_nll(
         flat = hidden.reshape(-1, hidden.shape[-1])
         count = flat.shape[0]
         rows, labels, _ = _chunks(flat, targets.reshape(-1), jnp.zeros(count), chunk)
-        each = jax.checkpoint(lambda rows, labels: _chunk_nll(rows, labels, matrix)[0])
+        vocabulary = Vocabulary.of(cuts, 1)
+        each = jax.checkpoint(lambda rows, labels: _chunk_nll(rows, labels, matrix, vocabulary)[0])
         nll = jax.lax.scan(lambda _, part: (None, each(*part)), None, (rows, labels))[1]
         return nll.reshape(-1)[:count].reshape(targets.shape)
 
@@ -170,11 +175,11 @@ def weighted_nll(
     are at hand, so that no logits are computed twice; until the backward pass asks for it, each
     device keeps its part of the head's.
     """
-    head = gathered(head, cuts, hidden.dtype)
+    head, vocabulary = gathered(head, cuts, hidden.dtype), Vocabulary.of(cuts, 1)
 
     def add(total: Array, part: tuple) -> tuple[Array, None]:
         rows, labels, weight = part
-        return total + jnp.sum(_chunk_nll(rows, labels, head)[0] * weight), None
+        return total + jnp.sum(_chunk_nll(rows, labels, head, vocabulary)[0] * weight), None
 
     return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights, chunk))[0]
 
@@ -183,13 +188,13 @@ def _nll_forward(
     hidden: Array, part: Array, targets: Array, weights: Array, chunk: int, cuts: Cuts
 ) -> tuple[Array, tuple]:
     head = gathered(part, cuts, hidden.dtype)
-    matrix = head.astype(hidden.dtype)
+    matrix, vocabulary = head.astype(hidden.dtype), Vocabulary.of(cuts, 1)
 
     def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
         total, dhead = carry
         rows, labels, weight = part
-        nll, probabilities = _chunk_nll(rows, labels, head)
-        hit = jnp.arange(head.shape[1]) == labels[:, None]
+        nll, probabilities = _chunk_nll(rows, labels, head, vocabulary)
+        hit = vocabulary.is_token(labels, head.shape[1])
         dlogits = ((probabilities - hit) * weight[:, None]).astype(hidden.dtype)
         dhead += jnp.einsum("nd,nv->dv", rows, dlogits, preferred_element_type=jnp.float32)
         return (total + jnp.sum(nll * weight), dhead), jnp.einsum("nv,dv->nd", dlogits, matrix)
@@ -203,20 +208,25 @@ def _nll_forward(
 
 def _nll_backward(chunk: int, cuts: Cuts, residuals: tuple, cotangent: Array) -> tuple:
     dhidden, dhead = residuals
+    # The loss is the same on all devices that share the vocabulary: each is given its share of the
+    # cotangent.
+    cotangent = Vocabulary.of(cuts, 1).sum(cotangent)
     return dhidden * cotangent.astype(dhidden.dtype), dhead * cotangent, None, None
 
 
 weighted_nll.defvjp(_nll_forward, _nll_backward)
 
 
-def _chunk_nll(rows: Array, labels: Array, head: Array) -> tuple[Array, Array]:
-    """The cross entropy of each of one chunk's tokens, and their softmax."""
+def _chunk_nll(
+    rows: Array, labels: Array, head: Array, vocabulary: Vocabulary
+) -> tuple[Array, Array]:
+    """The cross entropy of each of one chunk's tokens, and this device's part of their softmax."""
     matrix = head.astype(rows.dtype)
     logits = jnp.einsum("nd,dv->nv", rows, matrix, preferred_element_type=jnp.float32)
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = vocabulary.max(jnp.max(logits, axis=-1, keepdims=True))
     exponentials = jnp.exp(logits - top)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    total = vocabulary.sum(jnp.sum(exponentials, axis=-1, keepdims=True))
+    chosen = vocabulary.of_tokens(logits, labels)
     return (jnp.log(total) + top - chosen)[:, 0], exponentials / total
 
 

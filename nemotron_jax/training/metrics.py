@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -25,41 +25,47 @@ class MetricsLog:
 
     Opened at a step it drops what a killed run wrote after that step, and a half-written last line.
     A line that is damaged otherwise is left out with a warning; the file as it was stays beside it.
-    Numbers that are not finite are written as null.
+    Numbers that are not finite are written as null. One that is not the `writer` only knows the
+    records.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int, *, writer: bool = True) -> None:
+        self.path, self._writer = path, writer
         records, damaged = read_records(path)
-        if damaged:
+        if damaged and writer:
             keep_damaged(path, damaged)
         self.records = [record for record in records if record["step"] <= step]
-        self._rewrite()
-        self._file = path.open("a", encoding="utf-8")
+        self._file = self._opened_anew()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one step's record; it is with the operating system when this returns."""
         self.records.append(_jsonable(record))
-        self._file.write(_line(self.records[-1]))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(self.records[-1]))
+            self._file.flush()
 
     def extend_last(self, values: Mapping[str, Any]) -> None:
         """Add values to the last record; the file is replaced as a whole."""
         self.records[-1] |= _jsonable(values)
-        self._file.close()
-        self._rewrite()
-        self._file = self.path.open("a", encoding="utf-8")
+        self.close()
+        self._file = self._opened_anew()
 
     def sync(self) -> None:
         """On disk: a checkpoint must not outlive the records of the steps before it."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _rewrite(self) -> None:
+    def _opened_anew(self) -> TextIO | None:
+        """The file, written whole and open for more; None where another process writes it."""
+        if not self._writer:
+            return None
         with atomic_writer(self.path) as out:
             out.write("".join(map(_line, self.records)).encode())
+        return self.path.open("a", encoding="utf-8")
 
 
 class SamplesLog:

@@ -11,8 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.lora import LoRAConfig
+from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.model.adapters import abstract_adapted, add_adapters
+from nemotron_jax.model.adapters import abstract_adapted, add_adapters, as_base
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.run_directory import RunDirectory
@@ -64,7 +66,16 @@ def prepare_run(
 
 def init_state(run: Prepared) -> TrainState:
     """A new run's state; every random draw comes from the config's seed."""
-    return first_state(run, Nemotron(run.config.model, rngs=nnx.Rngs(run.config.seed)))
+    config = run.config
+    return first_state(run, random_model(config.model, config.lora, config.seed))
+
+
+def random_model(config: ModelConfig, lora: LoRAConfig | None, seed: int) -> Nemotron:
+    """The model that a run begins with which is given none: the base of its adapters, where it
+    trains some, without these."""
+    dtype = "float32" if lora is None else lora.base_dtype
+    model = Nemotron(config, rngs=nnx.Rngs(seed), dtype=dtype)
+    return model if lora is None else as_base(model, lora)
 
 
 def first_state(run: Prepared, model: Nemotron) -> TrainState:

@@ -8,6 +8,8 @@ from typing import Any
 
 import tqdm
 
+from nemotron_jax import distributed
+
 LINE_EVERY_S = 10.0
 # Readings of the speed that the time left is reckoned from: fewer make it jump, more make it lag.
 READINGS = 5
@@ -51,7 +53,7 @@ class Progress:
         self._rates: collections.deque[float] = collections.deque(maxlen=READINGS)
         self._bar = (
             tqdm.tqdm(total=steps, initial=start, dynamic_ncols=True, bar_format=_BAR)
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and distributed.is_first()
             else None
         )
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import tensorboardX
 
+from nemotron_jax import distributed
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.model.accounting import training_flops
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import unflatten
+from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.sharding import current_mesh
 from nemotron_jax.training.checkpoint import load_parameters
 from nemotron_jax.training.merge import merge, minus_sqrt_weights
 from nemotron_jax.training.metrics import MetricsLog, SamplesLog, Speed
@@ -23,7 +25,8 @@ Sampler = Callable[[Nemotron], str]
 
 
 class Reporter:
-    """Everything a session writes and shows."""
+    """Everything a session writes and shows. Of several processes all call every method, for the
+    model is evaluated by all of them, and the run directory's writer alone writes."""
 
     def __init__(
         self,
@@ -34,10 +37,13 @@ class Reporter:
     ) -> None:
         self._run, config, directory = run, run.config, run.directory
         self._probes, self._sampler = probes, sampler
-        self.log = MetricsLog(directory.metrics, step)
-        self._samples = None if sampler is None else SamplesLog(directory.samples, step)
+        self.log = MetricsLog(directory.metrics, step, writer=directory.writer)
+        writes_samples = sampler is not None and directory.writer
+        self._samples = SamplesLog(directory.samples, step) if writes_samples else None
         self._board = tensorboardX.SummaryWriter(
-            str(directory.tensorboard), purge_step=step + 1 if step else None
+            str(directory.tensorboard),
+            purge_step=step + 1 if step else None,
+            write_to_disk=directory.writer,
         )
         before = self.log.records[-1].get("seconds") if self.log.records else None
         flops = training_flops(
@@ -65,13 +71,14 @@ class Reporter:
         del values["skipped_in_a_row"]
         record = {"step": step, "tokens": step * self._run.tokens_per_step, **values}
         record |= self.speed.read(step)
+        record["processes"] = distributed.process_count()
         self.speed.pause()
         if evaluates:
             record |= self._evaluate(model, step)
         self.log.append(record)
         record = self.log.records[-1]
         for name, value in record.items():
-            if name not in ("step", "tokens") and value is not None:
+            if name not in ("step", "tokens", "processes") and value is not None:
                 self._board.add_scalar(name, value, step)
         self.progress.show(record)
         if evaluates:
@@ -81,7 +88,7 @@ class Reporter:
     def whole(self, model: Nemotron, final: Probe | None) -> None:
         """Add what `final` says to the last record, once."""
         records = self.log.records
-        if final is None or not records or "whole_held_out_loss" in records[-1]:
+        if final is None or self._is_done("whole_held_out_loss"):
             return
         step = records[-1]["step"]
         values = final(model, self._run.config.execution.at_step(step - 1))
@@ -91,16 +98,17 @@ class Reporter:
         """Compare the merged newest checkpoints with the last one, where the config asks for it."""
         window = self._run.config.logging.merge_window
         steps = self._run.directory.steps()[-window:] if window else []
-        done = not self.log.records or "merged_steps" in self.log.records[-1]
-        if len(steps) < 2 or not self._probes or done:
+        if len(steps) < 2 or not self._probes or self._is_done("merged_steps"):
             return
         schedule = self._run.config.training.schedule
         weights = minus_sqrt_weights(
             steps, schedule.final_learning_rate / schedule.peak_learning_rate
         )
-        tables = (load_parameters(self._run.directory.at(step))[-1] for step in steps)
+        mesh = current_mesh()
+        tables = (load_parameters(self._run.directory.at(n), mesh=mesh)[-1] for n in steps)
         last = self.log.records[-1]
-        values = self._evaluate(unflatten(model, merge(tables, weights)), last["step"])
+        merged = unflatten(model, flatten(model) | merge(tables, weights))
+        values = self._evaluate(merged, last["step"])
         self.log.extend_last(
             {"merged_steps": len(steps), **{f"merged_{name}": v for name, v in values.items()}}
         )
@@ -113,14 +121,22 @@ class Reporter:
             )
         )
 
+    def _is_done(self, name: str) -> bool:
+        """Whether the last record has such a value already, or there is none; as process 0 says,
+        for all must do the same."""
+        records = self.log.records
+        return distributed.from_first(lambda: not records or name in records[-1])
+
     def _evaluate(self, model: Nemotron, step: int) -> dict[str, float]:
         execution = self._run.config.execution.at_step(step - 1)
         values = (probe(model, execution) for probe in self._probes)
         return {name: value for found in values for name, value in found.items()}
 
     def _illustrate(self, step: int, model: Nemotron) -> None:
-        draw_curves(self.log.records, self._run.directory)
+        if self._run.directory.writer:
+            draw_curves(self.log.records, self._run.directory)
         if self._sampler is not None:
             text = self._sampler(model)
-            self._samples.append(step, text)
             self._board.add_text("sample", text, step)
+            if self._samples is not None:
+                self._samples.append(step, text)

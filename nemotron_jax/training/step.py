@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from nemotron_jax.host import give_back_freed_memory
+from nemotron_jax.model.kept_codes import with_codes
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, model_axes, unflatten
 from nemotron_jax.sharding import shard, shard_parameter
@@ -91,9 +92,13 @@ def _gradients(
     """float32 gradients of the trained parameters and the reported sums, over all micro-batches.
 
     No value depends on how the batch is cut: parts are divided by the whole batch's totals, and
-    tokens keep their numbers in it, by which they draw random bits.
+    tokens keep their numbers in it, by which they draw random bits. Weights in a lower format are
+    quantised once, before the first part.
     """
-    count, table = run.config.training.micro_batches, flatten(state.model)
+    model = state.model
+    if objective.precision.emulated:
+        model = with_codes(model, objective.precision)
+    count, table = run.config.training.micro_batches, flatten(model)
     trained = run.trained.select(table)
     totals = objective.totals(batch)
     numbers = jnp.arange(batch.tokens.size, dtype=jnp.int32).reshape(batch.tokens.shape)
@@ -102,8 +107,7 @@ def _gradients(
     key = nvfp4.fold(jnp.stack([jnp.uint32(run.config.seed), state.step.astype(jnp.uint32)]), 0)
 
     def loss(parameters: dict[str, Array], part: Batch) -> tuple[Array, Sums]:
-        model = unflatten(state.model, table | parameters)
-        return objective.loss(model, part, totals, key)
+        return objective.loss(unflatten(model, table | parameters), part, totals, key)
 
     gradient = jax.grad(loss, has_aux=True)
     if count == 1:

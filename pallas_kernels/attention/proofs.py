@@ -1,4 +1,4 @@
-"""What is proven of attention: JAX's splash kernels at Super's shape, as this op calls them."""
+"""What is proven of attention: JAX's kernels at Super's shape, as this op calls them."""
 
 import functools
 from collections.abc import Iterator
@@ -12,6 +12,12 @@ from pallas_kernels.proofs import Proof, nbytes
 
 
 def proofs() -> Iterator[Proof]:
+    """Whole rows, and rows over pages."""
+    yield from _whole_rows()
+    yield from _pages()
+
+
+def _whole_rows() -> Iterator[Proof]:
     """One row of 8192 tokens with documents, forward and the two kernels of the gradient."""
     case = specs.SHAPES["super"]
     q = jax.ShapeDtypeStruct((case.batch, case.tokens, case.heads, case.head_dim), jnp.bfloat16)
@@ -49,9 +55,41 @@ def proofs() -> Iterator[Proof]:
         )
 
 
+def _pages() -> Iterator[Proof]:
+    """A token of 64 rows at 8192, from pages in bfloat16 and FP8; four drafts and a token of them;
+    a chunk of 1024 tokens of one row at 32,768. Pages have 64 tokens."""
+    case, page = specs.SHAPES["super"], 64
+    for direction, rows, tokens, context, dtype in (
+        ("decode", 64, 1, 8192, jnp.bfloat16),
+        ("decode, FP8 pages", 64, 1, 8192, jnp.float8_e4m3fn),
+        ("verify 5", 64, 5, 8192, jnp.bfloat16),
+        ("read 1024", 1, 1024, 32_768, jnp.bfloat16),
+    ):
+        shape, integers = jax.ShapeDtypeStruct, jnp.int32
+        width = context // page
+        q = shape((rows, tokens, case.heads, case.head_dim), jnp.bfloat16)
+        pool = shape((rows * width + 1, page, 2 * case.kv_heads, case.head_dim), dtype)
+        table, offset = shape((rows, width), integers), shape((rows,), integers)
+        seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) // 2)
+        yield Proof(
+            kernel="ragged_paged_attention_kernel",
+            direction=direction,
+            shape="super",
+            run=functools.partial(_over_pages, "pallas_tpu"),
+            operands=(q, pool, table, offset),
+            flops=4 * seen * case.heads * case.head_dim,
+            bytes=nbytes(q, q, table) + nbytes(pool) * rows * width // (rows * width + 1),
+            plain=functools.partial(_over_pages, "xla"),
+        )
+
+
+def _over_pages(implementation, q, pool, table, offset):
+    masks = Masks(offset, None)
+    return op.PAGED_ATTENTION(q, pool, table, masks, implementation=implementation)
+
+
 def _masks(q, ids):
-    zero = jnp.zeros(q.shape[0], jnp.int32)
-    return Masks(zero, zero + q.shape[1], ids, ids)
+    return Masks(None, jnp.full(q.shape[0], q.shape[1], jnp.int32), ids, ids)
 
 
 def _forward(implementation, q, k, v, ids):

@@ -4,6 +4,7 @@ Its grid skips what causality hides; segments are masked inside. Nothing here bu
 contract adds: scaled scores, rows of any length, and zeros for padding.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,8 @@ def outputs(
     interpret: bool = False,
 ) -> Float[Array, "B T H C"]:
     """Causal attention of whole rows, in q's dtype."""
-    (_, tokens, heads, channels), fill = q.shape, -q.shape[1] % LANES
+    (batch, tokens, heads, _), fill = q.shape, -q.shape[1] % LANES
+    masks = masks.filled(batch, tokens)
     padded = tokens + fill
     block = next(size for size in BLOCKS if padded % size == 0)
     names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
@@ -64,8 +66,8 @@ def outputs(
         padding = ((0, 0), (0, fill), (0, 0), (0, 0))
         return jnp.swapaxes(jnp.pad(array, padding) if fill else array, 1, 2)
 
-    scaled = (q.astype(jnp.float32) * channels**-0.5).astype(q.dtype)
-    operands = [rows(scaled), rows(k), rows(v)]
+    queries, keys = _scaled(q, k)
+    operands = [rows(queries), rows(keys), rows(v)]
     if masks.segment_ids is not None:
         ids = jnp.pad(masks.segment_ids, ((0, 0), (0, fill)), mode="edge")
         operands.append(splash.SegmentIds(q=ids, kv=ids))
@@ -74,9 +76,25 @@ def outputs(
     return jnp.where(valid[..., None, None], out, 0).astype(q.dtype)
 
 
+def _scaled(q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries and keys whose products are q kᵀ / sqrt(C), no query rounded.
+
+    C^-1/2 that is a power of two only moves exponents. By another one a rounded query is off by
+    2^-9 of itself, and so is a score: 0.4 at 200. Queries are then two numbers of their dtype, the
+    rest beside the number, each with the same key: twice the channels.
+    """
+    scale = q.shape[-1] ** -0.5
+    if math.frexp(scale)[0] == 0.5:
+        return q * jnp.asarray(scale, q.dtype), k
+    exact = q.astype(jnp.float32) * scale
+    first = exact.astype(q.dtype)
+    rest = (exact - first.astype(jnp.float32)).astype(q.dtype)
+    return jnp.concatenate([first, rest], axis=-1), jnp.concatenate([k, k], axis=-1)
+
+
 def unsupported(q: Array, k: Array, v: Array, masks: Masks, *, causal: bool) -> str | None:
     """Why these operands cannot run, or None: whole causal rows in bfloat16 that fill registers."""
-    if not causal or q.shape[1] != k.shape[1]:
+    if not causal or masks.offset is not None or q.shape[1] != k.shape[1]:
         return "it takes causal rows without a cache"
     if {a.dtype for a in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; it takes bfloat16"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention.keys import Dense, Paged
 from pallas_kernels.attention.masks import Masks
 
 # Columns of a product, keys of a block without masks and keys of one with them; measured in
@@ -55,23 +56,19 @@ class _Job:
 
 
 def forward(
-    q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
-    masks: Masks,
-    *,
-    causal: bool,
+    q: Float[Array, "B T H C"], keys: Dense | Paged, masks: Masks, *, causal: bool
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B K R"]]:
     """Outputs, and for `backward` the float32 logsumexp: +inf where a query sees nothing."""
-    plan = _plan(q, k, causal)
-    grouped, scope = _grouped(q, plan), _scope(masks, k, plan)
+    plan = _plan(q, keys, causal)
+    keys, masks = keys.padded(plan.wide or plan.narrow), masks.filled(*q.shape[:2])
+    grouped, scope = _grouped(q, plan), _scope(masks, keys.count, plan)
     scale = q.shape[-1] ** -0.5
 
     def job(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         out, logsumexp = carry
-        at = _job(index, plan, k)
+        at = _job(index, plan, keys)
         columns = _columns(grouped, at, plan) * scale
-        o, sums = _online_softmax(columns, k, v, scope, at, plan)
+        o, sums = _online_softmax(columns, keys, scope, at, plan)
         out = lax.dynamic_update_slice(
             out, _uncolumns(o, plan).astype(out.dtype), (at.row, at.query, at.kv_head, 0, 0)
         )
@@ -79,8 +76,8 @@ def forward(
         return out, lax.dynamic_update_slice(logsumexp, sums, start)
 
     lines = grouped.shape[1] * plan.groups
-    logsumexp = jnp.zeros((q.shape[0], k.shape[2], lines), jnp.float32)
-    jobs = _num_jobs(plan, k)
+    logsumexp = jnp.zeros((q.shape[0], keys.heads, lines), jnp.float32)
+    jobs = _num_jobs(plan, keys)
     out, logsumexp = lax.fori_loop(0, jobs, job, (jnp.zeros_like(grouped), logsumexp))
     return _ungrouped(out, q.shape), logsumexp
 
@@ -100,30 +97,31 @@ def backward(
     Scores are computed again block by block.
     """
     out, logsumexp = results
-    plan = _plan(q, k, causal)
-    scope = _scope(masks, k, plan)
+    keys, masks = Dense(k, v), masks.filled(*q.shape[:2])
+    plan = _plan(q, keys, causal)
+    scope = _scope(masks, keys.count, plan)
     grouped_q, grouped_out, grouped_dout = (_grouped(a, plan) for a in (q, out, dout))
     scale = q.shape[-1] ** -0.5
 
     def job(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         dq, dk, dv = carry
-        at = _job(index, plan, k)
+        at = _job(index, plan, keys)
         columns = _columns(grouped_q, at, plan) * scale
         dcolumns = _columns(grouped_dout, at, plan)
         delta = jnp.sum(dcolumns * _columns(grouped_out, at, plan), axis=2, keepdims=True)
         start = (at.row, at.kv_head, at.query * plan.groups)
         sums = lax.dynamic_slice(logsumexp, start, (1, 1, columns.shape[-1]))[:, :, None]
 
-        def step(keys: Array, values: Array, mask: Array | None, key: Array, carry: Any) -> Any:
+        def step(ks: Array, vs: Array, mask: Array | None, key: Array, carry: Any) -> Any:
             dqueries, dk, dv = carry
-            weights = jnp.exp(_masked(_dot(keys, columns, 3, 2), mask) - sums)
-            dscores = weights * (_dot(values, dcolumns, 3, 2) - delta)
-            dqueries = dqueries + _dot(keys, dscores, 2, 2)
+            weights = jnp.exp(_masked(_dot(ks, columns, 3, 2), mask) - sums)
+            dscores = weights * (_dot(vs, dcolumns, 3, 2) - delta)
+            dqueries = dqueries + _dot(ks, dscores, 2, 2)
             dk = _add(dk, _dot(dscores, columns, 3, 3), at, key)
             return dqueries, dk, _add(dv, _dot(weights, dcolumns, 3, 3), at, key)
 
         first = (jnp.zeros_like(columns), dk, dv)
-        dqueries, dk, dv = _over_keys(step, first, (k, v), scope, at, plan)
+        dqueries, dk, dv = _over_keys(step, first, keys, scope, at, plan)
         dqueries = _uncolumns(dqueries * scale, plan).astype(dq.dtype)
         dq = lax.dynamic_update_slice(dq, dqueries, (at.row, at.query, at.kv_head, 0, 0))
         return dq, dk, dv
@@ -133,28 +131,28 @@ def backward(
         jnp.zeros(k.shape, jnp.float32),
         jnp.zeros(v.shape, jnp.float32),
     )
-    dq, dk, dv = lax.fori_loop(0, _num_jobs(plan, k), job, zeros)
+    dq, dk, dv = lax.fori_loop(0, _num_jobs(plan, keys), job, zeros)
     return _ungrouped(dq, q.shape), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _online_softmax(
-    columns: Float[Array, "1 1 C R"], k: Array, v: Array, scope: _Scope, at: _Job, plan: _Plan
+    columns: Float[Array, "1 1 C R"], keys: Dense | Paged, scope: _Scope, at: _Job, plan: _Plan
 ) -> tuple[Float[Array, "1 1 C R"], Float[Array, "1 1 R"]]:
     """Outputs and logsumexp of one job's scaled queries."""
 
-    def step(keys: Array, values: Array, mask: Array | None, key: Array, carry: Any) -> Any:
+    def step(ks: Array, vs: Array, mask: Array | None, key: Array, carry: Any) -> Any:
         del key
         largest, total, out = carry
-        scores = _masked(_dot(keys, columns, 3, 2), mask)
+        scores = _masked(_dot(ks, columns, 3, 2), mask)
         new = jnp.maximum(largest, jnp.max(scores, axis=2, keepdims=True))
         weights = jnp.exp(scores - new)
         decay = jnp.exp(largest - new)
         total = total * decay + jnp.sum(weights, axis=2, keepdims=True)
-        return new, total, out * decay + _dot(values, weights, 2, 2)
+        return new, total, out * decay + _dot(vs, weights, 2, 2)
 
     line = columns[:, :, :1]
     first = jnp.full_like(line, LOWEST), jnp.zeros_like(line), jnp.zeros_like(columns)
-    largest, total, out = _over_keys(step, first, (k, v), scope, at, plan)
+    largest, total, out = _over_keys(step, first, keys, scope, at, plan)
     # Wide blocks are not masked, so padding beside real queries has summed something there.
     seen = (total > 0) & (_queries(at, plan) < scope.masks.lengths[at.row])
     total = jnp.where(seen, total, 1)
@@ -165,26 +163,25 @@ def _online_softmax(
 def _over_keys(
     step: Callable[..., Any],
     carry: Any,
-    keys_values: tuple[Array, Array],
+    keys: Dense | Paged,
     scope: _Scope,
     at: _Job,
     plan: _Plan,
 ) -> Any:
     """Folds `step(keys, values, mask, first key, carry)` over the key blocks that a job sees."""
-    num_keys = keys_values[0].shape[1]
-    first, whole, end = _key_range(num_keys, scope, at, plan)
+    first, whole, end = _key_range(keys.count, scope, at, plan)
 
     def loop(width: int, low: Array, high: Array, mask_all: bool, carry: Any) -> Any:
         def body(block: Array, carry: Any) -> Any:
             # The last block of keys moves up to end with them; the mask leaves out what it repeats.
-            key = jnp.minimum(block * width, num_keys - width)
-            keys, values = (_key_block(a, at, key, width) for a in keys_values)
+            key = jnp.minimum(block * width, keys.count - width)
+            ks, vs = keys.of_head(at.row, at.kv_head, key, width)
             mask = _mask(scope.masks, at, key, block * width, width, plan) if mask_all else None
             if mask is not None:
                 # 0 times NaN is NaN: what lies past a cache's length may be anything.
                 seen = jnp.any(mask, axis=1)[:, None]
-                keys, values = (jnp.where(seen, a, 0) for a in (keys, values))
-            return step(keys, values, mask, key, carry)
+                ks, vs = (jnp.where(seen, a, 0) for a in (ks, vs))
+            return step(ks, vs, mask, key, carry)
 
         return lax.fori_loop(low, high, body, carry)
 
@@ -241,30 +238,30 @@ def _masked(scores: Array, mask: Array | None) -> Array:
     return scores if mask is None else jnp.where(mask, scores, -jnp.inf)
 
 
-def _plan(q: Array, k: Array, causal: bool) -> _Plan:
+def _plan(q: Array, keys: Dense | Paged, causal: bool) -> _Plan:
     """Block sizes for these shapes."""
     _, tokens, heads, _ = q.shape
-    keys, kv_heads = k.shape[1:3]
-    groups = heads // kv_heads
-    columns, wide, narrow = LONG if keys >= LONG_KEYS else SHORT
+    groups = heads // keys.heads
+    columns, wide, narrow = LONG if keys.count >= LONG_KEYS else SHORT
     block_q = min(tokens, max(FEWEST_QUERIES, columns // groups))
+    narrow = keys.width(narrow)
     return _Plan(
         block_q=block_q,
-        wide=0 if keys < wide else wide,
-        narrow=min(keys, narrow),
+        wide=0 if keys.count < wide else max(wide // narrow, 1) * narrow,
+        narrow=narrow,
         query_blocks=-(-tokens // block_q),
         groups=groups,
         causal=causal,
     )
 
 
-def _num_jobs(plan: _Plan, k: Array) -> int:
-    return plan.query_blocks * k.shape[0] * k.shape[2]
+def _num_jobs(plan: _Plan, keys: Dense | Paged) -> int:
+    return plan.query_blocks * keys.rows * keys.heads
 
 
-def _job(index: Array, plan: _Plan, k: Array) -> _Job:
+def _job(index: Array, plan: _Plan, keys: Dense | Paged) -> _Job:
     pair, block = index // plan.query_blocks, index % plan.query_blocks
-    return _Job(pair // k.shape[2], pair % k.shape[2], block * plan.block_q)
+    return _Job(pair // keys.heads, pair % keys.heads, block * plan.block_q)
 
 
 def _grouped(q: Float[Array, "B T H C"], plan: _Plan) -> Float[Array, "B padded K G C"]:
@@ -279,14 +276,14 @@ def _ungrouped(out: Float[Array, "B padded K G C"], shape: tuple[int, ...]) -> A
     return out[:, : shape[1]].reshape(shape)
 
 
-def _scope(masks: Masks, k: Array, plan: _Plan) -> _Scope:
+def _scope(masks: Masks, keys: int, plan: _Plan) -> _Scope:
     """Masks with segment ids as long as the padded queries, and where each block's keys begin."""
     if masks.segment_ids is None:
         return _Scope(masks, None)
     tokens = masks.segment_ids.shape[1]
     padding = ((0, 0), (0, plan.query_blocks * plan.block_q - tokens))
     masks = dataclasses.replace(masks, segment_ids=jnp.pad(masks.segment_ids, padding, mode="edge"))
-    return _Scope(masks, _first_keys(masks, k.shape[1], plan))
+    return _Scope(masks, _first_keys(masks, keys, plan))
 
 
 def _first_keys(masks: Masks, keys: int, plan: _Plan) -> Int[Array, "B blocks"]:
@@ -324,14 +321,6 @@ def _columns(grouped: Array, at: _Job, plan: _Plan) -> Float[Array, "1 1 C R"]:
 def _uncolumns(columns: Float[Array, "1 1 C R"], plan: _Plan) -> Float[Array, "1 q 1 G C"]:
     blocks = columns.reshape(*columns.shape[:3], plan.block_q, plan.groups)
     return blocks.transpose(0, 3, 1, 4, 2)
-
-
-def _key_block(
-    array: Float[Array, "B S K C"], at: _Job, key: Array, width: int
-) -> Float[Array, "1 1 keys C"]:
-    size = (1, width, 1, array.shape[-1])
-    block = lax.dynamic_slice(array, (at.row, key, at.kv_head, 0), size)
-    return block.astype(jnp.float32).swapaxes(1, 2)
 
 
 def _add(total: Float[Array, "B S K C"], block: Array, at: _Job, key: Array) -> Array:

@@ -47,10 +47,9 @@ def causal_conv1d(
     segment_ids: Int[Array, "B T"] | None = None,
     lengths: Int[Array, "B"] | None = None,
     activation: Literal["silu"] | None = "silu",
-    every_tail: bool = False,
     implementation: str | None = None,
     target: str | None = None,
-) -> tuple[Float[Array, "B T channels"], Float[Array, "B *each W-1 channels"]]:
+) -> tuple[Float[Array, "B T channels"], Float[Array, "B W-1 channels"]]:
     """Outputs y in x's dtype, and the tail: the last W - 1 inputs, where the next piece goes on.
 
     y_t = activation(bias + sum_w weight[w] x_{t-W+1+w}) for each channel, summed in float32;
@@ -58,8 +57,7 @@ def causal_conv1d(
     document of its first token; None stands for zeros. A change of segment id starts a document,
     and no tap reaches into an earlier one. Tokens at or past `lengths` give y = 0, enter no tail
     and receive no gradient. The returned tail reaches into the given one where the row is shorter
-    than W - 1, and is 0 where it would leave the document of the last token. With `every_tail` it
-    is the tail after each token, [B, T, W-1, channels], for the few tokens of a verification.
+    than W - 1, and is 0 where it would leave the document of the last token.
     `target` is the platform that the program is compiled for, where the caller knows it.
     Raises ValueError for shapes that disagree, an unknown activation or implementation.
     """
@@ -73,16 +71,22 @@ def causal_conv1d(
         y = jnp.where((jnp.arange(tokens) < lengths[:, None])[..., None], y, 0)
     if tail is None:
         tail = jnp.zeros((batch, weight.shape[0] - 1, channels), x.dtype)
-    if every_tail and lengths is None and documents is None:
-        return y, _every(x, tail)
-    if every_tail:
-        ends = jnp.broadcast_to(jnp.arange(1, tokens + 1), (batch, tokens))
-        ends = ends if lengths is None else jnp.minimum(ends, lengths[:, None])
-        return y, _tails(x, tail, documents, ends)
     if lengths is None and documents is None:
         return y, _last(x, tail)
     ends = jnp.full((batch,), tokens) if lengths is None else jnp.minimum(lengths, tokens)
     return y, _tails(x, tail, documents, ends[:, None])[:, 0]
+
+
+def conv_tail(
+    x: Float[Array, "B T channels"], tail: Float[Array, "B W-1 channels"], count: Int[Array, "B"]
+) -> Float[Array, "B W-1 channels"]:
+    """The last W - 1 inputs after the first `count` of a few tokens, as `causal_conv1d` tells them
+    after all; a count of 0 leaves the tail."""
+    kept, inputs = tail.shape[1], jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
+    found = tail
+    for end in range(1, x.shape[1] + 1):  # windows one after another: a gather takes far longer
+        found = jnp.where((count >= end)[:, None, None], inputs[:, end : end + kept], found)
+    return found
 
 
 def _documents(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -97,12 +101,6 @@ def _last(x: Array, tail: Array) -> Array:
     if x.shape[1] >= kept:
         return x[:, x.shape[1] - kept :]
     return jnp.concatenate([tail, x], axis=1)[:, x.shape[1] :]
-
-
-def _every(x: Array, tail: Array) -> Float[Array, "B T W-1 channels"]:
-    """The last W - 1 of tail and x after each token, as windows: a gather takes far longer."""
-    kept, inputs = tail.shape[1], jnp.concatenate([tail, x], axis=1)
-    return jnp.stack([inputs[:, t : t + kept] for t in range(1, x.shape[1] + 1)], axis=1)
 
 
 def _tails(

@@ -112,13 +112,31 @@ def _reference(lhs, words, scales, factor, group_sizes, *, activation):
 
 
 def _xla(lhs, words, scales, factor, group_sizes, *, activation):
-    def matrix(expert: Array) -> Float[Array, "K N"]:
-        codes = unpacked(words[expert])[: lhs.shape[1]]
-        scale = jnp.repeat(scales[expert].astype(jnp.float32), BLOCK, axis=0)[: lhs.shape[1]]
-        return (values(codes) * scale).astype(lhs.dtype)  # exact in bfloat16
-
+    matrix = lambda expert: _matrix(words, scales, expert, lhs.shape[1], lhs.dtype)
     shape = lhs.shape[1], words.shape[3]
     return xla.matmul_of(lhs, matrix, shape, group_sizes, factor, activation)
+
+
+def _reference_transposed(lhs, words, scales, factor, group_sizes, *, depth):
+    codes = jax.vmap(unpacked)(words)[:, :depth]
+    matrices = reference.dequantized(codes, scales[:, : depth // BLOCK])
+    wide = reference.grouped_matmul(
+        lhs.astype(jnp.float32), jnp.swapaxes(matrices, 1, 2), group_sizes, factor
+    )
+    return wide.astype(lhs.dtype)
+
+
+def _xla_transposed(lhs, words, scales, factor, group_sizes, *, depth):
+    matrix = lambda expert: _matrix(words, scales, expert, depth, lhs.dtype).T
+    return xla.matmul_of(lhs, matrix, (words.shape[3], depth), group_sizes, factor, None)
+
+
+def _matrix(
+    words: Array, scales: Array, expert: Array, depth: int, dtype: jnp.dtype
+) -> Float[Array, "K N"]:
+    """One expert's matrix but for its factor: exact in bfloat16."""
+    scale = jnp.repeat(scales[expert].astype(jnp.float32), BLOCK, axis=0)[:depth]
+    return (values(unpacked(words[expert])[:depth]) * scale).astype(dtype)
 
 
 def _activated(product: Array, activation: str | None) -> Array:
@@ -136,6 +154,15 @@ PACKED = dispatch.Op(
             unsupported=packed_tpu.unsupported,
             platforms=("tpu",),
         ),
+    },
+)
+
+
+TRANSPOSED = dispatch.Op(
+    "grouped_matmul_packed_transposed",
+    {
+        "reference": dispatch.Implementation(dispatch.keeping_operands(_reference_transposed)),
+        "xla": dispatch.Implementation(dispatch.keeping_operands(_xla_transposed)),
     },
 )
 
@@ -166,4 +193,30 @@ def grouped_matmul_packed(
     operands = packed.words, packed.scales, packed.factor, group_sizes
     return PACKED(
         *(lhs, *operands), activation=activation, implementation=implementation, target=target
+    )
+
+
+def grouped_matmul_packed_transposed(
+    lhs: Float[Array, "rows N"],
+    packed: PackedExperts,
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str | None = None,
+    target: str | None = None,
+) -> Float[Array, "rows K"]:
+    """The rows times the transpose of their expert's matrix: what `grouped_matmul_packed` hands
+    back to its rows. One form serves all platforms; no kernel has been written.
+
+    A named implementation of the forward product that this one lacks is taken for None. Raises
+    ValueError for shapes that disagree.
+    """
+    op = "grouped_matmul_packed_transposed"
+    shapes = {"words": (packed.words, "E 2 B N"), "scales": (packed.scales, "E B N")}
+    lines = {"factor": (packed.factor, "E"), "group_sizes": (group_sizes, "E")}
+    dispatch.expect_shape(op, {}, lhs=(lhs, "rows N"), **shapes, **lines)
+    if implementation not in TRANSPOSED.implementations:
+        implementation = None
+    operands = packed.words, packed.scales, packed.factor, group_sizes
+    return TRANSPOSED(
+        *(lhs, *operands), depth=packed.depth, implementation=implementation, target=target
     )

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.ssd import cpu, pallas_tpu, reference, xla
-from pallas_kernels.ssd.step import step
+from pallas_kernels.ssd.step import outputs, replay, step
 
 
 def _recurrence(x, dt, A, B, C, D, state, documents, *, chunk):
@@ -128,6 +128,42 @@ def ssd_step(
         every_state=every_state,
     )
     return y if valid is None else jnp.where(valid[..., None, None], y, 0), states
+
+
+def ssd_outputs(
+    x: Float[Array, "B T M P"],
+    dt: Float[Array, "B T M"],
+    A: Float[Array, "M"],
+    B: Float[Array, "B T G N"],
+    C: Float[Array, "B T G N"],
+    D: Float[Array, "M"],
+    state: Float[Array, "B M P N"],
+) -> Float[Array, "B T M P"]:
+    """What `ssd_step` gives of a few tokens, without any state: the one before is read once.
+
+    `ssd_replay` makes the state after as many of them as stand. Raises ValueError for shapes that
+    disagree.
+    """
+    _check("ssd_outputs", x, dt, A, B, C, D, state, None, None)
+    return outputs(x, dt, A, B, C, D, state)
+
+
+def ssd_replay(
+    x: Float[Array, "B T M P"],
+    dt: Float[Array, "B T M"],
+    A: Float[Array, "M"],
+    B: Float[Array, "B T G N"],
+    state: Float[Array, "B M P N"],
+    *,
+    lengths: Int[Array, "B"],
+) -> Float[Array, "B M P N"]:
+    """The float32 state after the first `lengths` of a few tokens, which are the same operations
+    as those of `ssd_step`; a length of 0 leaves the state. Raises ValueError for shapes that
+    disagree."""
+    _check("ssd_replay", x, dt, A, B, B, A, state, None, lengths)
+    valid = _valid(x, lengths)[..., None]  # what stands past a length may be anything, NaN too
+    x, dt, B = (jnp.where(valid[..., None] if a.ndim > 3 else valid, a, 0) for a in (x, dt, B))
+    return replay(x, dt, A, B, state)
 
 
 def ssd_state(

@@ -18,7 +18,7 @@ from nemotron_jax.model import accounting
 from nemotron_jax.model.parameters import abstract_model
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "golden" / "hub_configs"
-FILES = sorted(CONFIGS.iterdir())
+FILES = sorted(CONFIGS.glob("*_config.json"))
 COUNTS = {
     "NVIDIA-Nemotron-3-Nano-30B": 31_577_940_288,
     "NVIDIA-Nemotron-3-Nano-4B": 3_973_556_832,

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from nemotron_jax.config.run import RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data import companions
 from nemotron_jax.data.chat.hub_template import template_differences
 from nemotron_jax.data.tokenizer import train_tokenizer
@@ -24,11 +23,7 @@ KEPT = set(SIX) - {"config.json", "tokenizer.json"}
 TRAINED = train_tokenizer(["a few words"], 300)
 
 
-def run_config(**changes) -> RunConfig:
-    model = dataclasses.replace(tiny_config("*"), vocab_size=512)
-    schedule = ScheduleConfig(1e-3, 1e-3, 0, 0, 1000)
-    training = TrainingConfig(steps=1, schedule=schedule, mtp_depths=0)
-    return RunConfig(**{"model": model, "training": training} | changes)
+MODEL = dataclasses.replace(tiny_config("*"), vocab_size=512)
 
 
 @pytest.fixture
@@ -39,30 +34,30 @@ def hub(tmp_path):
     return tmp_path / "model"
 
 
-def kept(folder, **changes) -> dict[str, str]:
+def kept(folder, init_from="", *, chats: bool = True) -> dict[str, str]:
     """What a run in this folder keeps."""
     folder.mkdir()
     TRAINED.save(folder)
-    companions.keep(run_config(**changes), RunDirectory(folder))
+    companions.keep(RunDirectory(folder), MODEL, str(init_from), chats=chats)
     files = sorted((folder / "hub").glob("*"))
     return {file.name: file.read_text() for file in files}
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_all_that_a_hub_directory_brings_is_kept_to_the_byte(hub, tmp_path, stage) -> None:
-    assert kept(tmp_path / "run", init_from=str(hub), stage=stage) == {n: SIX[n] for n in KEPT}
+@pytest.mark.parametrize("chats", [False, True])
+def test_all_that_a_hub_directory_brings_is_kept_to_the_byte(hub, tmp_path, chats) -> None:
+    assert kept(tmp_path / "run", hub, chats=chats) == {n: SIX[n] for n in KEPT}
 
 
 def test_a_run_hands_on_what_it_kept(hub, tmp_path) -> None:
-    first = kept(tmp_path / "one", init_from=str(hub), stage="sft")
-    assert kept(tmp_path / "two", init_from=str(tmp_path / "one"), stage="grpo") == first
+    first = kept(tmp_path / "one", hub)
+    assert kept(tmp_path / "two", tmp_path / "one") == first
     checkpoint = tmp_path / "one" / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
-    assert kept(tmp_path / "three", init_from=str(checkpoint)) == first
+    assert kept(tmp_path / "three", checkpoint, chats=False) == first
 
 
 def test_a_chat_that_was_learned_here_has_a_template_and_ends_its_turns(tmp_path) -> None:
-    files = kept(tmp_path / "run", stage="sft")
+    files = kept(tmp_path / "run")
     assert json.loads(files["generation_config.json"])["eos_token_id"] == [2, 11]
     settings = json.loads(files["tokenizer_config.json"])
     assert (settings["eos_token"], settings["bos_token"]) == ("<|im_end|>", "<s>")
@@ -74,17 +69,17 @@ def test_a_chat_that_was_learned_here_has_a_template_and_ends_its_turns(tmp_path
 def test_a_base_model_that_learns_to_chat_gets_what_it_lacks(hub, tmp_path) -> None:
     (hub / "chat_template.jinja").unlink()
     (hub / "generation_config.json").write_text('{"eos_token_id": 2, "top_p": 0.95}')
-    files = kept(tmp_path / "run", init_from=str(hub), stage="sft")
+    files = kept(tmp_path / "run", hub)
     generation = json.loads(files["generation_config.json"])
     assert generation == {"eos_token_id": [2, 11], "top_p": 0.95}
     assert files["tokenizer_config.json"] == SIX["tokenizer_config.json"]
     assert "<|im_start|>" in files["chat_template.jinja"]
     (hub / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert "chat_template.jinja" not in kept(tmp_path / "other", init_from=str(hub), stage="sft")
+    assert "chat_template.jinja" not in kept(tmp_path / "other", hub)
 
 
 def test_a_run_of_plain_text_has_nothing_to_keep(tmp_path) -> None:
-    assert kept(tmp_path / "run") == {}
+    assert kept(tmp_path / "run", chats=False) == {}
     assert not (tmp_path / "run/hub").exists()
 
 

@@ -46,7 +46,9 @@ def test_the_iterator_gives_the_batches_by_step(make):
 @pytest.mark.parametrize("host_count", [2, 3, 12])
 def test_any_host_count_gives_the_same_global_batch(make, host_count):
     whole = make()
-    hosts = [make(host_index=h, host_count=host_count) for h in range(host_count)]
+    hosts = [
+        make(rows=range(12)[h * 12 // host_count :][: 12 // host_count]) for h in range(host_count)
+    ]
     for _ in range(4):
         expected = next(whole)
         parts = joined([next(host) for host in hosts])
@@ -66,7 +68,7 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(make, stop):
     resumed = make(seed=5)
     next(resumed)
     resumed.restore(state)
-    hosts = [make(seed=5, host_index=h, host_count=2) for h in range(2)]
+    hosts = [make(seed=5, rows=rows) for rows in (range(6), range(6, 12))]
     for host in hosts:
         host.restore(state)
     for _ in range(5):
@@ -123,24 +125,20 @@ def test_a_state_of_other_data_is_an_error_naming_the_field(make, data):
     assert_equal(next(loader), make(seed=1).batch_at(0))  # and the loader is as before
 
 
-def test_hosts_must_share_the_batch(make, corpus, data):
-    with pytest.raises(ValueError, match="batch_size=12 is not a multiple of host_count=5"):
-        make(host_index=0, host_count=5)
-    with pytest.raises(ValueError, match="host_index=2 must lie in 0..1"):
-        held_out_batches(corpus, data, 2, 8, host_index=2, host_count=2)
+def test_hosts_may_hold_any_rows_and_the_same_ones(make):
+    whole, rows = make().batch_at(3), [1, 4, 5, 10]
+    for one in (make(rows=rows), make(rows=rows)):
+        for field in FIELDS:
+            part = getattr(one.batch_at(3), field)
+            np.testing.assert_array_equal(part, getattr(whole, field)[rows])
 
 
-def test_held_out_batches_are_the_same_for_any_host_count(corpus, data):
+def test_held_out_batches_hold_every_row_once(corpus, data):
     data = dataclasses.replace(data, batch_size=15)
     total = held_out_row_count(corpus, data)
     assert total > 15 and total % 15  # the last batch needs padding rows
     whole = held_out_batches(corpus, data, 2, 10**6)
     assert len(whole) == -(-total // 15)
-    hosts = [held_out_batches(corpus, data, 2, 10**6, host_index=h, host_count=3) for h in range(3)]
-    for batch, *parts in zip(whole, *hosts, strict=True):
-        gathered = joined(parts)
-        for field in FIELDS:
-            np.testing.assert_array_equal(gathered[field], getattr(batch, field))
     scored = sum(batch.weights[..., 0].sum() for batch in whole)
     documents = len(corpus.held_out.offsets) - 1
     assert scored == corpus.facts.tokens - documents

@@ -31,6 +31,7 @@ _OPTIONS = {
     store: {
         "prefill": {"static_argnames": "execution", "donate_argnums": 1},
         "decode": {"static_argnames": ("sizes", "execution"), "donate_argnums": 1},
+        "draft_alone": {"static_argnames": ("count", "execution"), "donate_argnums": 1},
         "save_snapshot": {"donate_argnums": 0},
         "load_snapshot": {"donate_argnums": 0},
         "score": {"static_argnames": "execution"},
@@ -119,7 +120,7 @@ def sample(prompt: int, way: int, speculative: int, branch: int) -> tuple[list[i
 
 def programs() -> dict[str, int]:
     """How many programs of each name there are."""
-    names = ("prefill", "decode", "score", "save_snapshot", "load_snapshot")
+    names = ("prefill", "decode", "draft_alone", "score", "save_snapshot", "load_snapshot")
     return {name: getattr(store, name)._cache_size() for name in names}
 
 

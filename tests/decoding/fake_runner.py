@@ -51,11 +51,14 @@ class FakeRunner:
     and after it has its store, and may raise."""
 
     def __init__(self, model, config, execution, version) -> None:
-        self._page, self.speculative = config.page_tokens, config.speculative
+        self._page, self.speculative = config.page_tokens, config.most_drafts
         self._rounds, self.fault = config.rounds, lambda *_: None
         self.vocabulary = VOCABULARY
         self.put_model(model, version)
         self.renew()
+
+    def prepared(self, model):
+        return model
 
     def put_model(self, model, version) -> None:
         self.model, self.version = model, version
@@ -108,7 +111,11 @@ class FakeRunner:
 
         self._program("load", work)
 
-    def decode(self, slots, rounds) -> tuple[SimpleNamespace, list[int]]:
+    def rows_for(self, slots: int) -> int:
+        return slots
+
+    def decode(self, slots, rounds, drafts) -> tuple[SimpleNamespace, list[int]]:
+        assert drafts == self.speculative
         size = (len(slots), 1 + self._rounds * (self.speculative + 1))
         given = SimpleNamespace(
             given=SimpleNamespace(

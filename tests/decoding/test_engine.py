@@ -227,7 +227,7 @@ def test_bad_requests_are_errors(fake, prompt, options, message):
     [
         ({"slots": 0}, "slots=0"),
         ({"page_tokens": 2.5}, "page_tokens=2.5"),
-        ({"speculative": 99}, "speculative=99: must be at most 32"),
+        ({"speculative": 99}, "speculative=99: must be an integer from 0 to 32"),
     ],
     ids=str,
 )

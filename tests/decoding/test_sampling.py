@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.decoding.sampling import Sampling, keep_likely, sample
+from nemotron_jax.sharding import make_mesh
 from tests.tiny_models import quick_jit
 
 VOCABULARY, DRAWS = 17, 20_000
@@ -122,3 +124,19 @@ def test_a_high_temperature_is_uniform_and_a_high_k_keeps_every_token():
     rows = jnp.broadcast_to(jnp.asarray([1.0, 5.0, 3.0]), (4000, 3))
     tokens = sample(rows, keys, Sampling.create(1e300, top_k=2**40))
     assert np.bincount(tokens, minlength=3).min() > 1333 - 5 * 30  # five standard deviations
+
+
+def test_likely_tokens_of_a_vocabulary_that_devices_share_are_the_same():
+    """Found by halves there, and by an order of all here; a filter of each kind, and both."""
+    draw = np.random.default_rng(0)
+    logits = jnp.asarray(draw.normal(size=(6, 64)) * 3, jnp.float32)
+    logits = logits.at[4, ::2].set(-jnp.inf).at[5].set(0.0).at[5, 7].set(-0.0)  # all alike
+    top_k = jnp.array([5, 0, 7, 1, 40, 3])[:, None]
+    top_p = jnp.array([1.0, 0.6, 0.5, 1e-6, 0.9, 0.5])[:, None]
+    expected = quick_jit(keep_likely)(logits, top_k, top_p)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=4), jax.devices())):
+        # Another function: what is compiled without a mesh must not serve with one.
+        got = quick_jit(lambda *operands: keep_likely(*operands))(logits, top_k, top_p)
+    np.testing.assert_array_equal(np.isfinite(got).sum(1), np.isfinite(expected).sum(1))
+    np.testing.assert_array_equal(got, expected)
+    assert 1 < np.isfinite(expected).sum(1).max() and np.isfinite(expected).sum(1)[3] == 1

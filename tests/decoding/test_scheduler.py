@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.decoding.prefix_cache import Entry, PrefixCache, block_hashes
 from nemotron_jax.decoding.request import Request, Wanted
 from nemotron_jax.decoding.scheduler import Group, Job, Pages, Scheduler
@@ -76,6 +77,22 @@ def test_the_chunk_that_reads_most_is_chosen():
     there.waiting.append(job(90, 1))
     start_all(there)
     assert there.next_chunk(shapes)[0] == (1, 16)
+
+
+def test_a_long_prompt_is_read_in_long_pieces_and_its_rest_in_short_ones():
+    there = scheduler(pages=2000)
+    shapes = EngineConfig(max_length=4096).prefill_shapes
+    assert shapes == ((1, 256), (1, 1024), (8, 32)) and EngineConfig(
+        max_length=4095
+    ) == EngineConfig(max_length=4095, prefill_shapes=((8, 32), (1, 256)))
+    there.waiting.append(job(2300, 1))
+    (slot,) = start_all(there)
+    read = []
+    while slot.reading:
+        (_, tokens), _ = there.next_chunk(shapes)
+        read.append(tokens)
+        there.has_read(slot, min(tokens, len(slot.prompt) - slot.length))
+    assert read == [1024, 1024, 256]
 
 
 def test_samples_of_a_prompt_start_where_its_reader_stood_and_share_whole_pages():

@@ -196,15 +196,21 @@ def forks():
 
 
 @pytest.mark.slow
-def test_generated_samples_follow_the_plain_samplers(forks):
-    """The second and third new tokens with and without drafts, over many seeds' worth of rows."""
-    rows, options = [ROWS[3]] * 1024, {"temperature": 1.0, "top_k": 6, "top_p": 0.9}
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.7}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 6, "top_p": 0.9}],
+    ids=str,
+)
+def test_generated_samples_follow_the_plain_samplers(forks, options):
+    """The second to fourth new tokens with and without drafts, of 20,000 draws each."""
+    rows = [ROWS[3]] * 2000
+    draws = lambda count, seed: nj.generate(forks, rows, 4, speculative=count, seed=seed, **options)
     found = [
-        nj.generate(forks, rows, 4, speculative=count, seed=seed, **options)
-        for count, seed in ((0, 1), (3, 2))
+        np.concatenate([draws(count, seed).tokens for seed in range(10 * count, 10 * count + 10)])
+        for count in (0, 3)
     ]
     for place in range(1, 4):
-        counts = np.stack([np.bincount(r.tokens[:, place], minlength=53) for r in found])
+        counts = np.stack([np.bincount(tokens[:, place], minlength=53) for tokens in found])
         counts = counts[:, counts.sum(axis=0) >= 10]
         expected = counts.sum(axis=0) / 2
         freedom = counts.shape[1] - 1

@@ -9,22 +9,23 @@ from nemotron_jax.data.held_out import split_documents
 from nemotron_jax.data.loader import held_out_batches, held_out_row_count
 from nemotron_jax.data.sources import collect
 from nemotron_jax.evaluation.held_out import held_out_nats
-from nemotron_jax.evaluation.perplexity import Perplexity, held_out_sources, ratio_over_documents
+from nemotron_jax.evaluation.perplexity import (
+    by_document,
+    held_out_sources,
+    result_of,
+    score_held_out,
+)
+from nemotron_jax.evaluation.statistics import NORMAL_95, value_over
 
 
 @pytest.fixture(scope="module")
-def suite(corpus, run_config):
-    return Perplexity(corpus, run_config.data, chunk=50)
+def scores(corpus, run_config, model):
+    return score_held_out(model, corpus, run_config.data, chunk=50)
 
 
 @pytest.fixture(scope="module")
-def scores(suite, model):
-    return suite.score(model)
-
-
-@pytest.fixture(scope="module")
-def result(suite, model):
-    return suite.run(model)
+def result(scores, corpus, run_config):
+    return result_of(scores, corpus, run_config.data)
 
 
 def plain_nats(model, tokens, targets, segment_ids):
@@ -47,7 +48,7 @@ def test_the_mean_is_that_of_log_probabilities_of_whole_logits(model, corpus, ru
             nats += each[scored].sum()
             tokens += scored.sum()
             num_bytes += corpus.byte_lengths[targets[scored]].sum()
-    values = result.values
+    values = {name: value.mean for name, value in result.values.items()}
     assert values["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
     assert values["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
     assert values["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
@@ -67,7 +68,7 @@ def test_training_and_the_suite_score_the_same_rows(model, corpus, run_config, r
     rows = held_out_row_count(corpus, run_config.data)
     batches = held_out_batches(corpus, run_config.data, 0, rows)
     nats, tokens = held_out_nats(model, batches)
-    assert result.values["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert result.values["nats_per_token"].mean == pytest.approx(nats / tokens, rel=1e-6)
 
 
 def test_context_counts_the_tokens_of_a_document_that_a_row_shows(scores, corpus, run_config):
@@ -88,8 +89,8 @@ def test_groups_average_to_the_total(result):
     for table in result.tables:
         tokens = sum(row[1] for row in table.rows)
         total = sum(row[1] * row[2] for row in table.rows)
-        assert tokens == result.values["scored_tokens"]
-        assert total / tokens == pytest.approx(result.values["nats_per_token"], rel=1e-9)
+        assert tokens == result.values["scored_tokens"].mean
+        assert total / tokens == pytest.approx(result.values["nats_per_token"].mean, rel=1e-9)
         assert len({row[2] for row in table.rows}) == len(table.rows) > 1
 
 
@@ -118,8 +119,9 @@ def test_the_standard_error_is_that_of_simulated_samples():
     found = []
     for _ in range(4000):
         nats, document = sample()
-        found.append(ratio_over_documents(nats, np.ones_like(nats), document))
+        value = value_over(by_document(document, nats, np.ones_like(nats)))
+        found.append((value.mean, (value.interval[1] - value.mean) / NORMAL_95))
     means, errors = np.array(found).T
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.06)  # 4000 samples: 1 %
-    alone = ratio_over_documents(np.array([1.0, 3.0]), np.ones(2), np.zeros(2, int))
-    assert alone[0] == 2.0 and math.isnan(alone[1])
+    alone = value_over({"document": (4.0, 2.0)})
+    assert alone.mean == 2.0 and alone.interval is None

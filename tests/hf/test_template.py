@@ -6,7 +6,6 @@ import pathlib
 
 import pytest
 
-from nemotron_jax.config.run import RunConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.data import companions
 from nemotron_jax.data.tokenizer import train_tokenizer
 from nemotron_jax.run_directory import RunDirectory
@@ -22,9 +21,8 @@ def test_transformers_renders_every_reference_conversation(tmp_path):
     tokenizer = train_tokenizer(["a few words"], 300)
     run = RunDirectory(tmp_path)
     tokenizer.save(tmp_path)
-    training = TrainingConfig(1, ScheduleConfig(1e-3, 1e-3, 0, 0, 1000), mtp_depths=0)
     model = dataclasses.replace(tiny_config("*"), vocab_size=512)
-    companions.keep(RunConfig(model=model, training=training, stage="sft"), run)
+    companions.keep(run, model, "", chats=True)
     tokenizer.save(run.companions)
     theirs = transformers.AutoTokenizer.from_pretrained(run.companions)
     assert (theirs.eos_token_id, theirs.bos_token_id) == (11, 1)

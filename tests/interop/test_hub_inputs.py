@@ -117,6 +117,8 @@ def test_dtypes_that_no_matrix_is_held_in_are_named(hub, tmp_path):
             nj.load_pretrained(hub, dtype=wrong)
         with pytest.raises(ValueError, match=r"save_pretrained.dtype=.*must be one of float32"):
             nj.save_pretrained(model, tmp_path / "out", dtype=wrong)
+    with pytest.raises(ValueError, match=r"save_pretrained: .* layout='training'"):
+        nj.save_pretrained(nj.for_decoding(model), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     edit(hub / "config.json", dtype="int4")
     with pytest.raises(ValueError, match=r"config.json.dtype='int4'"):

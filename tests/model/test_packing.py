@@ -9,13 +9,11 @@ from flax import nnx
 import nemotron_jax as nj
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.precision import nemotron3_nvfp4
-from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
 from nemotron_jax.layers.packed import PackedMatrix
-from nemotron_jax.model.adapters import add_adapters
+from nemotron_jax.model.adapters import add_adapters, merge_adapters
 from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import flatten, unflatten
-from nemotron_jax.sharding import make_mesh
 from nemotron_jax.types import Rows
 from tests.golden_cases import GOLDEN
 from tests.tiny_models import quick_jit
@@ -113,13 +111,11 @@ def test_gradients_through_codes_are_refused_by_name(stored) -> None:
 def test_what_codes_cannot_do_is_refused_by_name(stored, dense, tmp_path) -> None:
     with pytest.raises(ValueError, match="save_pretrained: .* NVFP4 codes.*unpacked"):
         nj.save_pretrained(stored, tmp_path / "out")
-    with pytest.raises(ValueError, match="add_adapters: .* NVFP4 codes"):
-        add_adapters(stored, LoRAConfig(), jax.random.key(0))
+    with pytest.raises(ValueError, match="merge_adapters: moe.mixer.experts.up are NVFP4 codes"):
+        lora = LoRAConfig(targets=("experts",))
+        merge_adapters(add_adapters(stored, lora, jax.random.key(0)))
     with pytest.raises(ValueError, match="for_decoding.experts='fp4': must be one of"):
         nj.for_decoding(dense, experts="fp4")
-    with pytest.raises(ValueError, match="load_pretrained.experts='nvfp4': .* not shared"):
-        mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
-        nj.load_pretrained(SUPER, experts="nvfp4", mesh=mesh)
     floats = GOLDEN / "hybrid_moe_latent" / "checkpoint"
     with pytest.raises(ValueError, match="experts.0.up_proj.weight in another way"):
         nj.load_pretrained(floats, experts="nvfp4")

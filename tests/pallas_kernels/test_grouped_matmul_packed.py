@@ -126,3 +126,15 @@ def test_what_cannot_be_packed_or_run_says_so():
         packed.grouped_matmul_packed(lhs, experts, sizes, implementation="pallas_tpu")
     with pytest.raises(ValueError, match="neither None nor 'relu2'"):
         packed.grouped_matmul_packed(lhs, experts, sizes, activation="relu")
+
+
+def test_transposed_products_equal_the_definition():
+    _, given = operands()
+    experts = packed.pack_experts(*given)
+    lhs = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, WIDTH)), jnp.float32)
+    run = jax.jit(packed.grouped_matmul_packed_transposed)
+    matrices = jnp.swapaxes(reference.dequantized(*given[:2]), 1, 2)
+    for name, sizes in PATTERNS.items():
+        out = run(lhs, experts, jnp.asarray(sizes, jnp.int32))
+        expected = reference.grouped_matmul(lhs, matrices, cut(sizes), given[2])
+        assert_close(out, expected, TOLERANCE[jnp.float32], name)

@@ -62,7 +62,9 @@ def test_a_row_without_a_program_says_why() -> None:
     def refuses(x: jax.Array) -> jax.Array:
         raise ValueError("two\nlines")
 
-    program, why = prove._compiled(refuses, [jax.ShapeDtypeStruct((2,), jnp.float32)], None)
+    program, why = prove._compiled(
+        refuses, [jax.ShapeDtypeStruct((2,), jnp.float32)], jax.devices()[0]
+    )
     assert program is None and why == "two lines"
 
 
@@ -78,11 +80,9 @@ def named(proof: Any) -> str:
 @pytest.mark.prove_tpu
 @pytest.mark.parametrize("proof", list(prove.all_proofs()), ids=named)
 def test_a_kernel_compiles_for_v5p(proof: Any) -> None:
-    from jax.sharding import SingleDeviceSharding
-
     from pallas_kernels import absent
 
-    device = SingleDeviceSharding(absent.tpu_devices("v5p:2x2x1")[0])
+    device = absent.tpu_devices("v5p:2x2x1")[0]
     row = prove.row_of(proof, "v5p", device, None)  # cycles take listings, which take half the time
     assert row["compiled"], row["why"]
     # The compiler does not tell it of a kernel that sets no limit: JAX's own attention.

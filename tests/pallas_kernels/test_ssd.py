@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import ssd_scan, ssd_state, ssd_step
+from pallas_kernels import ssd_outputs, ssd_replay, ssd_scan, ssd_state, ssd_step
 from pallas_kernels.ssd import reference, specs
 from pallas_kernels.testing import assert_close, check
 from tests.marks import slow_but_for
@@ -186,6 +186,24 @@ def test_steps_equal_the_recurrence_and_return_every_state(lengths: tuple[int, .
     state = arrays.pop("initial_state")
     last = ssd_step(**arrays, state=state, every_state=False, **case.rows())[1]
     np.testing.assert_array_equal(last, states[:, -1])
+
+
+def test_verified_tokens_equal_the_recurrence_for_any_count_of_them() -> None:
+    """Outputs of all tokens at once, and the state after as many as stand, whatever the rest is."""
+    case = specs.Case("verified", 6, 5, **specs.SMALL, initial_state=True)
+    arrays = operands(case)
+    state = arrays.pop("initial_state")
+    expected, states = reference.ssd_step(**arrays, state=state)
+    y = jax.jit(ssd_outputs)(**arrays, state=state)
+    assert_close(y, expected, ROUNDING, "y")
+    counts = jnp.arange(6)
+    dead = jnp.arange(5) >= counts[:, None]
+    dead = {n: dead.reshape(6, 5, *(1,) * (arrays[n].ndim - 2)) for n in ("x", "dt", "B")}
+    some = {n: jnp.where(dead[n], jnp.nan, arrays[n]) for n in ("x", "dt", "B")}
+    found = jax.jit(ssd_replay)(**some, A=arrays["A"], state=state, lengths=counts)
+    np.testing.assert_array_equal(found[0], state[0])  # none of them stands
+    after = states[jnp.arange(1, 6), counts[1:] - 1]
+    assert_close(found[1:], after, ROUNDING, "state")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def full_size() -> dict[str, RunConfig]:
     found = {}
     for file in sorted(CONFIGS.glob("*.py")):
         module = importlib.import_module(f"configs.{file.stem}")
-        if hasattr(module, "get_config"):
+        if hasattr(module, "get_config") and not inspect.signature(module.get_config).parameters:
             config = from_config_dict(RunConfig, module.get_config())
             if accounting.parameters(config.model).total > 1e9:
                 found[file.stem] = config

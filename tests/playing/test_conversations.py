@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 import nemotron_jax as nj
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.data.tokenizer import train_tokenizer
 from nemotron_jax.decoding.wanted import Budget, Wanted
 from nemotron_jax.playing.conversations import OnSlots, Policy, SideBySide
+from nemotron_jax.sharding import make_mesh, replicated
 from nemotron_jax.terminal import engine_writer
 from tests.decoding.engines import (
     NEW,
@@ -158,3 +161,21 @@ def test_a_policy_forgets_only_what_other_weights_computed() -> None:
         policy.swap(model, Execution())
     policy.swap(first, Execution(compute_dtype="bfloat16"))
     assert told == [(0, "auto"), (1, 2), (0, 3), (0, "bfloat16")]
+
+
+def test_one_device_plays_with_weights_of_a_run_on_several() -> None:
+    """As stage `grpo` does with sampler=engine: the second model is what a step has made."""
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    execution = Execution(compute_dtype="bfloat16")
+    asked = [PROMPTS[0]], 2, Wanted(NEW, temperature=1.0), execution
+    alone, sampler, models = (
+        OnSlots(2, 64),
+        OnSlots(2, 64),
+        [tiny_model("M*E", seed=n) for n in (0, 1)],
+    )
+    for model in models:
+        expected = [one.tokens for one in alone(model, *asked).write([8, 8])]
+        with jax.set_mesh(mesh):
+            spread = jax.device_put(model, replicated(mesh))
+            found = [one.tokens for one in sampler(spread, *asked).write([8, 8])]
+        assert found == expected

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.posttraining.curriculum import make_pools, pool, step_tasks, training_task
+from nemotron_jax.posttraining.curriculum import (
+    make_pools,
+    pool,
+    pool_settings,
+    step_tasks,
+    training_task,
+)
 from nemotron_jax.run_directory import RunDirectory
 
 NAMES = ("arithmetic/0", "lookup/0")
@@ -42,6 +48,12 @@ class Plays:
         return [self.rates[task.environment][task.index] for task in tasks]
 
 
+def pools_of(config, play, path):
+    """The pools of a run in a directory."""
+    of = pool_settings(config)
+    return make_pools(config.rl, config.seed, play, RunDirectory(path), of=of)
+
+
 WHOLE = {"arithmetic/0": [2, 1], "lookup/0": [2, 0]}
 ALL = [(0, 0, 4), (0, 4, 2), (1, 0, 4), (1, 4, 2)]
 
@@ -56,10 +68,10 @@ def test_pools_drop_what_is_always_solved_and_begin_with_the_easy(grpo_config, t
 
 def test_pools_are_made_once_and_played_in_turn(config, tmp_path) -> None:
     plays = Plays()
-    assert make_pools(config, plays, RunDirectory(tmp_path)) == WHOLE and plays.asked == ALL
+    assert pools_of(config, plays, tmp_path) == WHOLE and plays.asked == ALL
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert make_pools(config, None, RunDirectory(tmp_path)) == WHOLE
+        assert pools_of(config, None, tmp_path) == WHOLE
     rollout = dataclasses.replace(config.rl.rollout, prompts=4)
     tasks = step_tasks(rollout, 0, 0, WHOLE)[0] + step_tasks(rollout, 0, 1, WHOLE)[0]
     played = [task.index for task in tasks if task.environment == "arithmetic"]
@@ -72,7 +84,7 @@ def test_a_task_is_as_hard_as_the_plays_that_count_say(config, tmp_path) -> None
         failed = lambda task: task.environment == "lookup" or (draw, task.index) == (0, 1)
         return [math.nan if failed(task) else task.index / 4 for task in tasks]
 
-    assert make_pools(config, play, RunDirectory(tmp_path)) == {
+    assert pools_of(config, play, tmp_path) == {
         NAMES[0]: [2, 1, 0],
         NAMES[1]: [0, 1, 2],
     }
@@ -84,28 +96,28 @@ def test_a_task_is_as_hard_as_the_plays_that_count_say(config, tmp_path) -> None
 def test_a_kill_costs_no_play_that_was_made(config, tmp_path, done) -> None:
     first, second = Plays(done), Plays()
     with pytest.raises(KeyboardInterrupt):
-        make_pools(config, first, RunDirectory(tmp_path))
+        pools_of(config, first, tmp_path)
     with (tmp_path / "pools.jsonl").open("a") as out:
         out.write('{"of": "cut sh')
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert make_pools(config, second, RunDirectory(tmp_path)) == WHOLE
+        assert pools_of(config, second, tmp_path) == WHOLE
     assert first.asked + second.asked == ALL
 
 
 def test_plays_under_other_settings_are_made_again(config, tmp_path) -> None:
-    make_pools(config, Plays(), RunDirectory(tmp_path))
+    pools_of(config, Plays(), tmp_path)
     for other in (
         dataclasses.replace(config, seed=1),
         dataclasses.replace(config, rl=dataclasses.replace(config.rl, pool_tasks=2)),
     ):
         plays = Plays()
         with pytest.warns(UserWarning, match=r"pools.json: is of other settings; it is made again"):
-            make_pools(other, plays, RunDirectory(tmp_path))
+            pools_of(other, plays, tmp_path)
         assert len(plays.asked) == 2 * -(-2 * other.rl.pool_tasks // 4)
     workers = dataclasses.replace(config.rl.rollout, workers=3)
     same = dataclasses.replace(other, rl=dataclasses.replace(other.rl, rollout=workers))
-    assert make_pools(same, None, RunDirectory(tmp_path))
+    assert pools_of(same, None, tmp_path)
 
 
 DAMAGE = {
@@ -126,18 +138,18 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_pools_are_made_again_of_the_plays(config, tmp_path, kind) -> None:
-    make_pools(config, Plays(), RunDirectory(tmp_path))
+    pools_of(config, Plays(), tmp_path)
     file = tmp_path / "pools.json"
     whole = file.read_bytes()
     file.write_bytes(DAMAGE[kind](whole))
     assert file.read_bytes() != whole
     with pytest.warns(UserWarning, match=r"pools.json: is damaged; it is made again"):
-        assert make_pools(config, None, RunDirectory(tmp_path)) == WHOLE
+        assert pools_of(config, None, tmp_path) == WHOLE
     assert file.read_bytes() == whole
 
 
 def test_damaged_plays_alone_are_made_again(config, tmp_path) -> None:
-    make_pools(config, Plays(), RunDirectory(tmp_path))
+    pools_of(config, Plays(), tmp_path)
     (tmp_path / "pools.json").unlink()
     file, plays = tmp_path / "pools.jsonl", Plays()
     lines = file.read_bytes().split(b"\n")
@@ -145,5 +157,5 @@ def test_damaged_plays_alone_are_made_again(config, tmp_path) -> None:
     lines[2] = b"[" * 100_000
     file.write_bytes(b"\n".join(lines))
     with pytest.warns(UserWarning, match=r"lines 2, 3 are damaged"):
-        assert make_pools(config, plays, RunDirectory(tmp_path)) == WHOLE
+        assert pools_of(config, plays, tmp_path) == WHOLE
     assert plays.asked == ALL[1:3]

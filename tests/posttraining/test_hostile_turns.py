@@ -12,7 +12,7 @@ import pytest
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.environments import registry
 from nemotron_jax.playing.workers import make_players
-from nemotron_jax.posttraining import policy_batch
+from nemotron_jax.posttraining import policy_batch, rl_loop
 from nemotron_jax.posttraining.rl_loop import Rollouts
 from nemotron_jax.posttraining.transcripts import Transcripts, read_transcripts, write_page
 from nemotron_jax.run_directory import RunDirectory
@@ -29,7 +29,7 @@ def no_model(monkeypatch) -> None:
     hostile.register()
     monkeypatch.setattr(policy_batch, "place_batch", lambda arrays: arrays)
     score = lambda model, tokens, *unused, **options: np.full(tokens.shape, -0.6, np.float32)
-    monkeypatch.setattr(policy_batch, "score_tokens", score)
+    monkeypatch.setattr(rl_loop, "score_tokens", score)
 
 
 @pytest.fixture

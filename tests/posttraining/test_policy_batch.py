@@ -1,6 +1,7 @@
 """Episodes in rows: nothing depends on the packing, and masks leave out what they name."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from nemotron_jax.posttraining.policy_batch import (
     place_episodes,
     policy_batch,
     rows_needed,
+    score_tokens,
     token_gains,
 )
 from nemotron_jax.sharding import make_mesh, place_batch
@@ -100,7 +102,21 @@ def learned(config, state):
 
 def packed(episodes, config, state, **data):
     run = changed(config, data=data)
-    return policy_batch(episodes, ADVANTAGES[: len(episodes)], state.model, run)
+    score = functools.partial(
+        score_tokens,
+        execution=run.execution,
+        chunk=run.training.loss_chunk,
+        temperature=run.rl.rollout.temperature,
+    )
+    return policy_batch(
+        episodes,
+        ADVANTAGES[: len(episodes)],
+        score,
+        state.model,
+        rows=run.data.batch_size,
+        row_tokens=run.data.sequence_length,
+        objective=run.rl.objective,
+    )
 
 
 def assert_same(one, other):

@@ -47,11 +47,10 @@ def test_easy_tasks_are_those_that_the_slip_gets_right() -> None:
 def test_a_result_is_of_all_tasks_and_of_each_kind(grpo_config, monkeypatch) -> None:
     rollout = dataclasses.replace(grpo_config.rl.rollout, environments=("arithmetic/1", "lookup/0"))
     rl = dataclasses.replace(grpo_config.rl, rollout=rollout, result_tasks=10)
-    config = dataclasses.replace(grpo_config, rl=rl)
 
-    def play(model: float, tokenizer, config, tasks, *, draw: int, **how) -> list[Episode]:
+    def play(model: float, tokenizer, rollout, tasks, *, seed: int, **how) -> list[Episode]:
         """The model is how often it succeeds; one environment failed once."""
-        draws = np.random.default_rng([draw, 5]).random(len(tasks))
+        draws = np.random.default_rng([seed - 1, 5]).random(len(tasks))
         verdicts = [Verdict(float(value < model)) for value in draws]
         verdicts[3] = Verdict(0.0, infra_error="gone")
         none = ((), np.zeros(0, np.float32), (), False)
@@ -59,7 +58,7 @@ def test_a_result_is_of_all_tasks_and_of_each_kind(grpo_config, monkeypatch) -> 
         return [Episode(task, 0, *none, verdict, ()) for task, verdict in made]
 
     monkeypatch.setattr(results, "play_tasks_once", play)
-    found = result(0.3, 0.8, None, config)
+    found = result(0.3, 0.8, None, rl, 0, grpo_config.execution)
     assert found["n"] == 19 and found["before"] < found["after"]
     parts = found["environments"]
     assert {name: part["n"] for name, part in parts.items()} == {"arithmetic": 9, "lookup": 10}

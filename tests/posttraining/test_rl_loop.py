@@ -195,18 +195,19 @@ def test_tasks_are_played_once_each_in_batches_of_one_shape(grpo_config, monkeyp
 
     monkeypatch.setattr(success, "play_episodes", play)
     config = tiny_run(grpo_config)  # plays four at a time
+    rollout = config.rl.rollout
     how = {"sampler": None, "execution": config.execution}
-    found = success.play_tasks_once(None, None, config, tasks, draw=0, **how)
+    found = success.play_tasks_once(None, None, rollout, tasks, seed=1, **how)
     assert [one.task.id for one in found] == [task.id for task in tasks]
     assert [count for count, _ in asked] == [4] * 3 and len(set(asked)) == 3
     again = list(asked)
-    success.play_tasks_once(None, None, config, tasks, draw=0, **how)
+    success.play_tasks_once(None, None, rollout, tasks, seed=1, **how)
     assert asked[3:] == again  # before and after are played with the same draws
-    success.play_tasks_once(None, None, config, tasks, draw=1, **how)
+    success.play_tasks_once(None, None, rollout, tasks, seed=2, **how)
     assert not set(asked[6:]) & set(again)
-    success.play_tasks_once(None, None, config, tasks[4:], draw=0, first=4, **how)
+    success.play_tasks_once(None, None, rollout, tasks[4:], seed=1, first=4, **how)
     assert asked[9:] == again[1:]  # a part is played as it would be with the rest
-    plays = success.pool_plays(lambda: None, None, config, Here(), None)
+    plays = success.pool_plays(lambda: None, None, rollout, 0, players=Here(), **how)
     np.testing.assert_allclose(plays(tasks, 0, 0), [task.index / 16 for task in tasks])
 
 
@@ -240,14 +241,12 @@ def test_prompts_without_room_to_answer_are_found_before_anything_is_trained(
         shortest = min(prompt_length(tokenizer, t.messages, t.tools, options) for t in tasks)
         for limit in (2, shortest, shortest + 1):
             rollout = dataclasses.replace(grpo_config.rl.rollout, max_tokens=limit)
-            rl = dataclasses.replace(grpo_config.rl, rollout=rollout)
-            config = dataclasses.replace(grpo_config, rl=rl)
             if limit > shortest:
-                check_prompts(config, tokenizer)
+                check_prompts(rollout, grpo_config.seed, tokenizer)
                 continue
             message = rf"max_tokens={limit}: the shortest prompt .* {word} {shortest} tokens"
             with pytest.raises(ValueError, match=message):
-                check_prompts(config, tokenizer)
+                check_prompts(rollout, grpo_config.seed, tokenizer)
     for task in tasks:
         given = task.messages, task.tools, options
         assert prompt_length(PHRASE_PATTERN, *given) <= prompt_length(phrases, *given)

@@ -41,12 +41,12 @@ def test_success_is_the_mean_over_held_out_tasks_played_greedily(
 
     monkeypatch.setattr(success, "SideBySide", lambda max_tokens: begin)
     monkeypatch.setattr(success, "_SIDE_BY_SIDE", 4)
-    six = dataclasses.replace(config, sft=dataclasses.replace(config.sft, success_tasks=6))
-    evaluate = success.success_of_oracles(phrases, six)
+    six = dataclasses.replace(config.sft, success_tasks=6)
+    evaluate = success.success_of_oracles(phrases, config.data, six, config.seed)
     assert evaluate(None, config.execution) == {"success": pytest.approx(5 / 6)}
     assert asked == [(4, 0.0, config.execution)] * 2  # the last are filled up: one shape
-    silent = dataclasses.replace(config, sft=dataclasses.replace(config.sft, success_tasks=0))
-    assert success.success_of_oracles(phrases, silent) is None
+    silent = dataclasses.replace(config.sft, success_tasks=0)
+    assert success.success_of_oracles(phrases, config.data, silent, config.seed) is None
 
 
 def test_success_is_that_of_the_plays_that_count(phrases, config, monkeypatch) -> None:
@@ -60,7 +60,7 @@ def test_success_is_that_of_the_plays_that_count(phrases, config, monkeypatch) -
     monkeypatch.setattr(
         success, "play_episodes", lambda *given, **how: [Played(one) for one in verdicts]
     )
-    evaluate = success.success_of_oracles(phrases, config)
+    evaluate = success.success_of_oracles(phrases, config.data, config.sft, config.seed)
     assert evaluate(None, config.execution) == {"success": 0.5}
     del verdicts[:2]
     assert evaluate(None, config.execution) == {"success": 0.0}

@@ -13,7 +13,8 @@ from nemotron_jax.config.precision import NVFP4Config
 from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.quant import emulated
 from nemotron_jax.quant.operands import DGRAD, GRADIENT, INPUT, WGRAD, stream
-from nemotron_jax.sharding import Cuts, make_mesh
+from nemotron_jax.sharding import make_mesh
+from nemotron_jax.sharding.weights import Cuts
 from pallas_kernels import nvfp4
 from tests.tiny_models import quick_jit
 
@@ -26,6 +27,11 @@ VARIANTS = {
     "weights by rows": NVFP4Config(weight_block="1x16"),
     "stochastic activations": NVFP4Config(activation_rounding="stochastic"),
 }
+
+
+def dot(spec, x, weights, words, rows):
+    """The products, without codes of the weights that were made beforehand."""
+    return emulated.dot(spec, x, weights, words, rows, (None,) * len(weights))
 
 
 def spec(format="nvfp4", options=None):
@@ -67,7 +73,7 @@ def turned(x):
 def test_each_product_is_that_of_its_own_operands(name):
     options = VARIANTS[name]
     x, w, dy = normal(0, 64, 48), normal(1, 48, 80), normal(2, 64, 80)
-    product = lambda x, w: emulated.dot(spec(options=options), x, (w,), WORDS, jnp.arange(64))[0]
+    product = lambda x, w: dot(spec(options=options), x, (w,), WORDS, jnp.arange(64))[0]
     y, dx, dw = value_and_pull(product, x, w, dy)
     square = {"block": (16, 16) if options.weight_block == "16x16" else (1, 16)}
 
@@ -88,7 +94,7 @@ def test_each_product_is_that_of_its_own_operands(name):
 def test_the_weight_gradient_draws_by_token_and_column(hadamard):
     x, w, dy = normal(0, 64, 48), normal(1, 48, 80), normal(2, 64, 80)
     options = NVFP4Config(hadamard=hadamard)
-    product = lambda x, w: emulated.dot(spec(options=options), x, (w,), WORDS, jnp.arange(64))[0]
+    product = lambda x, w: dot(spec(options=options), x, (w,), WORDS, jnp.arange(64))[0]
     _, _, dw = value_and_pull(product, x, w, dy)
     left, right = (turned(a) if hadamard else a.T for a in (x, dy))
     drawn = nvfp4.round_trip(
@@ -109,7 +115,7 @@ def test_the_two_copies_of_a_gradient_are_rounded_independently():
 
 def test_mxfp8_products_are_those_of_its_values():
     x, w, dy = normal(0, 64, 96), normal(1, 96, 32), normal(2, 64, 32)
-    product = lambda x, w: emulated.dot(spec("mxfp8"), x, (w,), WORDS, jnp.arange(64))[0]
+    product = lambda x, w: dot(spec("mxfp8"), x, (w,), WORDS, jnp.arange(64))[0]
     y, dx, dw = value_and_pull(product, x, w, dy)
 
     @quick_jit
@@ -128,7 +134,7 @@ def test_odd_sizes_are_padded_with_zeros(format):
     x, w, dy = normal(0, 37, 21), normal(1, 21, 9), normal(2, 37, 9)
     grown = [jnp.pad(a, [(0, -s % 32) for s in a.shape]) for a in (x, w, dy)]
     rows = jnp.concatenate([jnp.arange(37), ~jnp.arange(27)])
-    product = lambda x, w: emulated.dot(spec(format), x, (w,), WORDS, rows[: x.shape[0]])[0]
+    product = lambda x, w: dot(spec(format), x, (w,), WORDS, rows[: x.shape[0]])[0]
     narrow, wide = value_and_pull(product, x, w, dy), value_and_pull(product, *grown)
     for part, whole in zip(narrow, wide):
         assert part.any()
@@ -157,7 +163,7 @@ def test_every_expert_is_a_tensor_of_its_own(name):
         if not size:
             assert not dw[expert].any()
             continue
-        alone = lambda x, w, part=part: emulated.dot(chosen, x, (w,), WORDS, rows[part])[0]
+        alone = lambda x, w, part=part: dot(chosen, x, (w,), WORDS, rows[part])[0]
         wanted = value_and_pull(alone, x[part], w[expert], dy[part])
         for got, want in zip((y[part], dx[part], dw[expert]), wanted):
             close(got, want)
@@ -165,7 +171,7 @@ def test_every_expert_is_a_tensor_of_its_own(name):
 
 def test_a_nan_reaches_the_product_and_its_gradients():
     x, w = normal(0, 32, 32).at[3, 5].set(jnp.nan), normal(1, 32, 32)
-    product = lambda x, w: emulated.dot(spec(), x, (w,), WORDS, jnp.arange(32))[0]
+    product = lambda x, w: dot(spec(), x, (w,), WORDS, jnp.arange(32))[0]
     y, _, dw = value_and_pull(product, x, w, jnp.ones((32, 32)))
     assert np.isnan(y[3]).all() and np.isnan(dw).any()
 
@@ -173,7 +179,7 @@ def test_a_nan_reaches_the_product_and_its_gradients():
 def test_operands_are_exact_in_bfloat16():
     """So that a product on bfloat16 hardware is the emulated one but for the order of its sums."""
     x, w = normal(0, 32, 64).astype(jnp.bfloat16), normal(1, 64, 32)
-    product = quick_jit(lambda x: emulated.dot(spec(), x, (w,), WORDS, jnp.arange(32))[0])
+    product = quick_jit(lambda x: dot(spec(), x, (w,), WORDS, jnp.arange(32))[0])
     close(product(x), product(x.astype(jnp.float32)))
 
 

@@ -99,7 +99,12 @@ class FakeGenerator:
         budget = wanted.budget
         token = script[place] if place < len(script) else self._tokenizer.eos
         if wanted.grammar is not None:
-            token = self._drawn(request)
+            try:
+                token = self._drawn(request)
+            except RuntimeError as error:  # as `Request.ask_grammar` does
+                request.error = str(error)
+                self._end(request, "stop")
+                return
         closed = budget and budget.closing_token in request.tokens
         if budget and not closed and place >= budget.tokens:
             token = budget.closing_token

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 
 from nemotron_jax.data.tokenizer import train_tokenizer
+from nemotron_jax.decoding.engine import Engine
 from nemotron_jax.serving import server
 from nemotron_jax.serving.driver import Driver
 from nemotron_jax.serving.served import Served
@@ -32,18 +33,26 @@ def ids_of(text: str) -> list[int]:
 
 
 class Live:
-    """A server that runs, a client of it, and the generator behind."""
+    """A server that runs, a client of it, and the generator behind: a fake one that gives `script`,
+    unless there is an engine."""
 
-    def __init__(self, script: str = "four<|im_end|>", slots: int = 4, waiting: int = 8) -> None:
+    def __init__(
+        self,
+        script: str = "four<|im_end|>",
+        slots: int = 4,
+        waiting: int = 8,
+        engine: Engine | None = None,
+    ) -> None:
         self.script = script
-        self.generator = FakeGenerator(TOKENIZER, self._answer, slots)
-        self.driver = Driver(self._made, most=slots + waiting)
+        self.generator = engine or FakeGenerator(TOKENIZER, self._answer, slots)
+        self._context = CONTEXT if engine is None else engine.config.max_length
+        self.driver = Driver(lambda: (self.generator, self.served()), most=slots + waiting)
 
-    def _made(self) -> tuple[FakeGenerator, Served]:
+    def served(self) -> Served:
+        """What is served."""
         stops = (TOKENIZER.eos,)
         turn = (TOKENIZER.token_id("<|im_end|>"), *stops)
-        served = Served("tiny", TOKENIZER, TOKENIZER.vocab_size, CONTEXT, stops, turn)
-        return self.generator, served
+        return Served("tiny", TOKENIZER, TOKENIZER.vocab_size, self._context, stops, turn)
 
     def _answer(self, prompt: Sequence[int]) -> list[int]:
         return ids_of(self.script)
@@ -68,19 +77,24 @@ def live(*, keys: tuple[str, ...] = (), max_body: int = 100_000, **options: Any)
     one = Live(**options)
     listener = server.bound("127.0.0.1", 0)
     one.address = listener.getsockname()[:2]
-    arguments = {"max_body": max_body, "keys": keys}
     thread = threading.Thread(
-        target=server.run, args=(one.driver, listener, "tiny"), kwargs=arguments
+        target=server.run,
+        args=(one.driver, listener, "tiny"),
+        kwargs={"max_body": max_body, "keys": keys},
+        name="serve",
     )
     thread.start()
+    url, limits = f"http://127.0.0.1:{one.address[1]}", httpx.Limits(max_connections=None)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{one.address[1]}", timeout=30) as one.client:
+        with httpx.Client(base_url=url, timeout=120, limits=limits) as one.client:
             while one.client.get("/health").status_code != 200:
                 pass
             yield one
     finally:
-        one.generator.gate.set()
+        if isinstance(one.generator, FakeGenerator):
+            one.generator.gate.set()
         one.driver.draining = True  # as a signal does
         thread.join(30)
     assert not thread.is_alive()
-    assert one.generator.threads <= {"engine"}
+    if isinstance(one.generator, FakeGenerator):
+        assert one.generator.threads <= {"engine"}

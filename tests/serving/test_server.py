@@ -162,6 +162,12 @@ def test_a_client_that_sends_no_head_is_closed(
         assert connection.recv(100) == b""
     with raw(served, chat_head(100), b"{") as connection:
         assert b" 408 " in connection.recv(100)
+    with raw(served, "GET /health HTTP/1.1\nHost: a\n\n") as connection:
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += connection.recv(1000)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHo")  # a second head, which does not go on
+        assert connection.recv(100) == b""
 
 
 def test_texts_and_ids_both_ways(served: Live) -> None:

@@ -92,7 +92,7 @@ def changed(config: RunConfig, **parts: dict) -> RunConfig:
 def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None) -> loop.Outcome:
     """What train.py does, without its command line."""
     chunk = config.training.loss_chunk
-    data_config = data_of(config, RunDirectory(workdir))
+    data_config = data_of(config.data, config.init_from, RunDirectory(workdir))
     _, corpus = prepare(data_config, config.model.vocab_size, workdir, progress=lambda line: None)
     loader = TrainLoader(corpus, config.data, config.seed, config.training.mtp_depths)
     try:

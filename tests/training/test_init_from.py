@@ -37,14 +37,15 @@ def test_healing_moves_the_mtp_block_and_nothing_else(finished_run, tmp_path) ->
 
 def test_the_tokenizer_comes_with_the_parameters(finished_run, tmp_path) -> None:
     config = begun(finished_run)
-    assert data_of(config, RunDirectory(tmp_path)).tokenizer == config.init_from
-    assert data_of(small_run("texts"), RunDirectory(tmp_path)).tokenizer == "train"
+    assert (
+        data_of(config.data, config.init_from, RunDirectory(tmp_path)).tokenizer == config.init_from
+    )
+    assert data_of(small_run("texts").data, "", RunDirectory(tmp_path)).tokenizer == "train"
     (tmp_path / "tokenizer.json").touch()  # the run has one already
-    assert data_of(config, RunDirectory(tmp_path)).tokenizer == "train"
+    assert data_of(config.data, config.init_from, RunDirectory(tmp_path)).tokenizer == "train"
     (tmp_path / "bare").mkdir()
-    bare = dataclasses.replace(config, init_from=str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="holds no tokenizer.json; name the one"):
-        data_of(bare, RunDirectory(tmp_path / "new"))
+        data_of(config.data, str(tmp_path / "bare"), RunDirectory(tmp_path / "new"))
 
 
 def test_another_model_is_refused(finished_run, tmp_path) -> None:
@@ -65,7 +66,7 @@ def test_a_run_s_export_has_the_companions_of_the_hub_model(finished_run, tmp_pa
     for name, text in files.items():
         (hub / name).write_text(text)
     run = shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("hub"))
-    companions.keep(dataclasses.replace(config, init_from=str(hub)), RunDirectory(run))
+    companions.keep(RunDirectory(run), config.model, str(hub), chats=False)
     shutil.rmtree(hub)
     model = merge_adapters(nj.load_pretrained(run))
     assert default_stop_tokens(model) == (2, 11)

@@ -89,6 +89,7 @@ def kill_and_compare(texts, workdir, reference, moments):
     return saving
 
 
+@pytest.mark.more
 def test_killed_twice(texts, tmp_path, reference):
     kill_and_compare(texts, tmp_path, reference, ["saving", "training"])
 
@@ -116,6 +117,7 @@ def test_killed_on_a_mesh_and_gone_on_with_on_others(texts, tmp_path, reference)
         assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
 
 
+@pytest.mark.more
 def test_sigterm_ends_with_status_zero_and_the_run_goes_on(texts, tmp_path, reference):
     process = start(texts, tmp_path)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists(), process)

@@ -28,6 +28,7 @@ NAMES = {
     "expert_load_max",
     "skipped",
     "seconds",
+    "processes",
 }
 HELD_OUT = {"held_out_loss", "bits_per_byte", "unigram_entropy", "gzip_bits_per_byte"}
 
@@ -79,8 +80,9 @@ def test_a_directory_has_one_owner(finished_run):
     """Another process that trains there is told so, and a dead one is no owner."""
     config, directory, _ = finished_run
     code = (
-        "import sys, time, pathlib; from nemotron_jax.training.signals import sole_owner\n"
-        "with sole_owner(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(99)"
+        "import sys, time; from nemotron_jax.run_directory import RunDirectory\n"
+        "from nemotron_jax.training.signals import sole_owner\n"
+        "with sole_owner(RunDirectory(sys.argv[1])): print('held', flush=True); time.sleep(99)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(directory)], cwd=ROOT, stdout=subprocess.PIPE

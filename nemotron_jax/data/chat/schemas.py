@@ -11,15 +11,15 @@ from nemotron_jax.environments.schema import read_json
 # JSON's types; a number is an integer or a fraction, so that sets of types meet as they should.
 _NUMBER = frozenset(("integer", "fraction"))
 _SCALAR = str | int | float | None
-_ANYTHING = _NUMBER | {"string", "boolean", "object", "array", "null"}
-_TEXT = frozenset(("string",))
+ANYTHING = _NUMBER | {"string", "boolean", "object", "array", "null"}
+TEXT = frozenset(("string",))
 
 # Names of types that schemas use in place of JSON's: Python's, and those of other languages.
 _NAMES = {
-    "string": _TEXT,
+    "string": TEXT,
     "number": _NUMBER,
     **{kind: frozenset((kind,)) for kind in ("integer", "boolean", "object", "array", "null")},
-    **dict.fromkeys(("str", "text", "char"), _TEXT),
+    **dict.fromkeys(("str", "text", "char"), TEXT),
     **dict.fromkeys(("int", "long", "short", "byte", "int32", "int64"), frozenset(("integer",))),
     **dict.fromkeys(("float", "double", "num", "decimal"), _NUMBER),
     **dict.fromkeys(("bool",), frozenset(("boolean",))),
@@ -31,7 +31,7 @@ _NAMES = {
 _IMPLIED = {
     **dict.fromkeys(("properties", "additionalProperties", "required"), _NAMES["object"]),
     **dict.fromkeys(("items", "prefixItems", "minItems", "maxItems"), _NAMES["array"]),
-    **dict.fromkeys(("pattern", "minLength", "maxLength"), _TEXT),
+    **dict.fromkeys(("pattern", "minLength", "maxLength"), TEXT),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _NUMBER),
 }
 # Schemas read for one parameter, and how deep they stand in one another: far above what tools
@@ -62,7 +62,15 @@ class Schemas:
 
     def is_text(self, function: str, parameter: str) -> bool:
         """Whether the schema says that the value is a string and nothing else."""
-        return self._types(function, parameter).kinds == _TEXT
+        return self._types(function, parameter).kinds == TEXT
+
+    def kinds(self, function: str, parameter: str) -> frozenset[str]:
+        """The types that a parameter may have: JSON's, a number as `integer` and `fraction`."""
+        return self._types(function, parameter).kinds
+
+    def target(self, function: str, reference: str) -> Any:
+        """What a reference within a tool's own schemas stands for; None for any other."""
+        return _target(self._parameters.get(function, ()), reference)
 
     def takes_null(self, function: str, parameter: str) -> bool:
         """Whether null is among the types of a parameter that is declared."""
@@ -76,10 +84,10 @@ class Schemas:
         Every value can be written as JSON, in UTF-8.
         """
         types = self._types(function, parameter)
-        if types.kinds == _TEXT:
+        if types.kinds == TEXT:
             return text
         literal = _literal(text)
-        if types.kinds == _ANYTHING:
+        if types.kinds == ANYTHING:
             return literal if _written(literal) == text else text
         if "string" in types.kinds and not types.prefer(literal, text):
             return text
@@ -110,7 +118,7 @@ class _Types:
         return type(literal) not in (int, float) or _written(literal) == text
 
 
-_UNKNOWN = _Types(_ANYTHING, frozenset(), declared=False)
+_UNKNOWN = _Types(ANYTHING, frozenset(), declared=False)
 
 
 class _Reader:
@@ -146,7 +154,7 @@ class _Reader:
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in open_refs:
             refs = open_refs | {reference}
-            yield from self._declared(self._target(reference), name, refs, depth + 1)
+            yield from self._declared(_target(self._roots, reference), name, refs, depth + 1)
         for part in _members(schema, "allOf"):
             yield from self._declared(part, name, open_refs, depth + 1)
 
@@ -154,7 +162,7 @@ class _Reader:
         """The types that a schema allows; None for one that is being read already."""
         self._left -= 1
         if not isinstance(schema, Mapping) or self._left < 0 or depth > _DEEPEST:
-            return _ANYTHING
+            return ANYTHING
         inner = lambda part: self._kinds(part, open_refs, depth + 1)
         said = [*self._named(schema), *map(inner, _members(schema, "allOf"))]
         reference = schema.get("$ref")
@@ -162,12 +170,12 @@ class _Reader:
             if reference in open_refs:
                 return None
             refs = open_refs | {reference}
-            said.append(self._kinds(self._target(reference), refs, depth + 1))
+            said.append(self._kinds(_target(self._roots, reference), refs, depth + 1))
         for union in ("anyOf", "oneOf"):
             options = [kinds for kinds in map(inner, _members(schema, union)) if kinds is not None]
             said += [frozenset().union(*options)] if options else []
         kinds = _meet(said)
-        if kinds == _ANYTHING:
+        if kinds == ANYTHING:
             kinds = _meet(_IMPLIED[rule] for rule in schema if rule in _IMPLIED)
         return kinds | {"null"} if schema.get("nullable") is True else kinds
 
@@ -184,27 +192,28 @@ class _Reader:
         if values:
             yield frozenset(map(_kind, values))
 
-    def _target(self, reference: str) -> Any:
-        """What a reference within the tool's own schema stands for; None for any other."""
-        base, mark, pointer = reference.partition("#")
-        if base or not mark:
-            return None
-        for root in self._roots:
-            found: Any = root
-            for step in unquote(pointer).split("/")[1:]:
-                step = step.replace("~1", "/").replace("~0", "~")
-                if isinstance(found, list):
-                    found = dict(zip(map(str, range(len(found))), found, strict=True)).get(step)
-                else:
-                    found = found.get(step) if isinstance(found, Mapping) else None
-            if found is not None:
-                return found
+
+def _target(roots: Sequence[Mapping[str, Any]], reference: str) -> Any:
+    """What a reference within some schemas stands for; None for any other."""
+    base, mark, pointer = reference.partition("#")
+    if base or not mark:
         return None
+    for root in roots:
+        found: Any = root
+        for step in unquote(pointer).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list):
+                found = dict(zip(map(str, range(len(found))), found, strict=True)).get(step)
+            else:
+                found = found.get(step) if isinstance(found, Mapping) else None
+        if found is not None:
+            return found
+    return None
 
 
 def _meet(said: Any) -> frozenset[str]:
     """The types that all allow; one that contradicts those before it is passed over."""
-    kinds = _ANYTHING
+    kinds = ANYTHING
     for more in said:
         kinds = kinds if more is None else kinds & more or kinds
     return kinds
@@ -217,7 +226,7 @@ def _members(schema: Mapping[str, Any], key: str) -> Iterator[Any]:
 
 def _named(name: Any) -> frozenset[str]:
     """The types of a name, whatever its case, such as `dict` or `List[int]`."""
-    return _NAMES.get(str(name).strip().lower().partition("[")[0], _ANYTHING)
+    return _NAMES.get(str(name).strip().lower().partition("[")[0], ANYTHING)
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,279 @@
+"""Tool calls as a grammar: names, order and types of the tools, in the family's own format.
+
+A text within a call ends at its `</parameter>`, so no tag that the reader of calls ends at may
+stand in it. Every value is written in the one form that the reader takes back for it.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nemotron_jax.config.untrusted import shown
+from nemotron_jax.data.chat.reader import FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END
+from nemotron_jax.data.chat.render import CALL, CALL_END, END
+from nemotron_jax.data.chat.schemas import ANYTHING, TEXT, Schemas
+from nemotron_jax.data.chat.tools import in_json
+from nemotron_jax.environments.schema import equal
+from nemotron_jax.serving.patterns import check_patterns, searched
+
+Schema = Mapping[str, Any]
+
+# JSON between whose parts nothing can go on for ever, spaced as the chat template writes it.
+SPACED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# What says nothing about a value, or what no validator checks unless asked.
+_ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "format")
+    + ("$schema", "$id", "$comment", "x-guidance", "nullable")
+)
+# What an object's schema may say where a call's parameters are one by one.
+_DEFINITIONS = ("$defs", "definitions")
+_PARAMETERS = frozenset(
+    ("type", "properties", "required", "additionalProperties", *_DEFINITIONS, "strict")
+)
+_DEEPEST = 16  # schemas that stand in one another before a text's own
+_TEXT_RULES = frozenset(("type", "enum", "const", "pattern", "minLength", "maxLength"))
+_UNIONS = ("anyOf", "oneOf")
+_NAME = re.compile(r"[^<>\n\r]{1,256}")
+# A text that could be read as another type: a number, one of the words, or JSON.
+_LITERAL = r"/(?s:\s*([\[{\"\-0-9]|[Tt]rue|[Ff]alse|[Nn]one|null).*)/"
+_TAGS = (PARAMETER_END, CALL_END, END)
+_EXACT = 2**53  # an integer without a bound stays within what every reader keeps
+
+
+def calls_grammar(tools: Sequence[Schema], *, parallel: bool, answer: str | None) -> str:
+    """A Lark grammar of one call, or several if they may be `parallel`.
+
+    `answer` is a rule of what may stand in place of calls, or before them where it is a text;
+    None where a call has to come. Raises ValueError, naming the tool, for a schema that it has no
+    rules for.
+    """
+    lines = []
+    schemas = Schemas(tools)
+    for number, tool in enumerate(tools):
+        try:
+            lines += _Tool(tool.get("function", tool), number, schemas).rules()
+        except ValueError as error:
+            raise ValueError(f"tools[{number}]: {error}") from None
+    functions = " | ".join(f"f{number}" for number in range(len(tools)))
+    more = "(NL? call)* " if parallel else ""
+    begin = {None: "start: calls", TEXT_OR_CALLS: "start: WORDS calls?"}
+    return "\n".join(
+        (
+            begin.get(answer, f"start: calls | {answer}"),
+            "WORDS: /(?s:.*)/" if answer == TEXT_OR_CALLS else "",
+            f"calls: NL? call {more}NL?",
+            f"call: {CALL} {_quoted(chr(10) + FUNCTION)} ({functions})"
+            f" {_quoted(FUNCTION_END + chr(10))} {CALL_END}",
+            'NL: "\\n"',
+            *lines,
+        )
+    )
+
+
+TEXT_OR_CALLS = "text"
+
+
+class _Tool:
+    """The rules of one tool's calls, named by its number."""
+
+    def __init__(self, function: Schema, number: int, schemas: Schemas) -> None:
+        self._name, self._rule, self._schemas = function["name"], f"f{number}", schemas
+        self._parameters = function.get("parameters") or {}
+        _check_name("name", self._name)
+
+    def rules(self) -> Iterator[str]:
+        """Lark's rules, the call's own first."""
+        unknown = sorted(set(self._parameters) - _PARAMETERS - _ANNOTATIONS)
+        if unknown:
+            raise ValueError(f"parameters.{unknown[0]:.40}: calls cannot be held to it")
+        properties = dict(self._parameters.get("properties") or {})
+        required = self._parameters.get("required") or []
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise ValueError("parameters.required: must be a list of names")
+        others = self._parameters.get("additionalProperties", True)
+        for name in required:
+            if name not in properties and others is False:
+                raise ValueError(f"parameters.required: {name!r:.40} is not among the properties")
+            properties.setdefault(name, others if isinstance(others, dict) else {})
+        parts, rules = [], []
+        check_patterns(self._parameters)
+        for number, (name, schema) in enumerate(properties.items()):
+            rule = f"{self._rule}p{number}"
+            parts.append(rule if name in required else f"{rule}?")
+            rules += self._parameter(rule, name, schema)
+        yield f"{self._rule}: {' '.join((_quoted(self._name + '>' + chr(10)), *parts))}"
+        yield from rules
+
+    def _parameter(self, rule: str, name: str, schema: Any) -> Iterator[str]:
+        """A parameter from its name to its end."""
+        _check_name("parameters", name)
+        schema = {} if schema is True else schema
+        if not isinstance(schema, Mapping):
+            raise ValueError(f"parameters.{name:.40}: {shown(schema)[:60]} is not a schema")
+        try:
+            values = list(self._values(name, schema))
+        except ValueError as error:
+            raise ValueError(f"parameters.{name:.40}: {error}") from None
+        names = " | ".join(f"{rule}v{number}" for number in range(len(values)))
+        yield f"{rule}: {_quoted(f'{PARAMETER}{name}>{chr(10)}')} ({names})"
+        for number, (text, body) in enumerate(values):
+            if text:  # lazy: it ends with the first closing tag
+                yield f"{rule}v{number}[lazy]: {rule.upper()}V{number}"
+                yield f"{rule.upper()}V{number}: {body}"
+            else:
+                yield f"{rule}v{number}: {body}"
+
+    def _values(self, name: str, schema: Schema) -> Iterator[tuple[bool, str]]:
+        """The forms of its value with its closing tag, and whether each is a text as it stands."""
+        kinds = self._schemas.kinds(self._name, name)
+        end = _quoted(f"\n{PARAMETER_END}\n")
+        if (listed := self._listed(name, self._resolved(schema))) is not None:
+            yield False, f"({' | '.join(map(_quoted, listed))}) {end}"
+            return
+        if "string" in kinds:
+            texts = None if set(schema) <= _ANNOTATIONS else self._texts(schema, 0)
+            if texts != _NEVER:
+                mixed = kinds not in (TEXT, ANYTHING)
+                parts = [texts or "/(?s:.*)/", *([f"~{_LITERAL}"] if mixed else []), _NO_TAGS]
+                yield True, f"({' & '.join(parts)}) {end}"
+        if kinds != TEXT and (kinds != ANYTHING or not set(schema) <= _ANNOTATIONS):
+            rest = self._without_texts(schema, 0) if "string" in kinds else schema
+            if rest is not None:
+                yield False, f"{_json(self._rooted(rest))} {end}"
+
+    def _listed(self, name: str, schema: Schema) -> list[str] | None:
+        """The texts of an enum's values that are read back as these values; None without one."""
+        if "const" in schema:
+            values = [schema["const"]]
+        elif isinstance(schema.get("enum"), list):
+            values = schema["enum"]
+        else:
+            return None
+        if not set(schema) <= _ANNOTATIONS | {"const", "enum", "type"}:
+            raise ValueError("enum and const stand beside other rules; leave those out")
+        plain = lambda value: in_json(value).replace("<", "\\u003c")  # no tag stands in it
+        written = [(v, v if isinstance(v, str) else plain(v)) for v in values]
+        read = lambda text: self._schemas.value(self._name, name, text)
+        known = [text for value, text in written if equal(read(text), value)]
+        found = [text for text in known if not any(tag in text for tag in _TAGS)]
+        if not found:
+            raise ValueError("none of its values can be written in a call")
+        return list(dict.fromkeys(found))
+
+    def _texts(self, schema: Any, depth: int) -> str | None:
+        """A set of texts that fit, as Lark's terminals have it; None where any does."""
+        schema = self._resolved(schema) if isinstance(schema, Mapping) else {}
+        if depth > _DEEPEST:
+            raise ValueError("its schemas stand in one another too deep")
+        named = schema.get("type", "string")
+        if "string" not in ([named] if isinstance(named, str) else named):
+            return _NEVER
+        used = set(schema) - _ANNOTATIONS - set(_DEFINITIONS)
+        unions = [schema[union] for union in _UNIONS if union in schema]
+        sets = [_of_rules(schema)] if used & (_TEXT_RULES - {"type"}) else []
+        for options in unions:
+            found = [self._texts(option, depth + 1) for option in options]
+            found = [one for one in found if one != _NEVER]
+            if not found:
+                return _NEVER
+            if "oneOf" in schema and len(found) > 1:
+                raise ValueError("oneOf has several texts, of which one could fit two; use anyOf")
+            sets += [] if None in found else ["(" + " | ".join(found) + ")"]
+        for part in schema.get("allOf", ()):
+            sets.append(self._texts(part, depth + 1))
+        sets = [one for one in sets if one is not None]
+        if _NEVER in sets:
+            return _NEVER
+        # Rules of other types say nothing about a text; these would.
+        if used & {"not", "if", "then", "else"}:
+            raise ValueError("calls cannot be held to `not` and `if`")
+        return f"({' & '.join(sets)})" if sets else None
+
+    def _without_texts(self, schema: Any, depth: int) -> Schema | None:
+        """The schema of the values that are no texts; None where there are none."""
+        schema = self._resolved(schema) if isinstance(schema, Mapping) else {}
+        if depth > _DEEPEST:
+            raise ValueError("its schemas stand in one another too deep")
+        for union in _UNIONS:
+            if union in schema:
+                rest = [self._without_texts(one, depth + 1) for one in schema[union]]
+                rest = [one for one in rest if one is not None]
+                return {**schema, union: rest} if rest else None
+        named = schema.get("type", sorted(set(_TYPES) - {"string"}))
+        named = [named] if isinstance(named, str) else named
+        others = [name for name in named if name != "string"]
+        others += ["null"] if schema.get("nullable") is True and "null" not in others else []
+        return {**schema, "type": others} if others else None
+
+    def _resolved(self, schema: Schema) -> Schema:
+        """What a schema that is a reference alone stands for."""
+        for _ in range(_DEEPEST):
+            reference = schema.get("$ref")
+            if not isinstance(reference, str):
+                return schema
+            target = self._schemas.target(self._name, reference)
+            if not isinstance(target, Mapping) or not set(schema) <= _ANNOTATIONS | {"$ref"}:
+                raise ValueError(f"$ref {reference!r:.60} stands for no schema of the tool, alone")
+            schema = target
+        raise ValueError("its references go round in circles")
+
+    def _rooted(self, schema: Schema) -> dict[str, Any]:
+        """The schema with the definitions that its references name."""
+        rooted = dict(schema)
+        if "$ref" in json.dumps(schema):
+            known = ((name, self._parameters.get(name)) for name in _DEFINITIONS)
+            rooted |= {name: value for name, value in known if value is not None}
+        return _bounded(rooted) | {"x-guidance": SPACED}
+
+
+_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
+_NEVER = "never"
+
+
+def _of_rules(schema: Schema) -> str:
+    """The texts that a schema's own rules allow."""
+    values = schema.get("enum", [])
+    values = [schema["const"]] if "const" in schema else values
+    texts = [value for value in values if isinstance(value, str)]
+    sets = ["(" + " | ".join(map(_quoted, texts)) + ")"] if texts else []
+    if values and not texts:
+        return _NEVER
+    if (pattern := schema.get("pattern")) is not None:
+        sets.append(searched(str(pattern)))
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if least or most != "":
+        if not all(type(bound) is int and bound >= 0 for bound in (least, most or 0)):
+            raise ValueError("minLength and maxLength must be integers from 0 on")
+        sets.append(f"/(?s:.{{{least},{most}}})/")
+    return "(" + " & ".join(sets or ["/(?s:.*)/"]) + ")"
+
+
+def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
+    """An integer's schema with both bounds: one of thousands of digits cannot be read back."""
+    if schema.get("type") != "integer" or {"enum", "const"} & set(schema):
+        return schema
+    if not {"minimum", "exclusiveMinimum"} & set(schema):
+        schema = schema | {"minimum": -_EXACT}
+    if not {"maximum", "exclusiveMaximum"} & set(schema):
+        schema = schema | {"maximum": _EXACT}
+    return schema
+
+
+def _json(schema: Schema) -> str:
+    return "%json " + json.dumps(schema)
+
+
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(f"{what}: {name!r:.40} cannot stand in a call; use letters and digits")
+
+
+def _quoted(text: str) -> str:
+    """A text as Lark writes it."""
+    return json.dumps(text)
+
+
+_NO_TAGS = (
+    "~/(?s:.*)(" + "|".join(re.escape(tag).replace("/", r"\/") for tag in _TAGS) + ")(?s:.*)/"
+)

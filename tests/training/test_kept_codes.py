@@ -1,0 +1,87 @@
+"""A step quantises each weight once, before its micro-batches, and computes the same."""
+
+import collections
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nemotron_jax.config.execution import Execution
+from nemotron_jax.config.precision import nemotron3_nvfp4
+from nemotron_jax.model.kept_codes import with_codes
+from nemotron_jax.model.parameters import flatten
+from nemotron_jax.training import step
+from nemotron_jax.training.prepared import init_state, prepare_run
+from tests.training.runs import changed, random_batch, small_run
+
+PARTS = 4
+RECIPE = nemotron3_nvfp4(num_last_layers_high=0)
+
+
+def a_run():
+    """Rows of 112 tokens: seven blocks of 16, as no weight has along a side."""
+    config = changed(
+        small_run("somewhere"),
+        model={"pattern": "MEME", "mtp": None},
+        training={"micro_batches": PARTS, "mtp_depths": 0},
+        data={"batch_size": PARTS, "sequence_length": 112},
+    )
+    return prepare_run(changed(config, execution=vars(Execution(precision=RECIPE))))
+
+
+def conversions(jaxpr, inside: bool = False) -> Iterator[tuple[bool, tuple[int, ...]]]:
+    """Every array of 8-bit scales that a program makes: whether inside the loop over the
+    micro-batches, and its shape without axes of 1."""
+    for equation in jaxpr.eqns:
+        here = inside
+        if equation.primitive.name == "scan" and equation.params["length"] == PARTS:
+            here = True
+        out = equation.outvars[0].aval if equation.outvars else None
+        if equation.primitive.name == "convert_element_type" and out.dtype == jnp.float8_e4m3fn:
+            yield here, tuple(size for size in out.shape if size > 1)
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "eqns"):
+                yield from conversions(value, here)
+
+
+def made(run, batch) -> tuple[collections.Counter, collections.Counter]:
+    """How often scales of weights are made inside the loop and outside of it, by shape."""
+    state = jax.eval_shape(lambda: init_state(run))
+    kept = flatten(jax.eval_shape(lambda model: with_codes(model, RECIPE), state.model))
+    shapes = [leaf.shape for name, leaf in kept.items() if name.endswith("_codes.scales")]
+    assert len(shapes) == 5 + 2 + 2  # Mamba's input projections, experts, shared expert
+    wanted = {tuple(n for n in shape[drop:] if n > 1) for shape in shapes for drop in (0, 1)}
+    wanted |= {(shape[1] * shape[2], *shape[3:]) for shape in shapes if len(shape) == 4}
+    objective = run.objective(run.config.execution)
+    program = jax.make_jaxpr(lambda s, b: step.train_step(s, b, run, objective))(state, batch)
+    found = [one for one in conversions(program.jaxpr) if one[1] in wanted - {()}]
+    count = lambda where: collections.Counter(shape for here, shape in found if here == where)
+    return count(True), count(False)
+
+
+def test_no_weight_is_quantised_in_the_loop(monkeypatch) -> None:
+    run = a_run()
+    batch = random_batch(run.config, 0)
+    inside, outside = made(run, batch)
+    assert not inside and sum(outside.values()) >= 6
+    monkeypatch.setattr(step, "with_codes", lambda model, precision: model)
+    inside, outside = made(run, batch)
+    assert inside and not outside
+
+
+@pytest.mark.more
+def test_a_step_with_kept_codes_is_the_step_without(monkeypatch) -> None:
+    run, results = a_run(), []
+    state, batch = jax.eval_shape(lambda: init_state(run)), random_batch(run.config, 0)
+    for kept in (step.with_codes, lambda model, precision: model):
+        monkeypatch.setattr(step, "with_codes", kept)
+        lowered = step.make_train_step(run).lower(state, batch)
+        program = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+        results.append(jax.device_get(program(init_state(run), batch)[1]))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-6, err_msg=name)
