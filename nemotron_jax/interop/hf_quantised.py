@@ -92,7 +92,7 @@ class Codes:
         if not np.isfinite(6 * scales.astype(np.float32).max() * factor):
             raise self.codes.wrong("holds NaN or infinity once multiplied by its scales")
         rows, blocks = scales.shape
-        words = self.codes.read().view("<i4").reshape(rows, blocks, 2).transpose(2, 1, 0)
+        words = self.codes.read().view("<f4").reshape(rows, blocks, 2).transpose(2, 1, 0)
         filling = -blocks % PACKED_BLOCKS
         words = np.pad(words, [(0, 0), (0, filling), (0, 0)])
         return words, np.pad(scales.T, [(0, filling), (0, 0)]), factor

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from nemotron_jax.types import Array, Packed
 from pallas_kernels import PackedExperts, quantize_experts
@@ -17,7 +17,7 @@ class PackedMatrix(nnx.Module):
 
     def __init__(
         self,
-        words: Int[Array, "... E 2 B N"],
+        words: Float[Array, "... E 2 B N"],
         scales: Float[Array, "... E B N"],
         factor: Float[Array, "... E"],
         *,

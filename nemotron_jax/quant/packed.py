@@ -90,10 +90,10 @@ def _whole(experts: PackedExperts, cuts: Cuts) -> PackedExperts:
     """All own experts' codes from this device's part of them, as they travel: bits."""
 
     def joined(part: Array) -> Array:
-        is_scale = part.dtype == jnp.float8_e4m3fn
-        bits = jax.lax.bitcast_convert_type(part, jnp.uint8) if is_scale else part
+        kind = jnp.uint8 if part.dtype == jnp.float8_e4m3fn else jnp.uint32
+        bits = jax.lax.bitcast_convert_type(part, kind)
         for axis, names in cuts.gathered:
             bits = jax.lax.all_gather(bits, names, axis=axis, tiled=True)
-        return jax.lax.bitcast_convert_type(bits, part.dtype) if is_scale else bits
+        return jax.lax.bitcast_convert_type(bits, part.dtype)
 
     return jax.tree.map(joined, experts) if cuts.gathered else experts

@@ -26,10 +26,11 @@ class PackedExperts:
     """Matrices [E, K, N] in NVFP4: B blocks of 16 along K, filled up to a multiple of 8.
 
     Word (h, b, n) of an expert holds the codes of rows 16 b + 8 h + j of column n, j = 0 in the
-    lowest four bits.
+    lowest four bits. Words are bits, and no number: float32 is what they are kept in, for with an
+    integer among its parameters `jax.grad` refuses a model before anyone can say which and why.
     """
 
-    words: Int[Array, "E 2 B N"]  # int32
+    words: Float[Array, "E 2 B N"]  # float32
     scales: Float[Array, "E B N"]  # float8_e4m3fn, one for each block
     factor: Float[Array, "E"]  # float32, one for each expert
     depth: int = dataclasses.field(metadata={"static": True})  # K
@@ -67,7 +68,7 @@ def pack_experts(
     scales = jnp.pad(scales, [(0, 0), (0, filling // BLOCK), (0, 0)])
     blocks = codes.reshape(codes.shape[0], -1, 2, WORD, codes.shape[2])
     shifted = (blocks[:, :, :, j].astype(jnp.uint32) << (4 * j) for j in range(WORD))
-    words = jax.lax.bitcast_convert_type(sum(shifted), jnp.int32)
+    words = jax.lax.bitcast_convert_type(sum(shifted), jnp.float32)
     return PackedExperts(jnp.swapaxes(words, 1, 2), scales, factor.astype(jnp.float32), depth)
 
 
@@ -96,7 +97,7 @@ def _matrices(packed: PackedExperts, dtype: jnp.dtype) -> Float[Array, "E K N"]:
     return jax.lax.map(one, (packed.words, packed.scales, packed.factor))
 
 
-def unpacked(words: Int[Array, "2 B N"]) -> UInt8[Array, "16*B N"]:
+def unpacked(words: Float[Array, "2 B N"]) -> UInt8[Array, "16*B N"]:
     """The codes of one expert's words, filling included."""
     shifts = 4 * jnp.arange(WORD, dtype=jnp.uint32)[:, None]
     words = jax.lax.bitcast_convert_type(words, jnp.uint32)

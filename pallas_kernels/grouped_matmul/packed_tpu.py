@@ -30,7 +30,7 @@ MAGNITUDE, EXPONENT, SIGN = 7 << 22, 124 << 23, -(1 << 31)
 
 def matmul(
     lhs: Float[Array, "rows K"],
-    words: Int[Array, "E 2 B N"],
+    words: Float[Array, "E 2 B N"],
     scales: Float[Array, "E B N"],
     factor: Float[Array, "E"],
     group_sizes: Int[Array, "E"],
@@ -86,7 +86,7 @@ def _kernel(
     expert_ref, tile_ref, low_ref, high_ref, first_ref,
     factor_ref,  # [E] float32
     lhs_ref,  # [height, K]
-    words_ref,  # [2, B, N] int32
+    words_ref,  # [2, B, N] float32, as bits
     scales_ref,  # [B, N] float8
     out_ref,  # [height, N]
     matrix_ref,  # [K, N] bfloat16
@@ -125,7 +125,7 @@ def _make(words_ref: Any, floats_ref: Any, matrix_ref: Any, i: Array) -> None:
     def columns(column: Any) -> None:
         scale = floats_ref[rows, column]
         for half in range(2):
-            words = words_ref[half, rows, column]
+            words = lax.bitcast_convert_type(words_ref[half, rows, column], jnp.int32)
             for j in range(0, SUBLANES, 2):
                 pair = [_numbers(words, scale, j + odd) for odd in range(2)]
                 start = i * DEPTH + (half * SUBLANES + j) * SUBLANES

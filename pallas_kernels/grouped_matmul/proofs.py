@@ -120,7 +120,7 @@ def _packed(name: str, routing: specs.Routing) -> Iterator[Proof]:
     ):
         blocks = -(-depth // packed_tpu.DEPTH) * packed_tpu.SUBLANES
         experts = (
-            shape((routing.experts, 2, blocks, width), I32),
+            shape((routing.experts, 2, blocks, width), F32),
             shape((routing.experts, blocks, width), jnp.float8_e4m3fn),
             shape((routing.experts,), F32),
         )

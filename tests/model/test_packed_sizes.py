@@ -60,14 +60,14 @@ def random_codes(config: ModelConfig) -> nj.Nemotron:
     rng = np.random.default_rng(0)
     model = jax.eval_shape(pack_experts, abstract_model(config, "bfloat16"))
 
-    def drawn(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        if leaf.dtype == np.int32:
-            return rng.integers(-(2**31), 2**31, leaf.shape, np.int64).astype(np.int32)
+    def drawn(name: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if name.endswith(".words"):  # any bits
+            return rng.integers(2**32, size=leaf.shape, dtype=np.uint32).view(np.float32)
         if leaf.dtype == ml_dtypes.float8_e4m3fn:
             return rng.integers(8, 120, leaf.shape, np.uint8).view(leaf.dtype)
         return (0.02 * rng.standard_normal(leaf.shape)).astype(leaf.dtype).clip(0)
 
-    return unflatten(model, {name: drawn(leaf) for name, leaf in flatten(model).items()})
+    return unflatten(model, {name: drawn(name, leaf) for name, leaf in flatten(model).items()})
 
 
 @pytest.mark.slow

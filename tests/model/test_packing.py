@@ -9,12 +9,14 @@ from flax import nnx
 import nemotron_jax as nj
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.precision import nemotron3_nvfp4
+from nemotron_jax.config.run import ScheduleConfig, TrainingConfig
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
 from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.model.adapters import add_adapters, merge_adapters
 from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import flatten, unflatten
-from nemotron_jax.types import Rows
+from nemotron_jax.training.losses import pretrain_objective
+from nemotron_jax.types import Batch, Rows
 from tests.golden_cases import GOLDEN
 from tests.tiny_models import quick_jit
 
@@ -106,6 +108,27 @@ def test_gradients_through_codes_are_refused_by_name(stored) -> None:
 
     with pytest.raises(ValueError, match="experts.up are NVFP4 codes, through which no gradient"):
         jax.eval_shape(jax.grad(loss), leaves["embedding"])
+
+
+@pytest.mark.parametrize("name", ["the whole model", "the loss of a step"])
+def test_a_gradient_of_the_whole_model_is_refused_in_one_line(stored, name) -> None:
+    """With the weight's name and the way out."""
+    weights = jnp.ones((*TOKENS.shape, 1))
+    batch = Batch(TOKENS, TOKENS[..., None], TOKENS[..., None], jnp.ones_like(TOKENS), weights)
+    training = TrainingConfig(steps=1, schedule=ScheduleConfig(1e-3, 0, 1, 1, 2), mtp_depths=0)
+    objective = pretrain_objective(training, nj.Execution())
+    loss = {
+        "the whole model": lambda model: jnp.sum(model(TOKENS).hidden),
+        "the loss of a step": lambda model: objective.loss(
+            model, batch, totals=objective.totals(batch), key=None
+        )[0],
+    }[name]
+    with pytest.raises(ValueError) as caught:
+        jax.grad(loss)(stored)
+    assert str(caught.value) == (
+        "experts.up are NVFP4 codes, through which no gradient is computed; train "
+        "adapters beside them, or unpacked(model)"
+    )
 
 
 def test_what_codes_cannot_do_is_refused_by_name(stored, dense, tmp_path) -> None:
