@@ -1,6 +1,7 @@
 """The endpoints of the server: what comes in is read, put to the driver, and answered."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib.resources
 import logging
@@ -19,6 +20,7 @@ from nemotron_jax.serving.chat_request import read_chat, read_prompt
 from nemotron_jax.serving.completions import CompletionAnswer, read_completion
 from nemotron_jax.serving.driver import Driver
 from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.grammars import asks_for_grammar
 from nemotron_jax.serving.http import (
     Events,
     JsonResponse,
@@ -36,6 +38,9 @@ LOG = logging.getLogger("nemotron_jax.serving")
 MAX_BODY = 8_000_000  # bytes: a prompt of 1M tokens, and twice that
 _LAG_EVERY_S = 0.1  # how often the loop's lag is measured
 _LARGE = 4096  # tokens whose log-probabilities take 10 ms or more to be written as JSON
+# Threads for requests with grammars, each of which has a process that tries them, and the seconds
+# that such a request waits for one: behind many costly ones it is sent away.
+_GRAMMAR_THREADS, _GRAMMAR_WAIT_S = 2, 2.0
 _OPEN = ("/", "/health", "/metrics")  # paths that need no key: they show no text of anybody's
 # The page runs its own script and talks to this server alone.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "
@@ -104,6 +109,7 @@ class _Endpoints:
         files = importlib.resources.files("nemotron_jax.serving")
         self._page = (files / "page.html").read_text("utf-8")
         self._created = int(time.time())
+        self._grammars = concurrent.futures.ThreadPoolExecutor(_GRAMMAR_THREADS, "grammar")
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions"""
@@ -165,7 +171,7 @@ class _Endpoints:
     async def _answer(self, request: Request, kind: str) -> Response:
         fields = await self._fields(request)
         self._check_model(fields.text("model", self._served.name))
-        answer = await asyncio.to_thread(_READERS[kind], fields, self._served)
+        answer = await self._read(kind, fields)
         request.state.answer = answer
         stream = await self._driver.submit(answer.jobs)
         if answer.streams:
@@ -182,6 +188,22 @@ class _Endpoints:
     async def _fields(self, request: Request) -> Fields:
         self._driver.check_open()  # before a large body is read for nothing
         return await read_fields(request, self._max_body)
+
+    async def _read(self, kind: str, fields: Fields) -> Answer:
+        """The answer that is asked for, still empty; read in another thread. What may need a
+        grammar has threads of its own: others do not wait behind it."""
+        served, read = self._served, _READERS[kind]
+        if not asks_for_grammar(fields):
+            return await asyncio.to_thread(read, fields, served)
+        late = time.monotonic() + _GRAMMAR_WAIT_S
+
+        def in_time() -> Answer:
+            if time.monotonic() > late:
+                reason = "too many formats wait to be compiled; try again later"
+                raise Refusal(reason, status=429, code="queue_full")
+            return read(fields, served)
+
+        return await asyncio.get_running_loop().run_in_executor(self._grammars, in_time)
 
     @property
     def _served(self) -> Served:

@@ -15,9 +15,13 @@ from nemotron_jax.serving.call_grammars import TEXT_OR_CALLS, calls_grammar
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.patterns import check_pattern, check_patterns
 from nemotron_jax.serving.refusal import Refusal
+from nemotron_jax.serving.trials import Trials
 
 # Of a schema or an expression as text. A grammar is compiled within llguidance's own limits too.
 MOST_CHARACTERS = 100_000
+# Of the grammars that are kept compiled: their number, and what one may be. Their memory goes with
+# the time that they took: 16 of these hold some tens of megabytes at most.
+_MOST_KEPT, _KEPT_CHARACTERS, _KEPT_CPU_S = 16, 10_000, 0.01
 # Blanks between JSON's parts could go on for ever: a model would be cut off in them.
 _COMPACT = {"whitespace_flexible": False}
 
@@ -33,7 +37,7 @@ class TextGrammar:
     def __init__(
         self,
         matcher: Any,
-        tokens: "_Tokens",
+        tokens: "_Bits",
         *,
         opening: int | None,
         call: int | None = None,
@@ -94,8 +98,7 @@ def format_of(
             source = make.grammar_from_json_schema(text, overrides=_COMPACT)
     except ValueError as error:
         raise _wrong(str(error), param) from None
-    tokens = _tokens_of(tokenizer, vocabulary, stops)
-    matcher = _compiled(source, tokens, param)
+    matcher, tokens = _compiled(source, tokenizer, param), _bits_of(tokenizer, vocabulary, stops)
     answer = tokenizer.token_id(ANSWER) if thinking else None
     return Format(lambda: TextGrammar(matcher.deep_copy(), tokens, opening=answer))
 
@@ -132,8 +135,7 @@ def calls_of_tools(
         param = str(error).partition(":")[0] if named else "response_format"
         raise Refusal(str(error)[:300], param) from None
     source = library.LLMatcher.grammar_from_lark(_bounded(text + rules, "tools"))
-    tokens = _tokens_of(tokenizer, vocabulary, stops)
-    matcher = _compiled(source, tokens, "tools")
+    matcher, tokens = _compiled(source, tokenizer, "tools"), _bits_of(tokenizer, vocabulary, stops)
     opening = tokenizer.token_id(ANSWER) if thinking else None
     call = tokenizer.token_id(CALL) if not budgeted else None
     return Format(lambda: TextGrammar(matcher.deep_copy(), tokens, opening=opening, call=call))
@@ -156,37 +158,67 @@ def _schema_of(part: Fields) -> dict[str, Any]:
     return schema
 
 
-def _compiled(source: str, tokens: "_Tokens", param: str) -> Any:
-    library = importlib.import_module("llguidance")
-    first = library.LLMatcher(tokens.library, source, log_level=0)
-    if not first.is_error():
-        first.compute_bitmask()  # what is too large for a first token need not wait for its turn
-    if first.is_error():
-        raise _wrong(first.get_error().partition("<state>")[0], param)
-    return first
+def asks_for_grammar(fields: Fields) -> bool:
+    """Whether a body's fields may need a grammar, as far as a glance tells."""
+    tools = fields.get("tools") if isinstance(fields.get("tools"), list) else []
+    parts = [part for tool in tools if isinstance(tool, dict) for part in (tool, *tool.values())]
+    strict = any(isinstance(part, dict) and part.get("strict") for part in parts)
+    named = fields.get("tool_choice") not in (None, "auto", "none")
+    return bool(fields.get("response_format") or fields.get("text") or strict or named)
+
+
+def _compiled(source: str, tokenizer: Tokenizer, param: str) -> Any:
+    """What follows the grammar from its beginning; for copies. It is tried in another process
+    first, so that it takes little here."""
+    language = _language_of(tokenizer)
+    trial = language.trials.of(source)
+    if trial.error:
+        raise _wrong(trial.error.partition("<state>")[0], param)
+    small = len(source) <= _KEPT_CHARACTERS and trial.cpu_s <= _KEPT_CPU_S
+    return (_matcher if small else _matcher.__wrapped__)(source, language)
+
+
+@functools.lru_cache(maxsize=_MOST_KEPT)
+def _matcher(source: str, language: "_Language") -> Any:
+    return importlib.import_module("llguidance").LLMatcher(language.library, source, log_level=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Language:
+    """A tokenizer as llguidance sees it, and what tries grammars for it."""
+
+    library: Any
+    trials: Trials
+
+
+@functools.lru_cache(maxsize=4)
+def _language_of(tokenizer: Tokenizer) -> _Language:
+    library, view = importlib.import_module("llguidance"), _View(tokenizer)
+    tokens = library.LLTokenizer(library.TokenizerWrapper(view))
+    return _Language(tokens, Trials(view.tokens, view.special_token_ids, view.eos_token_id))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tokens:
-    """A tokenizer as llguidance sees it, in which the stop tokens end a text; and bits of tokens:
-    those of text, those of calls, and those that stop."""
+class _Bits:
+    """Bits of tokens: those of text, those of calls, and those that stop."""
 
-    library: Any
     text: np.ndarray
     tags: np.ndarray
     stops: np.ndarray
 
 
-@functools.lru_cache(maxsize=4)
-def _tokens_of(tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]) -> _Tokens:
-    library = importlib.import_module("llguidance")
-    view = library.TokenizerWrapper(_View(tokenizer))
-    tokens = library.LLTokenizer(view, eos_token=list(stops))
-    pieces = enumerate(tokenizer.token_bytes)
+@functools.lru_cache(maxsize=64)
+def _bits_of(tokenizer: Tokenizer, vocabulary: int, stops: tuple[int, ...]) -> _Bits:
+    ends = _bits(stops, vocabulary)
+    tags = _bits([tokenizer.token_id(name) for name in (CALL, CALL_END)], vocabulary)
     # A token that stops never comes within a text: it would be cut off there.
-    text = [number for number, piece in pieces if piece and number not in stops]
-    tags = [tokenizer.token_id(name) for name in (CALL, CALL_END)]
-    return _Tokens(tokens, *(_bits(one, vocabulary) for one in (text, tags, stops)))
+    return _Bits(_text_bits(tokenizer, vocabulary) & ~ends, tags, ends)
+
+
+@functools.lru_cache(maxsize=4)
+def _text_bits(tokenizer: Tokenizer, vocabulary: int) -> np.ndarray:
+    pieces = enumerate(tokenizer.token_bytes)
+    return _bits([number for number, piece in pieces if piece], vocabulary)
 
 
 class _View:

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
+import h11
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,11 +17,14 @@ from nemotron_jax.serving.driver import Stream
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.refusal import Refusal
 
-# Seconds in which a client has to send the whole of a request's head, and of its body, which has
-# one more for every so many bytes that came: a slow line may take its time, one that only drips
-# may not.
-HEAD_S = BODY_S = 5
+# Seconds in which a client has to send the whole of a request, from when it connects or begins a
+# further one; the body has one more for every so many bytes that came. A slow line may take its
+# time, one that only drips may not.
+REQUEST_S = 4
 BYTES_A_SECOND = 100_000
+# Of them for a body whose head came late, from a connection that was opened in advance.
+_BODY_S = 1
+_BEGAN = "nemotron_jax.began"  # of a scope: when the request began, by the loop's clock
 
 
 class JsonResponse(Response):
@@ -73,14 +77,15 @@ async def read_fields(request: Request, most: int) -> Fields:
     said = request.headers.get("content-length", "")
     if said.isdigit() and (len(said) > 18 or int(said) > most):
         raise too_large
-    body, began = bytearray(), asyncio.get_running_loop().time()
+    body, now = bytearray(), asyncio.get_running_loop().time()
+    end = max(request.scope.get(_BEGAN, now) + REQUEST_S, now + _BODY_S)
     try:
-        async with asyncio.timeout(BODY_S) as limit:
+        async with asyncio.timeout_at(end) as limit:
             async for part in request.stream():
                 body += part
                 if len(body) > most:
                     raise too_large
-                limit.reschedule(began + BODY_S + len(body) / BYTES_A_SECOND)
+                limit.reschedule(end + len(body) / BYTES_A_SECOND)
     except TimeoutError:
         reason = f"the body came slower than {BYTES_A_SECOND} bytes a second"
         raise Refusal(reason, status=408) from None
@@ -116,20 +121,31 @@ async def _gone(request: Request) -> None:
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which would wait for ever for the rest of a request's head."""
+    """uvicorn's, which would wait for ever for the rest of a request that nobody answers."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin, and end if nothing whole comes in time."""
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEAD_S, self._close_without_request)
+        self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Take what came; the head of a request that has begun has its time."""
+        """Take what came; a request that has begun has its time."""
+        if self._late.cancelled():
+            self._began = self.loop.time()
+        before = self.scope
         super().data_received(data)
-        if self._answers or not self.conn.trailing_data[0]:
+        if self.scope is not before:
+            self.scope[_BEGAN] = self._began
+        if self._answers or not self._halfway:
             self._late.cancel()
         elif self._late.cancelled():
-            self._late = self.loop.call_later(HEAD_S, self._close_without_request)
+            self._wait()
+
+    def on_response_complete(self) -> None:
+        """Go on; what is left of a body that nobody read has its time too."""
+        super().on_response_complete()
+        if self._halfway and self._late.cancelled():
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
@@ -139,6 +155,15 @@ class Connection(H11Protocol):
     @property
     def _answers(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _halfway(self) -> bool:
+        """Whether a part of a request has come."""
+        return bool(self.conn.trailing_data[0]) or self.conn.their_state is h11.SEND_BODY
+
+    def _wait(self) -> None:
+        self._began = self.loop.time()
+        self._late = self.loop.call_later(REQUEST_S, self._close_without_request)
 
     def _close_without_request(self) -> None:
         self._late.cancel()

@@ -1,6 +1,7 @@
 """The server as a process sees it: many clients, hostile ones, those who go, and the end."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import time
@@ -156,8 +157,8 @@ def test_unknown_paths_methods_and_models(served: Live) -> None:
 def test_a_client_that_sends_no_head_is_closed(
     served: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "HEAD_S", 0.1)
-    monkeypatch.setattr(http, "BODY_S", 0.1)
+    monkeypatch.setattr(http, "REQUEST_S", 0.1)
+    monkeypatch.setattr(http, "_BODY_S", 0.05)
     with raw(served, "GET / HTTP/1.1\nHost:") as connection:
         assert connection.recv(100) == b""
     with raw(served, chat_head(100), b"{") as connection:
@@ -168,6 +169,23 @@ def test_a_client_that_sends_no_head_is_closed(
             answer += connection.recv(1000)
         connection.sendall(b"GET /health HTTP/1.1\r\nHo")  # a second head, which does not go on
         assert connection.recv(100) == b""
+    began = time.monotonic()
+    with raw(served, chat_head(99).replace(CHAT, "/nothing")) as connection:
+        assert b" 404 " in connection.recv(1000)
+        connection.settimeout(0.03)
+        with contextlib.suppress(ConnectionError):
+            while drips(connection):  # a body that nobody waits for
+                pass
+    assert time.monotonic() - began < 3
+
+
+def drips(connection: socket.socket) -> bool:
+    """Send a byte where nothing comes; False once the connection is closed."""
+    try:
+        return bool(connection.recv(1000))
+    except TimeoutError:
+        connection.sendall(b"a")
+        return True
 
 
 def test_texts_and_ids_both_ways(served: Live) -> None:
