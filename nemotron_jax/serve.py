@@ -7,6 +7,7 @@ turn and how to sample; no other flag is needed. SIGTERM lets running requests e
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import re
@@ -35,6 +36,7 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.pretrained import load_rounded, load_tokenizer
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.serving.driver import Driver
+from nemotron_jax.serving.grammars import prepare
 from nemotron_jax.serving.served import Served
 from nemotron_jax.sharding import make_mesh
 
@@ -43,6 +45,9 @@ from nemotron_jax.sharding import make_mesh
 MAX_LENGTH = 8192
 # Rounds of decoding between two looks at the queue: text comes in pieces of about as many tokens.
 ROUNDS = 4
+# Seconds for which a thread keeps the interpreter while the event loop waits for it: what the
+# engine does between two calls of the device takes several times as long.
+SWITCH_S = 0.001
 _SIZE = re.compile(r"(\d{1,12})(B|KB|MB|GB|)", re.IGNORECASE)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _MOST_KEYS_BYTES = 1 << 20
@@ -63,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listener = server.bound(flags.host, flags.port)
     except (ValueError, OSError) as error:
         return _told(str(error), 2)
+    sys.setswitchinterval(SWITCH_S)
     driver = Driver(lambda: _made(plan), most=plan.engine.slots + flags.max_waiting)
     server.run(driver, listener, plan.name, max_body=plan.max_body, keys=plan.keys)
     status = 0 if driver.error is None else _failed(driver.error)
@@ -134,7 +140,13 @@ def _made(plan: _Plan) -> tuple[Engine, Served]:
         warn_of_other_template(plan.checkpoint)
         check_vocabulary(plan.tokenizer, model.config.vocab_size)
         engine = Engine(model, plan.engine, tokenizer=plan.tokenizer)
-    return engine, _served(plan, model, engine.config)
+    served = _served(plan, model, engine.config)
+    prepare(plan.tokenizer)
+    # All that is there stays, a million objects of jax's for the most part. To look through them
+    # takes a third of a second, in which no other thread runs: no collection does it any more.
+    gc.collect()
+    gc.freeze()
+    return engine, served
 
 
 def _quantization(checkpoint: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
@@ -75,6 +76,8 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         driver.start(on_ready, on_failure)
+        async with anyio.create_task_group():  # loads what every stream needs, not the first one
+            pass
         lag = asyncio.create_task(_measure_lag(driver))
         yield
         lag.cancel()

@@ -1,5 +1,6 @@
 """Continuations held to a JSON schema, a regular expression or calls of tools, by llguidance."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -78,6 +79,13 @@ class Format:
     """What a request's continuations are held to, compiled: `grammar()` follows one of them."""
 
     grammar: Callable[[], TextGrammar]
+
+
+def prepare(tokenizer: Tokenizer) -> None:
+    """Make what grammars over a tokenizer need before the first one comes; nothing without
+    llguidance."""
+    with contextlib.suppress(ImportError):
+        _language_of(tokenizer).trials.of("start: /a/")
 
 
 def format_of(
