@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention import op, specs, splash
 from pallas_kernels.attention.masks import Masks
@@ -71,6 +72,8 @@ def _pages() -> Iterator[Proof]:
         pool = shape((rows * width + 1, page, 2 * case.kv_heads, case.head_dim), dtype)
         table, offset = shape((rows, width), integers), shape((rows,), integers)
         seen = rows * (tokens * (context - tokens) + tokens * (tokens + 1) // 2)
+        own = 1 + np.arange(rows * width, dtype=np.int32).reshape(rows, width)
+        before = np.full(rows, context - tokens, np.int32)
         yield Proof(
             kernel="ragged_paged_attention_kernel",
             direction=direction,
@@ -80,6 +83,7 @@ def _pages() -> Iterator[Proof]:
             flops=4 * seen * case.heads * case.head_dim,
             bytes=nbytes(q, q, table) + nbytes(pool) * rows * width // (rows * width + 1),
             plain=functools.partial(_over_pages, "xla"),
+            given={2: own, 3: before},
         )
 
 

@@ -9,7 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
+    ref_ragged_paged_attention,
+)
 
 from pallas_kernels import (
     attention,
@@ -83,17 +88,23 @@ def checked(interpreted: bool) -> Iterator[dict]:
         narrow = any(one.dtype == jnp.bfloat16 for one in arrays.values())
         holds = bool(errors[worst] <= (NARROW if narrow else LIMITS[interpreted]))
         yield {"kernel": name, "error": errors[worst], "of": worst, "holds": holds}
-    with _mode(interpreted):
-        yield from _of_codes(interpreted)
+    yield from _others(interpreted)
 
 
 def _mode(interpreted: bool) -> contextlib.AbstractContextManager:
     return pltpu.force_tpu_interpret_mode() if interpreted else contextlib.nullcontext()
 
 
+def _others(interpreted: bool) -> Iterator[dict]:
+    yield _over_pages(interpreted)
+    with _mode(interpreted):
+        yield from _of_codes(interpreted)
+
+
 def _of_codes(interpreted: bool) -> Iterator[dict]:
     """Rows of the kernels that make or read NVFP4."""
     yield _packed(interpreted)
+    yield _quantized()
     for block, options in (
         ((1, 16), {}),
         ((16, 16), {}),
@@ -121,7 +132,7 @@ def distance(got: Any, expected: Any) -> float:
 def timed(proof: Proof, device: Device) -> dict:
     """Milliseconds of a kernel and of its XLA form at a published shape, and the floor: what its
     operations, or its bytes, take at the device's published speeds."""
-    operands = [_filled(proof, one) for one in proof.operands]
+    operands = [_filled(proof, place) for place in range(len(proof.operands))]
     floor = 1e3 * max(proof.flops / device.flops, proof.bytes / device.hbm)
     row = {"kernel": proof.kernel, "direction": proof.direction, "shape": proof.shape}
     row |= {"floor_ms": floor, "ms": None, "xla_ms": None, "why": ""}
@@ -177,8 +188,60 @@ def _packed(interpreted: bool) -> dict:
     return {"kernel": "grouped_matmul_packed", "error": error, "of": "output", "holds": holds}
 
 
-def _filled(proof: Proof, like: Any) -> jax.Array:
-    """Values of an operand: rows spread evenly over groups, one document, small numbers else."""
+def _quantized() -> dict:
+    """Codes of weights, two of them in a byte, their scales, and the codes taken apart again."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((256, 256)), jnp.bfloat16)
+
+    def run(which: str, x: Array) -> tuple[Array, ...]:
+        made = nvfp4.quantize(x, block=(1, 16), implementation=which)
+        apart = nvfp4.unpack(made.codes, implementation=which)
+        again = nvfp4.pack(apart, implementation=which)
+        return made.codes, jax.lax.bitcast_convert_type(made.scales, jnp.uint8), apart, again
+
+    found = (jax.jit(functools.partial(run, name))(x) for name in (KERNEL, "xla"))
+    differ = max(float(np.mean(np.asarray(a) != np.asarray(b))) for a, b in zip(*found))
+    return {"kernel": "nvfp4, codes", "error": differ, "of": "share of bytes", "holds": not differ}
+
+
+def _over_pages(interpreted: bool) -> dict:
+    """Some tokens of rows that lie in pages; no interpreter takes JAX's kernel, so that there its
+    own definition stands in its place."""
+    rng, rows, width, page, heads = np.random.default_rng(0), 3, 6, 64, 4
+    q = jnp.asarray(rng.standard_normal((rows, 5, heads, 128)), jnp.bfloat16)
+    pool = jnp.asarray(rng.standard_normal((rows * width + 1, page, heads, 128)), jnp.bfloat16)
+    table = jnp.asarray(rng.permutation(rows * width).reshape(rows, width) + 1, jnp.int32)
+    before = jnp.array([0, 120, width * page - 5], jnp.int32)
+    run = functools.partial(attention, pages=table, q_offset=before)
+    with jax.default_matmul_precision("highest"):
+        wide = q.astype(jnp.float32), pool.astype(jnp.float32)
+        expected = run(*wide, implementation=DEFINITION)
+    with _jax_definition() if interpreted else contextlib.nullcontext():
+        error = distance(run(q, pool, implementation=KERNEL), expected)
+    row = {"kernel": "attention over pages", "error": error, "of": "output"}
+    return row | {"holds": error <= NARROW}
+
+
+@contextlib.contextmanager
+def _jax_definition() -> Iterator[None]:
+    kernel = ragged.ragged_paged_attention
+    taken = ("sm_scale", "k_scale", "v_scale")
+
+    def defined(*operands: Array, **options: Any) -> Array:
+        return ref_ragged_paged_attention(*operands, **{name: options[name] for name in taken})
+
+    ragged.ragged_paged_attention = defined
+    try:
+        yield
+    finally:
+        ragged.ragged_paged_attention = kernel
+
+
+def _filled(proof: Proof, place: int) -> jax.Array:
+    """Values of an operand: those that the proof gives, rows spread evenly over groups, one
+    document, small numbers else."""
+    like = proof.operands[place]
+    if place in proof.given:
+        return jnp.asarray(proof.given[place], like.dtype)
     if like.dtype == jnp.int32:
         grouped = proof.kernel.startswith("grouped") and like.ndim == 1
         each = proof.operands[0].shape[0] // like.shape[0] if grouped else 0
