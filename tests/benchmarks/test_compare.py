@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nemotron_jax.config.hub_writer import to_hf
-from tests.benchmarks import compare, ours, scaling
+from tests.benchmarks import compare, ours, paired, scaling
 from tests.benchmarks.cases import CASES, SCALING_LENGTHS, Case
 from tests.tiny_models import tiny_config
 
@@ -73,3 +73,13 @@ def test_our_worker_measures_every_kind(kind: str, config_file: str) -> None:
         assert found["state_bytes"] > 0
     if kind == "train":
         assert 2 < found["loss"] < 6 and found["temporary_mb"] > 0  # ln 53 is 3.97
+
+
+def test_pairs_are_compared_pair_by_pair() -> None:
+    """The machine slows down tenfold between the rounds, and ours takes a tenth longer in each."""
+    rounds = [[(0.11, 0.10), (0.22, 0.20)], [(1.1, 1.0), (2.4, 2.0)]]
+    told = paired.line("engine", rounds)
+    assert "of 4 pairs the ratio's median 1.100, of the rounds 1.100, 1.150" in told
+    assert told.startswith("engine: 660.0 ms of CPU, the other 600.0")
+    with pytest.raises(SystemExit):
+        paired.main(["--other=.", "--cases=nothing"])
