@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Iterator
 
 KINDS = (
     "all-gather",
@@ -92,6 +93,38 @@ def collectives(text: str) -> list[Collective]:
     return inside(entry)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """One instruction, and how often one run of its program reaches it."""
+
+    opcode: str
+    type: str
+    source: str  # of the program that was traced; "" for what the compiler put in
+    count: int
+
+
+def instructions(text: str) -> Iterator[Reached]:
+    """Every instruction of a compiled program, from its text, those inside of fusions too; all
+    branches of a conditional count."""
+    computations, entry = _computations(text)
+
+    def inside(name: str, times: int) -> Iterator[Reached]:
+        for one in computations.get(name, ()):
+            yield Reached(one.opcode, one.type, _source(one.rest), times)
+            called = _CALLED.findall(one.rest)
+            runs = times
+            if one.opcode == "while":
+                called = _BODY.findall(one.rest)
+                runs *= _trips(one, computations[name], computations)
+            elif one.opcode == "conditional":
+                branches = _BRANCHES.search(one.rest)
+                called = _NAMES.findall(branches[1]) if branches else _TWO.findall(one.rest)
+            for callee in called:
+                yield from inside(callee, runs)
+
+    return inside(entry, 1)
+
+
 def summary(found: list[Collective]) -> dict[str, dict[str, int]]:
     """Count and bytes of a run by kind of collective."""
     table: dict[str, dict[str, int]] = {}
@@ -147,6 +180,11 @@ def _trips(
     return int(constants[0]) - int(constants[1]) if start.opcode == "constant" else 1
 
 
+def _source(rest: str) -> str:
+    found = re.search(r'op_name="([^"]*)"', rest)
+    return found[1] if found else ""
+
+
 def _names(instruction: _Instruction) -> list[str]:
     """Names of an instruction's operands."""
     return _NAMES.findall(_arguments(instruction.rest))
@@ -167,13 +205,12 @@ def _collective(
     if kind == "all-reduce" and "all-reduce-scatter" in place:
         kind = "reduce-scatter"  # how the TPU's compiler writes one: a fusion that keeps a slice
     dtypes = collections.Counter(dtype for dtype, _ in _SHAPE.findall(instruction.type))
-    source = re.search(r'op_name="([^"]*)"', instruction.rest)
     return Collective(
         kind,
         dtypes.most_common(1)[0][0],
         max(given, result),
         1,
-        source[1] if source else "",
+        _source(instruction.rest),
         asynchronous=instruction.opcode.endswith("-start") or bool(_PART.search(instruction.rest)),
         rings=_rings(instruction.rest),
     )

@@ -78,8 +78,10 @@ def _compiled(targets: list[str]) -> list[dict]:
         return [plan(config, target) for target in targets]
     from nemotron_jax import plan_decode
 
-    sizes = [flags.FLAGS[name].value for name in ("rows", "context", "speculative")]
-    return [plan_decode.plan(config, target, *sizes) for target in targets]
+    asked = {name: flags.FLAGS[name].value for name in ("rows", "context", "experts")}
+    wish = Question(config, "decode", speculative=flags.FLAGS["speculative"].value, **asked).wish()
+    engine = plan_decode.engine_of(wish.rows, wish.context, wish.speculative)
+    return [plan_decode.plan(config, target, engine, wish.experts) for target in targets]
 
 
 def _estimated(targets: list[str]) -> list[dict]:

@@ -16,6 +16,7 @@ from nemotron_jax.decoding.loop import Sizes
 from nemotron_jax.decoding.rules import Asked, Free
 from nemotron_jax.decoding.store import DecodeRows, FlatModel, Store, decode
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import abstract_model, flatten, model_shardings, unflatten
 from nemotron_jax.sharding import make_mesh
 
@@ -23,9 +24,9 @@ _DTYPE = "bfloat16"  # of weights, keys and values, as served
 _ROUNDS = 8  # tokens of one call
 
 
-def plan(config: RunConfig, target: str, rows: int, context: int, speculative: int) -> dict:
-    """What one call of the engine's decode program takes on a target, for `rows` rows that all have
-    room for `context` tokens, on the config's mesh.
+def plan(config: RunConfig, target: str, engine: EngineConfig, experts: str = "dense") -> dict:
+    """What one call of the engine's decode program takes on a target, on the config's mesh, all
+    slots in use and the routed experts held as `experts` says.
 
     Bytes are one device's. Collectives are those of a step, with the first tokens of rows whose
     prompts have just been read, which a call decodes once. Raises ValueError as `plan.plan` does.
@@ -34,9 +35,9 @@ def plan(config: RunConfig, target: str, rows: int, context: int, speculative: i
 
     devices, memory = devices_of(target)
     check_count(config, target, len(devices))
-    engine, mesh = engine_of(rows, context, speculative), make_mesh(config.mesh, devices)
+    mesh = make_mesh(config.mesh, devices)
     begin = time.monotonic()
-    program, model, store = compile_decode(config.model, mesh, engine)
+    program, model, store = compile_decode(config.model, mesh, engine, experts)
     seconds = time.monotonic() - begin
     found = compiled.collectives(program.as_text())
     temporaries, total = memory_of_program(program, target)
@@ -61,9 +62,14 @@ def plan(config: RunConfig, target: str, rows: int, context: int, speculative: i
         "compile_seconds": round(seconds, 1),
         "mesh": dataclasses.asdict(config.mesh),
         "pattern": config.model.pattern,
-        "decode": {"rows": rows, "context": context, "speculative": {"k": speculative}},
-        "rows": rows,
-        "sequence_length": context,
+        "decode": {
+            "rows": engine.slots,
+            "context": engine.max_length,
+            "experts": experts,
+            "speculative": {"k": engine.speculative},
+        },
+        "rows": engine.slots,
+        "sequence_length": engine.max_length,
         "micro_batches": 1,
         "remat": "none",
         "precision": _DTYPE,
@@ -79,16 +85,17 @@ def engine_of(rows: int, context: int, speculative: int = 0) -> EngineConfig:
 
 
 def compile_decode(
-    model: ModelConfig, mesh: Mesh, engine: EngineConfig
+    model: ModelConfig, mesh: Mesh, engine: EngineConfig, experts: str = "dense"
 ) -> tuple[jax.stages.Compiled, Nemotron, Store]:
     """The engine's program that decodes all slots, and its abstract model and store.
 
-    It is lowered from shapes: nothing is made. Weights are bfloat16.
+    It is lowered from shapes: nothing is made. Weights are bfloat16, routed experts NVFP4 codes
+    where `experts` is "nvfp4".
     """
     tokens = engine.max_length + engine.speculative + 1
     rows = _rows(engine.slots, -(-tokens // engine.page_tokens), model)
     with jax.set_mesh(mesh):
-        weights = abstract_for_decoding(model, mesh)
+        weights = abstract_for_decoding(model, mesh, experts)
         store = abstract_store(weights, engine)
         sizes = Sizes(engine.capacity(engine.speculative), engine.speculative, 0)
         lowered = decode.lower(
@@ -102,9 +109,11 @@ def compile_decode(
         return lowered.compile(), weights, store
 
 
-def abstract_for_decoding(config: ModelConfig, mesh: Mesh) -> Nemotron:
+def abstract_for_decoding(config: ModelConfig, mesh: Mesh, experts: str = "dense") -> Nemotron:
     """Shapes and placement of a model as decoding has it."""
-    model = jax.eval_shape(lambda m: m.split_layers(), abstract_model(config, _DTYPE))
+    held = pack_experts if experts == "nvfp4" else lambda model: model
+    made = lambda model: held(model).split_layers()
+    model = jax.eval_shape(made, abstract_model(config, _DTYPE))
     places = model_shardings(model, mesh)
     placed = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])

@@ -122,11 +122,11 @@ class Packed:
     name: str = dataclasses.field(metadata={"static": True})  # whose, for errors
     # Whether adapters train beside them, somewhere in the model: gradients of inputs pass then.
     is_base: bool = dataclasses.field(default=False, metadata={"static": True})
+    experts: str = dataclasses.field(default="experts", metadata={"static": True})  # their axis
 
-    @staticmethod
-    def axes(array: Array) -> Axes:
+    def axes(self, array: Array) -> Axes:
         """The logical axes of one of the codes' arrays."""
-        return ("experts", *(None,) * (array.ndim - 1))
+        return (self.experts, *(None,) * (array.ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

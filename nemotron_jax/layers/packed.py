@@ -5,10 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
+from nemotron_jax.sharding import staying
 from nemotron_jax.types import Array, Packed
 from pallas_kernels import PackedExperts, quantize_experts
-
-_WORDS = ("experts", None, None, None)  # axes of words: devices share whole experts
 
 
 class PackedMatrix(nnx.Module):
@@ -24,9 +23,10 @@ class PackedMatrix(nnx.Module):
         depth: int,
         axes: tuple[str, ...],
     ) -> None:
-        self.words = nnx.Param(words, axes=_WORDS)
-        self.scales = nnx.Param(scales, axes=(_WORDS[0], *_WORDS[2:]))
-        self.factor = nnx.Param(factor, axes=_WORDS[:1])
+        experts = axes[0]  # devices share whole experts
+        self.words = nnx.Param(words, axes=(experts, None, None, None))
+        self.scales = nnx.Param(scales, axes=(experts, None, None))
+        self.factor = nnx.Param(factor, axes=(experts,))
         self.depth = depth  # K
         self.axes = axes  # of the matrices
         self.is_base = False  # whether adapters train beside it, somewhere in its model
@@ -49,7 +49,7 @@ class PackedMatrix(nnx.Module):
     def weight(self, name: str) -> Packed:
         """The matrices as their product takes them; `name` says in errors whose they are."""
         value = PackedExperts(self.words[...], self.scales[...], self.factor[...], self.depth)
-        return Packed(value, name, self.is_base)
+        return Packed(value, name, self.is_base, self._experts)
 
     def unpacked(self, dtype: jnp.dtype) -> nnx.Param:
         """The floats that the codes stand for, each rounded once to `dtype`."""
@@ -57,4 +57,10 @@ class PackedMatrix(nnx.Module):
         arrays = [self.words[...], self.scales[...], self.factor[...]]
         flat = (array.reshape(-1, *array.shape[len(leading) :]) for array in arrays)
         values = PackedExperts(*flat, self.depth).matrices(dtype)
-        return nnx.Param(values.reshape(*leading, *values.shape[1:]), axes=self.axes)
+        axes = self.axes if self.axes[0] == self._experts else staying(self.axes)
+        return nnx.Param(values.reshape(*leading, *values.shape[1:]), axes=axes)
+
+    @property
+    def _experts(self) -> str:
+        """The axis of the experts: another one in a model whose weights stay where they are."""
+        return self.words.axes[0]

@@ -332,7 +332,7 @@ def _weight_specs(weight: Weight | Packed, sizes: Mapping[str, int]) -> Any:
         codes = jax.tree.map(lambda leaf: PartitionSpec(*spec[:1]), weight.codes)
         return dataclasses.replace(weight, value=spec, codes=codes)
     # Every array of the codes, the vector of factors too, is cut by experts as the words are.
-    own = lambda leaf: PartitionSpec(*_spec(PARAMETERS, Packed.axes(leaf), leaf.shape, sizes))
+    own = lambda leaf: PartitionSpec(*_spec(PARAMETERS, weight.axes(leaf), leaf.shape, sizes))
     return jax.tree.map(own, weight)
 
 

@@ -44,7 +44,7 @@ def cuts_of(weight: Weight | Packed) -> Cuts:
     """How the devices share a weight, whole experts staying with their owners."""
     if isinstance(weight, Packed):
         words = weight.value.words
-        return _cuts(Packed.axes(words), words.shape, axis_sizes())
+        return _cuts(weight.axes(words), words.shape, axis_sizes())
     return _cuts(weight.axes, weight.value.shape, axis_sizes())
 
 
