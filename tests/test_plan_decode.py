@@ -1,6 +1,8 @@
-"""The engine's decode program, compiled for devices that are not here, moves activations alone."""
+"""What the engine's decode program holds and moves, compiled for devices that are not here."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import pytest
@@ -12,6 +14,7 @@ from nemotron_jax.plan import memory_of_program, part_bytes
 from nemotron_jax.plan_decode import compile_decode, engine_of
 from nemotron_jax.sharding import make_mesh
 from pallas_kernels import absent
+from tests.tiny_models import tiny_config
 
 ROWS, CONTEXT = 64, 32_768
 
@@ -37,3 +40,28 @@ def test_two_units_of_super_decode_with_weights_that_stay() -> None:
     # Whole experts lie on all sixteen chips.
     [experts] = jax.tree.leaves(model.moe[0].mixer.experts.up)
     assert experts.sharding.shard_shape(experts.shape) == (512 // 16, 1024, 2688)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(tensor=2, expert=2)], ids=["1", "4"])
+def test_a_packed_decode_program_has_no_floats_of_all_experts(mesh: MeshConfig) -> None:
+    """Of 32 experts one device's own are made one after the other: no array of the optimised
+    program, inside its loops and fusions too, has half as many elements as they have weights."""
+    sizes = {"num_experts": 32, "latent_width": 128, "expert_width": 192, "shared_width": 64}
+    config = tiny_config("E")
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **sizes))
+    place = make_mesh(mesh, jax.devices()[: mesh.size])
+    own = 32 // mesh.size * 128 * 192
+    for experts, most in (("nvfp4", own // 2), ("dense", own)):
+        program, *_ = compile_decode(config, place, engine_of(4, 64), experts)
+        shapes = {shape for one in compiled.instructions(program.as_text()) for shape in of(one)}
+        largest = max(map(math.prod, shapes))
+        assert largest < most if experts == "nvfp4" else largest >= most
+        temporaries, _ = memory_of_program(program, "cpu:8")
+        assert experts == "dense" or temporaries < 2 * own, temporaries  # of bfloat16
+
+
+def of(one: compiled.Reached) -> list[tuple[int, ...]]:
+    """The shapes of an instruction's arrays."""
+    found = re.findall(r"\[([\d,]+)\]", one.type)
+    return [tuple(map(int, shape.split(","))) for shape in found]
