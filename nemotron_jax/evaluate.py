@@ -63,6 +63,8 @@ def evaluate(
     check_value("evaluate", "seed", seed, is_seed, f"must be an integer from 0 to {2**32 - 1}")
     dtype = dtype_name("evaluate", dtype)
     axes = mesh_from_text(mesh)
+    of_model = {"dtype": dtype, "mtp": mtp, "mesh": mesh, "experts": experts}
+    _check_flags(str(checkpoint), of_model, model_name)
     _check_processes(str(checkpoint), axes, output)
     if axes is not None:
         devices = command_line.devices_here(axes.size, f"--mesh={mesh}")
@@ -118,6 +120,27 @@ class _Parser(argparse.ArgumentParser):
 def _told(reason: str) -> int:
     print(f"eval.py: {' '.join(reason.split())}", file=sys.stderr)
     return 2
+
+
+# How a model is loaded where no flag says so.
+_AS_LOADED = {"dtype": "float32", "mtp": "keep", "mesh": "", "experts": "dense"}
+
+
+def _check_flags(checkpoint: str, of_model: dict[str, str], model_name: str) -> None:
+    """Raise ValueError for a flag that would change nothing."""
+    if not checkpoint.startswith(URL):
+        if model_name:
+            raise ValueError(
+                f"--model={model_name}: names a model of a server, and --checkpoint={checkpoint} "
+                "is a directory; leave --model out"
+            )
+        return
+    for name, value in of_model.items():
+        if value != _AS_LOADED[name]:
+            raise ValueError(
+                f"--{name}={value}: {checkpoint} is a server, which runs its model as it was "
+                f"started; leave --{name} out, or name a directory as --checkpoint"
+            )
 
 
 def _check_processes(checkpoint: str, axes: MeshConfig | None, output: Path) -> None:

@@ -1,6 +1,5 @@
 """What users of a server get, by how many there are: tokens a second, and the first one's wait."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import statistics
@@ -9,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.words import FILLER, THINGS, coined
 from nemotron_jax.evaluation.suite import Counts, Result, Suite, Table, Unavailable, Value
 from nemotron_jax.evaluation.url import Url
+from nemotron_jax.evaluation.waiting import side_by_side
 
 # A row passes where the median user gets at least so many tokens a second, faster than anybody
 # reads and about what agents are used to, and waits less than so long for the first.
@@ -133,9 +134,8 @@ def measure(context: Any, options: ServingOptions) -> Result:
         for number, streams in enumerate(sorted(options.streams)):
             context.progress.at(number, len(options.streams), "numbers of streams")
             began = time.perf_counter()
-            with concurrent.futures.ThreadPoolExecutor(streams) as pool:
-                users = [pool.submit(_user, asker, streams, user) for user in range(streams)]
-                found = [one for user in users for one in user.result()]
+            users = dict(side_by_side(partial(_user, asker, streams), streams, streams))
+            found = [one for user in range(streams) for one in users[user]]
             rows[streams] = (found, time.perf_counter() - began)
     return summarise(rows)
 

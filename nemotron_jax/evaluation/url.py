@@ -1,6 +1,5 @@
 """A model behind an OpenAI-compatible URL as one that answers."""
 
-import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -13,6 +12,7 @@ from typing import Any
 
 from nemotron_jax.evaluation.answers import Answer, Ask
 from nemotron_jax.evaluation.suite import Unavailable
+from nemotron_jax.evaluation.waiting import side_by_side
 
 SIDE_BY_SIDE = 16  # requests in flight: more queue at the server, fewer leave it idle
 TRIES, WAIT_S, MOST_WAIT_S = 4, 0.5, 30.0  # of a busy server: half a second, then twice as long
@@ -55,11 +55,10 @@ class Url:
         does not answer at all."""
         bodies = [(path_of(ask), body_of(ask, self.model)) for ask in asks]
         answers: list[Answer] = [Answer()] * len(asks)
-        with concurrent.futures.ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
-            going = {pool.submit(self._answer, *body): n for n, body in enumerate(bodies)}
-            for done, future in enumerate(concurrent.futures.as_completed(going), 1):
-                answers[going[future]] = future.result()
-                self._progress(done, len(asks))
+        going = side_by_side(lambda n: self._answer(*bodies[n]), len(bodies), SIDE_BY_SIDE)
+        for done, (number, answer) in enumerate(going, 1):
+            answers[number] = answer
+            self._progress(done, len(asks))
         if asks and all(answer.error for answer in answers):
             raise Unavailable(f"{self.url}: {answers[0].error}")
         return answers

@@ -106,6 +106,12 @@ def test_wrong_requests_are_refused_before_anything_is_written(
     config = dataclasses.replace(run_config, seed=1)
     with pytest.raises(ValueError, match="tokenizer.json does not exist"):
         evaluation.evaluate(HUB, "perplexity", output, config=config)
+    server = "http://127.0.0.1:9"
+    for flag, value in (("dtype", "bfloat16"), ("mesh", "data=1"), ("experts", "nvfp4")):
+        with pytest.raises(ValueError, match=f"--{flag}={value}: {server} is a server"):
+            evaluation.evaluate(server, "tools", output, **{flag: value})
+    with pytest.raises(ValueError, match="--model=mine.* is a directory"):
+        evaluation.evaluate(run_directory, "perplexity", output, model_name="mine")
     assert not output.exists()
 
 

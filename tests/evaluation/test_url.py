@@ -10,6 +10,7 @@ from nemotron_jax.evaluation import url as module
 from nemotron_jax.evaluation.answers import Ask
 from nemotron_jax.evaluation.suite import Unavailable
 from nemotron_jax.evaluation.url import Url, read_answer
+from nemotron_jax.evaluation.waiting import side_by_side
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -99,6 +100,28 @@ def test_a_server_that_is_not_there_is_one_sentence(monkeypatch) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.0)
     with pytest.raises(Unavailable, match=r"http://127.0.0.1:1/v1/models does not answer"):
         Url("http://127.0.0.1:1").ask([Ask(prompt="x")])
+
+
+def test_whoever_leaves_early_waits_for_nothing() -> None:
+    """As by Ctrl-C while a slow server answers: no other request is begun."""
+    begun, goes_on = [], threading.Event()
+
+    def work(number):
+        begun.append(number)
+        if number:
+            goes_on.wait(60)
+        return number * 10
+
+    going = side_by_side(work, 50, threads=4)
+    assert next(going) == (0, 0)
+    going.close()
+    held = len(begun)
+    goes_on.set()
+    assert held <= 5 and set(begun) <= set(range(5))
+    assert dict(side_by_side(work, 50, threads=4)) == {n: 10 * n for n in range(50)}
+    assert dict(side_by_side(work, 0, threads=4)) == {}
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(lambda number: 1 // number, 3, threads=2))
 
 
 def test_answers_of_all_shapes_are_read_and_others_are_errors() -> None:
