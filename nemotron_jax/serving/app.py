@@ -23,6 +23,7 @@ from nemotron_jax.serving.driver import Driver
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.grammars import asks_for_grammar
 from nemotron_jax.serving.http import (
+    HEAD_BYTES,
     Events,
     JsonResponse,
     check_key,
@@ -138,19 +139,12 @@ class _Endpoints:
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize"""
         fields = await self._fields(request)
-        ids = await asyncio.to_thread(_tokenized, fields, self._served)
-        body = {"tokens": ids, "count": len(ids), "max_model_len": self._served.context}
-        return JsonResponse(body)
+        return await asyncio.to_thread(_tokenized, fields, self._served)
 
     async def detokenize(self, request: Request) -> Response:
         """POST /detokenize"""
         fields = await self._fields(request)
-        tokens = fields.token_ids("tokens", self._served.vocabulary)
-        if tokens is None:
-            raise Refusal("tokens: is missing; give a list of token ids", "tokens")
-        decode = self._served.tokenizer.decode
-        text = await asyncio.to_thread(lambda: decode(tokens, show_special=True))
-        return JsonResponse({"prompt": text})
+        return await asyncio.to_thread(_detokenized, fields, self._served)
 
     async def tokenizer(self) -> Response:
         """GET /tokenizer_info"""
@@ -253,6 +247,8 @@ class _Guarded:
             await send(message)
 
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > HEAD_BYTES:
+                raise Refusal(f"the head is larger than {HEAD_BYTES} bytes; send less", status=431)
             if scope["path"] not in _OPEN:
                 check_key(request, self._keys)
             await self._app(scope, receive, sent)
@@ -294,15 +290,27 @@ async def _no_such_path(_: Request, error: Exception) -> Response:
     return JsonResponse(Refusal(reason, status=error.status_code).body(), error.status_code)
 
 
-def _tokenized(fields: Fields, served: Served) -> list[int]:
+def _tokenized(fields: Fields, served: Served) -> Response:
+    ids = _ids(fields, served)
+    return JsonResponse({"tokens": ids, "count": len(ids), "max_model_len": served.context})
+
+
+def _ids(fields: Fields, served: Served) -> list[int]:
     if fields.get("messages") is not None:
-        return read_prompt(fields).ids(served)
+        return read_prompt(fields, served).ids(served)
     if fields.get("prompt") is None:
         raise Refusal("prompt: is missing; give a text, or messages", "prompt")
     text = fields.text("prompt")
     # Names of special tokens are text within a text; alone one asks for the token.
     alone = {name: token for token, name in served.tokenizer.special_names.items()}.get(text)
     return encoded(served, text, "prompt") if alone is None else [alone]
+
+
+def _detokenized(fields: Fields, served: Served) -> Response:
+    tokens = fields.token_ids("tokens", served.vocabulary)
+    if tokens is None:
+        raise Refusal("tokens: is missing; give a list of token ids", "tokens")
+    return JsonResponse({"prompt": served.tokenizer.decode(tokens, show_special=True)})
 
 
 async def _measure_lag(driver: Driver) -> None:

@@ -1,14 +1,14 @@
 """A body of /v1/chat/completions as a prompt's ids and what is wanted of its continuation."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nemotron_jax.config.untrusted import shown
 from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, calls_of, text_of
 from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
 from nemotron_jax.decoding.wanted import MOST_TOP, Budget
-from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.fields import Fields, characters, check_parts
 from nemotron_jax.serving.grammars import Format, calls_of_tools
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
@@ -25,6 +25,7 @@ from nemotron_jax.serving.wishes import (
 )
 
 MOST_MESSAGES, MOST_TOOLS = 10_000, 512
+_THOUGHTS = ("reasoning_content", "reasoning")  # of past turns, which the template leaves out
 _ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
 
@@ -42,8 +43,6 @@ class ChatPrompt:
     def ids(self, served: Served, prefix: Sequence[int] | None = None) -> list[int]:
         """The prompt's ids. `prefix` are those that the conversation had up to the end of its last
         assistant turn, which stand as they are: text encoded anew may give others."""
-        size = sum(len(text_of(message)) for message in self.messages)
-        check_size(served, size, "messages")
         try:
             ids = encode_prompt(served.tokenizer, self.messages, self.tools, self.options)
             return ids if prefix is None else self._after(served, ids, prefix)
@@ -83,7 +82,7 @@ class ChatRequest:
 
 def read_chat(fields: Fields, served: Served) -> ChatRequest:
     """The request of a body; Refusal names the field that is wrong."""
-    prompt = read_prompt(fields)
+    prompt = read_prompt(fields, served)
     logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, 0, MOST_TOP)
     if top and not logprobs:
@@ -108,8 +107,12 @@ def read_chat(fields: Fields, served: Served) -> ChatRequest:
     )
 
 
-def read_prompt(fields: Fields) -> ChatPrompt:
-    """Messages, tools and switches of a body."""
+def read_prompt(fields: Fields, served: Served) -> ChatPrompt:
+    """Messages, tools and switches of a body; refused before they are read where no prompt that
+    fits could hold them."""
+    tools, messages = characters(fields.get("tools")), characters(fields.get("messages"), _THOUGHTS)
+    check_size(served, tools, "tools")
+    check_size(served, tools + messages, "messages")
     if fields.get("messages") is None:
         raise Refusal("messages: is missing; give a list of messages", "messages")
     given = fields.objects("messages", MOST_MESSAGES)
@@ -150,11 +153,22 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
     thought = given.get("reasoning_content") or given.get("reasoning")
     if isinstance(thought, str):
         message["reasoning_content"] = thought
+    for text in _arguments(given.get("tool_calls")):
+        check_parts(text.encode("utf-8", "replace"))
     calls = [
         {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
         for name, arguments in calls_of(given)
     ]
     return message | ({"tool_calls": calls} if calls else {})
+
+
+def _arguments(calls: Any) -> Iterator[str]:
+    """Those of the calls of a message that are texts, in which JSON is to be parsed."""
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        text = function.get("arguments") if isinstance(function, Mapping) else None
+        if isinstance(text, str):
+            yield text
 
 
 def _tools(fields: Fields) -> list[Mapping[str, Any]]:

@@ -1,12 +1,18 @@
 """Fields of a request's body, read one by one: a wrong value is refused by the field's name."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+import numpy as np
 
 from nemotron_jax.config.checks import is_finite, is_integer
 from nemotron_jax.config.untrusted import parse_json, shown
 from nemotron_jax.environments.sound import sound_value
 from nemotron_jax.serving.refusal import Refusal
+
+# Of a body: lists and objects, names, and values in all. Nobody else runs while they are made: so
+# many take up to half a second. A prompt of a million ids has as many values, in one list.
+MOST_PARTS, MOST_NAMES, MOST_VALUES = 100_000, 200_000, 2_000_000
 
 
 class Fields:
@@ -20,6 +26,7 @@ class Fields:
     def of(cls, body: bytes) -> "Fields":
         """Raises Refusal for what is no JSON object, or one nested beyond any use."""
         try:
+            check_parts(body)
             values = sound_value(parse_json(body))
         except ValueError as error:
             raise Refusal(f"the body is not JSON: {str(error)[:200]}") from None
@@ -107,3 +114,39 @@ def is_token_ids(value: Any, vocabulary: int) -> bool:
     return isinstance(value, list) and all(
         type(token) is int and 0 <= token < vocabulary for token in value
     )
+
+
+def characters(value: Any, without: Collection[str] = ()) -> int:
+    """How many a value's texts and names have, without those of some names."""
+    total, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, Mapping):
+            total += sum(map(len, one))
+            left += [inner for name, inner in one.items() if name not in without]
+        elif isinstance(one, list | tuple):
+            left += one
+        else:
+            total += 1  # a number takes a character at least
+    return total
+
+
+def check_parts(body: bytes) -> None:
+    """Raise ValueError for JSON of too many parts, which would take seconds to be parsed."""
+    bounds = (
+        ("lists and objects", b"[{", MOST_PARTS),
+        ("names", b":", MOST_NAMES),
+        ("values", b",", MOST_VALUES),
+    )
+    if all(sum(body.count(bytes([sign])) for sign in signs) <= most for _, signs, most in bounds):
+        return
+    # Signs may stand in texts too: these are told by their quotes, of which escaped ones are none.
+    bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    marks = np.frombuffer(bare, np.uint8)
+    outside = marks[~np.logical_xor.accumulate(marks == ord('"'))]
+    for what, signs, most in bounds:
+        found = sum(int(np.count_nonzero(outside == sign)) for sign in signs)
+        if found > most:
+            raise ValueError(f"it has {found} {what}, and may have {most}")

@@ -13,7 +13,7 @@ import numpy as np
 from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.serving.call_grammars import TEXT_OR_CALLS, calls_grammar
-from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.fields import Fields, characters
 from nemotron_jax.serving.patterns import check_pattern, check_patterns
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.trials import Trials
@@ -99,8 +99,9 @@ def format_of(
     make, param = _library("response_format.type").LLMatcher, "response_format"
     try:
         if kind == "regex":
-            check_pattern(part.text("regex"))
-            source = make.grammar_from_regex(_bounded(part.text("regex"), param))
+            pattern = _bounded(part.text("regex"), param)
+            check_pattern(pattern)
+            source = make.grammar_from_regex(pattern)
         else:
             text = _bounded(json.dumps(_schema_of(part)), param)
             source = make.grammar_from_json_schema(text, overrides=_COMPACT)
@@ -133,6 +134,7 @@ def calls_of_tools(
     part, answer, rules = fields.part("response_format"), TEXT_OR_CALLS, ""
     if part.get("type") == "regex":
         raise part.refuse("type", "cannot be kept together with tools; use json_schema")
+    _check_size(tools, "tools", without=("description",))
     try:
         if part.get("type") not in (None, "text"):
             schema = _schema_of(part) | {"x-guidance": _COMPACT}
@@ -162,6 +164,7 @@ def _schema_of(part: Fields) -> dict[str, Any]:
             "response_format.json_schema.schema: must be a JSON schema",
             "response_format.json_schema.schema",
         )
+    _check_size(schema, "response_format")
     check_patterns(schema)
     return schema
 
@@ -261,6 +264,12 @@ def _library(param: str) -> Any:
             "and tool_choice=auto without strict tools",
             param,
         ) from None
+
+
+def _check_size(value: Any, param: str, without: Sequence[str] = ()) -> None:
+    """Raise Refusal for a schema that is too long, before anything goes through it."""
+    if (size := characters(value, without)) > MOST_CHARACTERS:
+        raise _wrong(f"it has {size} characters; write at most {MOST_CHARACTERS}", param)
 
 
 def _bounded(text: str, param: str) -> str:

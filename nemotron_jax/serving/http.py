@@ -24,6 +24,7 @@ REQUEST_S = 4
 BYTES_A_SECOND = 100_000
 # Of them for a body whose head came late, from a connection that was opened in advance.
 _BODY_S = 1
+HEAD_BYTES = 32 << 10  # of a request's head
 _BEGAN = "nemotron_jax.began"  # of a scope: when the request began, by the loop's clock
 
 

@@ -11,11 +11,10 @@ import uvicorn
 
 from nemotron_jax.serving.app import LOG, make_app
 from nemotron_jax.serving.driver import Driver
-from nemotron_jax.serving.http import Connection
+from nemotron_jax.serving.http import HEAD_BYTES, Connection
 
 # Seconds that clients have to read the rest of their answers once all are written.
 _GRACE_S = 30
-_HEAD_BYTES = 32 << 10  # of a request's head
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -54,7 +53,7 @@ def run(
             server_header=False,
             backlog=2048,
             timeout_graceful_shutdown=_GRACE_S,
-            h11_max_incomplete_event_size=_HEAD_BYTES,
+            h11_max_incomplete_event_size=HEAD_BYTES,
         )
         server = _Server(config, driver)
         server.run(sockets=[listener])

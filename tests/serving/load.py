@@ -26,7 +26,7 @@ KINDS = {  # how often each kind of request comes, and the statuses that are rig
     "deep": (1, {400}),
     "regex": (3, {200, 400}),
     "injected": (4, {200, 400}),
-    "head": (3, {0, 200, 400, 431}),
+    "head": (3, {0, 400, 431}),
     "drip": (1, {0, 408}),
 }
 # Those that no engine answers: the others may wait for their turn.

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nemotron_jax.serving import http
+from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.refusal import Refusal
 from tests.serving.live import CHAT, CONTEXT, TOKENIZER, Live, ids_of, live
 
 TEXT = "/v1/completions"
@@ -137,6 +139,14 @@ def test_bodies_are_bounded_however_they_come(served: Live) -> None:
     assert answer.status_code == 413
     with raw(served, chat_head(10**17)) as connection:
         assert b" 413 " in connection.recv(100)
+    for part in (b"[],", b'{"a":0},', b"1,"):  # of which nothing is made
+        body = b'{"messages": "' + rb"[{\"," + b'", "a": [' + part * 2_100_000 + b"0]}"
+        with pytest.raises(Refusal, match="and may have"):
+            Fields.of(body)
+    text = '[{:,"\\' * 30_000
+    assert Fields.of(json.dumps({"a": text}).encode()).text("a") == text
+    with raw(served, "GET / HTTP/1.1\nHost: a\nX: " + "a" * 40_000 + "\n\n") as connection:
+        assert b" 431 " in connection.recv(100)
     with raw(served, "GET / HTTP/1.1\nHost: a\nX: " + "a" * 60_000) as connection:
         assert b" 400 " in connection.recv(100)
 
