@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from nemotron_jax.config.checks import check_value
@@ -14,9 +13,9 @@ from nemotron_jax.data.chat.tokens import encode_prompt
 from nemotron_jax.data.tokenizer import Tokenizer, check_vocabulary
 from nemotron_jax.decoding.generate import default_stop_tokens
 from nemotron_jax.decoding.lockstep import Lockstep
+from nemotron_jax.decoding.texts import tokenizer_of
 from nemotron_jax.decoding.wanted import Budget, Wanted
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.pretrained import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ def chat(
     )
     rule = "must be None with enable_thinking=False: there is no reasoning to bound"
     check_value("chat", "budget", budget, budget is None or enable_thinking, rule)
-    tokenizer = tokenizer or _own_tokenizer(model)
+    tokenizer = tokenizer or tokenizer_of(model, "chat")
     check_vocabulary(tokenizer, model.config.vocab_size)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -79,14 +78,3 @@ def stop_tokens(model: Nemotron, tokenizer: Tokenizer) -> tuple[int, ...]:
 def thinking_budget(tokenizer: Tokenizer, tokens: int | None) -> Budget | None:
     """The bound of a reasoning."""
     return None if tokens is None else Budget(tokens, tokenizer.token_id(ANSWER))
-
-
-def _own_tokenizer(model: Nemotron) -> Tokenizer:
-    if model.origin is None:
-        raise ValueError(
-            "chat: tokenizer=None takes that of the model's directory, and this model was not "
-            "loaded from one; pass nj.load_tokenizer(DIR)"
-        )
-    directory = Path(model.origin.directory)  # of a run it is a checkpoint's
-    run = directory.parents[1] if model.origin.is_run else directory
-    return load_tokenizer(run)

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import importlib
 import io
 import os
 import re
@@ -31,7 +32,11 @@ _DISTRIBUTED = flags.DEFINE_enum(
     ["auto"],
     "auto: let JAX find the other processes, as on a Cloud TPU slice.",
 )
-_ROOT = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parent
+_ROOT = _PACKAGE.parent
+# Where a bare name after --config= is looked for: in a wheel, and in a checkout.
+_CONFIG_FOLDERS = (_PACKAGE / "configs", _ROOT / "configs")
+_BARE_CONFIG = re.compile(r"--?config=(\w+)")
 _PRECISION = re.compile(r"--?config\.(?:execution\.)?precision=([A-Za-z]\w*)")
 _LORA = re.compile(r"--?config\.lora\.(\w+)=(.*)", re.DOTALL)
 _NO_PART = re.compile(r"--?config\.([\w.]+)=None")
@@ -50,10 +55,36 @@ def run(program: str, main: Callable[[], int]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.ERROR)  # what config_flags warns of is refused as a sentence
+    _show_in_help(main.__module__)
     app.run(
         lambda _: _exit_status(program, main),
         flags_parser=lambda arguments: _parse(program, arguments),
     )
+
+
+def _show_in_help(module: str) -> None:
+    """Let --help say what a module says of itself and of its flags, whoever started it."""
+    sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+    for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def config_file(name: str) -> str:
+    """The file of configs/ that a bare name such as `pretrain_tiny` stands for.
+
+    A name that is a file stays itself. Raises ValueError with the names that there are.
+    """
+    folder = next((folder for folder in _CONFIG_FOLDERS if folder.is_dir()), None)
+    if Path(name).exists() or folder is None:
+        return name
+    there = sorted(file.stem for file in folder.glob("*.py") if file.stem != "models")
+    if name not in there:
+        raise ValueError(
+            f"--config={name}: names no file, and no config of this project: {', '.join(there)}"
+        )
+    if folder.parent == _PACKAGE:  # of a wheel: its files import each other as configs.NAME
+        sys.modules.setdefault("configs", importlib.import_module("nemotron_jax.configs"))
+    return str(folder / f"{name}.py")
 
 
 def overrides() -> dict[str, object]:
@@ -145,6 +176,7 @@ def path_of(flag: str, path: str | Path) -> Path:
 
 def _parse(program: str, arguments: list[str]) -> list[str]:
     """The program's name, once every flag is parsed; exits where one cannot be."""
+    arguments = _with_config_file(program, arguments)
     presets = [match[1] for argument in arguments if (match := _PRECISION.fullmatch(argument))]
     parts = optional_parts(RunConfig)
     absent = [m[1] for a in arguments if (m := _NO_PART.fullmatch(a)) and m[1] in parts]
@@ -192,6 +224,17 @@ def _parse(program: str, arguments: list[str]) -> list[str]:
         # What it fails at is raised here too, as one sentence; it writes a traceback beside.
         logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     return arguments[:1]
+
+
+def _with_config_file(program: str, arguments: list[str]) -> list[str]:
+    """The arguments with the file of a config that was named alone; exits where there is none."""
+    try:
+        return [
+            f"--config={config_file(bare[1])}" if (bare := _BARE_CONFIG.fullmatch(a)) else a
+            for a in arguments
+        ]
+    except ValueError as error:
+        _refuse(program, str(error))
 
 
 def _apply(config: ConfigDict, presets: Sequence[str], absent: Sequence[str]) -> None:
@@ -259,7 +302,9 @@ def _told_status(program: str, main: Callable[[], int]) -> int:
         return _told(program, f"memory is exhausted; {_LESS}", 1)
     except (ValueError, OSError, FloatingPointError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        ours = raised_in.is_relative_to(_ROOT) and "site-packages" not in str(raised_in)
+        ours = any(map(raised_in.is_relative_to, (_PACKAGE, _ROOT / "pallas_kernels"))) or (
+            raised_in.is_relative_to(_ROOT) and "site-packages" not in str(raised_in)
+        )
         of_a_file = isinstance(error, OSError) and error.errno is not None
         if not (ours or of_a_file):
             raise  # a fault of the program, not a sentence for its user

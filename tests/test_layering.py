@@ -41,9 +41,10 @@ FLOORS = {
     # The facade and its commands are one part; stages and scripts may use the facade.
     "nemotron_jax": 10,
     "nemotron_jax.stages": 11,
-    "train": 12,
-    "eval": 12,
-    "experiments": 12,
+    "nemotron_jax.commands": 12,
+    "train": 13,
+    "eval": 13,
+    "experiments": 13,
 }
 FORBIDDEN = {
     "nemotron_jax.config": {"jax", "flax", "jaxlib", "optax", "numpy"},

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 
+import numpy as np
 import pytest
 
 import nemotron_jax as nj
@@ -135,6 +136,7 @@ def test_the_command_answers_from_a_model_on_disk(tmp_path, tokenizer, monkeypat
     turn = nj.chat(nj.load_pretrained(tmp_path), "hello", **options)
     assert "\n".join(out[2:-1]) == turn.content and turn.finish_reason == "length"
     assert not turn.reasoning and turn.calls == ()
+    check_texts(nj.load_pretrained(tmp_path), tokenizer)
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     assert command.main(["--checkpoint=/nowhere"]) == 2
     assert "chat: tokenizer /nowhere" in capsys.readouterr().out
@@ -142,6 +144,19 @@ def test_the_command_answers_from_a_model_on_disk(tmp_path, tokenizer, monkeypat
         nj.chat(abstract_model(config), "hello")
     with pytest.raises(ValueError, match="budget=3: must be None with enable_thinking=False"):
         nj.chat(abstract_model(config), "hello", budget=3, enable_thinking=False)
+
+
+def check_texts(model, tokenizer) -> None:
+    """`nj.generate` of texts gives what their ids give, and the new text."""
+    texts = ["hello", "two four"]
+    result = nj.generate(model, texts, 3)
+    assert np.array_equal(
+        result.tokens, nj.generate(model, list(map(tokenizer.encode, texts)), 3).tokens
+    )
+    assert result.texts == tuple(map(tokenizer.decode, result.tokens))
+    assert nj.generate(model, "hello", 3).texts == result.texts[:1]
+    with pytest.raises(ValueError, match="prompt 1 is 7 beside texts; give texts alone"):
+        nj.generate(model, ["hello", 7])
 
 
 def _end():

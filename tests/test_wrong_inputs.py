@@ -293,13 +293,13 @@ def assert_told(outcome: dict, words: str, program: str) -> None:
 def trained(wrong_files) -> list[dict]:
     usual = [f"--config={wrong_files}/config.py", f"--workdir={wrong_files}/run"]
     shown = [([*flags, SHOW], "") for flags in SHOWN]
-    return outcomes("train", usual, TRAIN + shown, wrong_files)
+    return outcomes("nemotron_jax.commands.train", usual, TRAIN + shown, wrong_files)
 
 
 @pytest.fixture(scope="module")
 def evaluated(wrong_files) -> list[dict]:
     usual = [f"--checkpoint={HUB}", "--suites=speed", f"--output={wrong_files}/report"]
-    return outcomes("eval", usual, EVAL, wrong_files)
+    return outcomes("nemotron_jax.commands.eval", usual, EVAL, wrong_files)
 
 
 @pytest.mark.parametrize("number", range(len(TRAIN)), ids=lambda n: " ".join(TRAIN[n][0]))

@@ -9,12 +9,13 @@ from jaxtyping import Array, Bool, Float, Int
 from nemotron_jax.config.checks import check_value, is_integer
 from nemotron_jax.config.engine import MOST_DRAFTS
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.data.tokenizer import Tokenizer, check_vocabulary
 from nemotron_jax.decoding.admission import check_texts
 from nemotron_jax.decoding.lockstep import Lockstep
 from nemotron_jax.decoding.request import Request
 from nemotron_jax.decoding.sampling import checked_sampling
 from nemotron_jax.decoding.speculative import Acceptance
+from nemotron_jax.decoding.texts import tokenizer_of
 from nemotron_jax.decoding.wanted import Budget, Wanted
 from nemotron_jax.model.nemotron import Nemotron
 
@@ -28,11 +29,12 @@ class Generated:
     logprobs: Float[np.ndarray, "B N"]  # as `logprobs` asked, float32; 0 in padding
     forced: Bool[np.ndarray, "B N"]  # put there by the budget
     acceptance: Acceptance | None = None  # of drafted tokens; None without speculation
+    texts: tuple[str, ...] = ()  # new text of each row, where the prompts were texts
 
 
 def generate(
     model: Nemotron,
-    prompt_tokens: Int[Array, "B T"] | Sequence[Sequence[int]],
+    prompt_tokens: Int[Array, "B T"] | Sequence[Sequence[int]] | Sequence[str] | str,
     max_new_tokens: int = 24,
     *,
     temperature: float | Sequence[float] = 0.0,
@@ -51,6 +53,9 @@ def generate(
 ) -> Generated:
     """Continue every prompt by up to `max_new_tokens` tokens.
 
+    Prompts are rows of ids, or a text or several, which the tokenizer encodes: the given one, or
+    that of the model's own directory. The result's `texts` are then what was written.
+
     Rows may differ in length and in how they are sampled; each behaves as if it were alone.
     `stop_tokens=None` takes the checkpoint's own end-of-sequence ids, `()` never stops.
     `speculative=k` drafts k tokens at a time with the MTP block and verifies them together: greedy
@@ -59,6 +64,11 @@ def generate(
     ValueError for an empty prompt, a token outside the vocabulary, drafts without an MTP block, or
     values of the wrong kind or out of range.
     """
+    texts = _texts_of(prompt_tokens)
+    if texts:
+        tokenizer = tokenizer or tokenizer_of(model, "generate")
+        check_vocabulary(tokenizer, model.config.vocab_size)
+        prompt_tokens = tokenizer.encode_batch(texts)
     rows = _checked_rows(model, prompt_tokens)
     _check_drafts(speculative)
     wanted = Wanted(
@@ -80,7 +90,11 @@ def generate(
     check_texts(wanted, tokenizer)
     lockstep.enter(requests)
     lockstep.run()
-    return _result(requests, model.config.pad_token, lockstep.stats().acceptance)
+    found = _result(requests, model.config.pad_token, lockstep.stats().acceptance)
+    if not texts:
+        return found
+    written = tuple(tokenizer.decode(request.tokens) for request in requests)
+    return dataclasses.replace(found, texts=written)
 
 
 def default_stop_tokens(model: Nemotron) -> tuple[int, ...]:
@@ -107,6 +121,21 @@ def _result(requests: Sequence[Request], pad: int, acceptance: Acceptance | None
     return found
 
 
+def _texts_of(prompts: Sequence) -> list[str]:
+    """Prompts that are texts, as a list; nothing where they are tokens."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, list | tuple) or not any(isinstance(one, str) for one in prompts):
+        return []
+    for number, one in enumerate(prompts):
+        if not isinstance(one, str):
+            raise ValueError(
+                f"generate: prompt {number} is {one!r} beside texts; give texts alone, or rows of "
+                "tokens alone"
+            )
+    return list(prompts)
+
+
 def _checked_rows(model: Nemotron, prompt_tokens: Sequence) -> list[list[int]]:
     if not np.iterable(prompt_tokens):
         raise ValueError(
@@ -117,7 +146,8 @@ def _checked_rows(model: Nemotron, prompt_tokens: Sequence) -> list[list[int]]:
     for number, row in enumerate(rows):
         if not isinstance(row, list) or not all(type(token) is int for token in row):
             raise ValueError(
-                f"generate: prompt {number} is {row!r}; each prompt is a row of integer tokens"
+                f"generate: prompt {number} is {row!r}; each prompt is a row of integer tokens, as "
+                "in [[1, 17]]"
             )
     if not rows or not all(rows):
         raise ValueError(
