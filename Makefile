@@ -57,6 +57,24 @@ serve: $(VENV)/.installed  ## serve RUN=runs/sft to OpenAI clients on http://127
 report: $(VENV)/.installed  ## evaluate RUN=runs/tiny into build/report/report.html
 	$(VENV)/bin/python eval.py --checkpoint=$(or $(RUN),runs/tiny) --suites=perplexity --output=build/report
 
+.PHONY: speedrun
+speedrun: $(VENV)/.installed  ## every stage of a small model, up to a served answer; one report in build/speedrun
+	$(VENV)/bin/python -m experiments.speedrun $(SPEEDRUN)
+
+.PHONY: notebook
+notebook: $(VENV)/.installed  ## open examples/ in JupyterLab, which it installs
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'
+	$(VENV)/bin/jupyter lab --notebook-dir=examples
+
+.PHONY: docs
+docs: $(VENV)/.installed  ## build docs/ as pages in build/site, with mkdocs, which it installs
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(VENV)/bin/python -m mkdocs build --strict --quiet
+
+.PHONY: wheel
+wheel: $(VENV)/.installed  ## build dist/nemotron_jax-….whl, which brings nemotron-jax and configs/
+	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 .PHONY: test
 test: $(VENV)/.installed  ## run every fast test
 	@$(VENV)/bin/python -m pytest $(FAST)

@@ -3,8 +3,8 @@
 Command:  python train.py --config=configs/nano.py --workdir=runs/nano \
               --config.data.sources='shards:/data/pretraining'
 Hardware: v6e:8x8, 64 chips, mesh fsdp=64, one row a chip in each of 48 micro-batches: 22.2 of
-          32 GB a chip as compiled (docs/sharding.md), 99 s a step as estimated. One process drives
-          all devices so far, so a slice of several hosts does not run yet. Weights, gradients
+          32 GB a chip as compiled (docs/sharding.md), 99 s a step as estimated. Several
+          processes drive it (docs/scale.md): tried with CPUs of one machine. Weights, gradients
           and moments are 505 GB.
 Data:     token shards, made once: docs/data.md.
 Expected: not run here. The tests build the model's shapes and pin the schedule.

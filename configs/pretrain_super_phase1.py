@@ -3,8 +3,8 @@
 Command:  python train.py --config=configs/pretrain_super_phase1.py --workdir=runs/super \
               --config.data.sources='shards:/data/phase1'
 Hardware: v5p:8x8x4, 256 chips, mesh data=2 and fsdp=128: 66.6 of 95 GB a chip as compiled
-          (docs/sharding.md), 67 s a step as estimated. One process drives all devices so far, so a
-          slice of several hosts does not run yet. Weights, gradients and moments are
+          (docs/sharding.md), 67 s a step as estimated. Several processes drive it
+          (docs/scale.md): tried with CPUs of one machine. Weights, gradients and moments are
           1.9 TB in float32.
 Data:     token shards, made once: docs/data.md.
 Expected: not run here. The tests build the model's shapes and pin the published schedule.

@@ -6,8 +6,8 @@ Command:  python train.py --config=configs/sft_super.py --workdir=runs/sft_super
           Stage two: --config.sft.loss=conversations --config.sft.truncated_budget=0.12 from stage
               one's run, at half the rows.
 Hardware: v5p:8x8x4, 256 chips, mesh data=2 and fsdp=128, one row a chip in each micro-batch: 59.0
-          of 95 GB a chip as compiled (docs/sharding.md), 32 s a step as estimated. One process
-          drives all devices so far, so a slice of several hosts does not run yet. The
+          of 95 GB a chip as compiled (docs/sharding.md), 32 s a step as estimated. Several
+          processes drive it (docs/scale.md): tried with CPUs of one machine. The
           released run has the same tokens a step in 64 rows of 262,144 (stage two: 32 of 524,288).
           Such a row's states do not fit one chip, and rows are not shared among chips yet, so rows
           are 16,384 here and longer conversations are left out.

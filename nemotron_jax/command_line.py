@@ -176,6 +176,9 @@ def path_of(flag: str, path: str | Path) -> Path:
 
 def _parse(program: str, arguments: list[str]) -> list[str]:
     """The program's name, once every flag is parsed; exits where one cannot be."""
+    if {"--help", "-help", "-h"} & set(arguments):  # absl's own ends with status 1
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
     arguments = _with_config_file(program, arguments)
     presets = [match[1] for argument in arguments if (match := _PRECISION.fullmatch(argument))]
     parts = optional_parts(RunConfig)

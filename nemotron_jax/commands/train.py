@@ -6,6 +6,7 @@ or with --distributed=auto where JAX finds them: docs/scale.md.
 
 import dataclasses
 import json
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -30,8 +31,10 @@ def main() -> int:
     return train(config, dataclasses.replace(directory, writer=distributed.is_first()))
 
 
-def train(config: RunConfig, directory: RunDirectory) -> int:
+def train(config: RunConfig, directory: RunDirectory | Path | str) -> int:
     """Train a run in its directory; prints what came out. Gives the exit status."""
+    if not isinstance(directory, RunDirectory):
+        directory = RunDirectory(Path(directory))
     host.keep_compiled_programs()
     devices = command_line.devices_here(config.mesh.size, config.mesh.named)
     host.show_cpu_devices(devices, distributed.process_count())

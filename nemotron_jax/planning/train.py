@@ -62,6 +62,7 @@ class Planner:
         self._volumes = _volumes(config, self._parts)
         self._trained = 0 if scores else trained_parameters(config)
         self._total = accounting.parameters(config.model).total
+        self._held, self._copied = _weights(config)
         tokens = config.data.batch_size * config.data.sequence_length / place.size
         self._products, self._memory = _work(config, self._parts, place, tokens)
 
@@ -104,11 +105,11 @@ class Planner:
         copies = 1 + (data > 1) + (micro_batches > 1)
         temporaries = copies * FLOAT32 * self._trained / shares
         if self._trained < self._total / 2:  # of what is frozen a copy to compute with is kept
-            temporaries += itemsize(self.config.execution) * self._total / shares
+            temporaries += self._copied / shares
         blocks = sum(part.count for part in self._parts)
         kept, working, more = _held(self.config, blocks, tokens, expert)
         size = {
-            "parameters": FLOAT32 * self._total / shares,
+            "parameters": self._held / shares,
             "optimizer": 2 * FLOAT32 * self._trained / shares,
             "activations": kept,
             "kv": 0,
@@ -135,6 +136,21 @@ def trained_parameters(config: RunConfig) -> int:
     if trains == "mtp":
         return count.mtp
     return count.total if config.training.mtp_depths else count.main
+
+
+def _weights(config: RunConfig) -> tuple[int, int]:
+    """Bytes of a model's weights, and of a copy of them to compute with.
+
+    Masters are float32. The base of adapters is held in its own dtype, perhaps with experts as
+    codes, and needs no copy where that is the dtype of the computation.
+    """
+    word, base = itemsize(config.execution), config.lora
+    total = accounting.parameters(config.model).total
+    if base is None:
+        return FLOAT32 * total, word * total
+    each = FLOAT32 if base.base_dtype == "float32" else 2
+    held = accounting.weight_bytes(config.model, experts=base.base_experts, bytes_each=each)
+    return held, 0 if each == word else word * total
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,11 +42,32 @@ def of(config: RunConfig, mesh: dict | None, links: int | None = None, target: s
     ],
 )
 def test_bytes_are_near_those_of_the_compiled_step(build, target, mesh, gigabytes) -> None:
-    report = of(from_config_dict(RunConfig, build.get_config()), mesh, target=target)
+    config = from_config_dict(RunConfig, build.get_config())
+    if config.lora:  # as it was compiled
+        config = with_base(config, "float32")
+    report = of(config, mesh, target=target)
     size = report["bytes_per_device"]
     assert size["total"] / 1e9 == pytest.approx(gigabytes, rel=0.2)
     parts = [n for name, n in size.items() if name not in ("total", "available")]
     assert sum(parts) == size["total"] and report["fits"]
+
+
+def with_base(config: RunConfig, dtype: str, experts: str = "dense") -> RunConfig:
+    base = dataclasses.replace(config.lora, base_dtype=dtype, base_experts=experts)
+    return dataclasses.replace(config, lora=base)
+
+
+def test_the_base_of_adapters_is_counted_in_its_own_format() -> None:
+    config = from_config_dict(RunConfig, sft_nano.get_config())
+    size = {
+        base: of(with_base(config, *base), {"fsdp": 16}, target="v6e:4x4")["bytes_per_device"]
+        for base in (("float32",), ("bfloat16",), ("bfloat16", "nvfp4"))
+    }
+    whole, half, codes = (one["parameters"] for one in size.values())
+    assert half == whole // 2 and codes < 0.4 * half
+    # Float32 is cast to compute with, and the cast is kept; bfloat16 is what is computed with.
+    kept = size["float32",]["temporaries"] - size["bfloat16",]["temporaries"]
+    assert kept == pytest.approx(half, abs=2)
 
 
 def test_super_moves_over_links_what_its_compiled_step_gathers_and_scatters() -> None:
