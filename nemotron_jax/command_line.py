@@ -176,9 +176,6 @@ def path_of(flag: str, path: str | Path) -> Path:
 
 def _parse(program: str, arguments: list[str]) -> list[str]:
     """The program's name, once every flag is parsed; exits where one cannot be."""
-    if {"--help", "-help", "-h"} & set(arguments):  # absl's own ends with status 1
-        app.usage(shorthelp=True, writeto_stdout=True)
-        sys.exit(0)
     arguments = _with_config_file(program, arguments)
     presets = [match[1] for argument in arguments if (match := _PRECISION.fullmatch(argument))]
     parts = optional_parts(RunConfig)
@@ -230,7 +227,14 @@ def _parse(program: str, arguments: list[str]) -> list[str]:
 
 
 def _with_config_file(program: str, arguments: list[str]) -> list[str]:
-    """The arguments with the file of a config that was named alone; exits where there is none."""
+    """The arguments with the file of a config that was named alone.
+
+    Exits where there is none of that name, and where help is asked for, with status 0: absl's own
+    help ends with 1.
+    """
+    if {"--help", "-help", "-h"} & set(arguments):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
     try:
         return [
             f"--config={config_file(bare[1])}" if (bare := _BARE_CONFIG.fullmatch(a)) else a
