@@ -137,16 +137,12 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.scope is not before:
             self.scope[_BEGAN] = self._began
-        if self._answers or not self._halfway:
-            self._late.cancel()
-        elif self._late.cancelled():
-            self._wait()
+        self._wait_or_not()
 
     def on_response_complete(self) -> None:
         """Go on; what is left of a body that nobody read has its time too."""
         super().on_response_complete()
-        if self._halfway and self._late.cancelled():
-            self._wait()
+        self._wait_or_not()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
@@ -161,6 +157,12 @@ class Connection(H11Protocol):
     def _halfway(self) -> bool:
         """Whether a part of a request has come."""
         return bool(self.conn.trailing_data[0]) or self.conn.their_state is h11.SEND_BODY
+
+    def _wait_or_not(self) -> None:
+        if self._answers or not self._halfway:
+            self._late.cancel()
+        elif self._late.cancelled():
+            self._wait()
 
     def _wait(self) -> None:
         self._began = self.loop.time()

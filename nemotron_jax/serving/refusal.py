@@ -16,9 +16,12 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """A client that is to come again hears when, one without a key what kind of key."""
+        """A client that is to come again hears when, one without a key what kind of key, and one
+        whose body does not end that nobody waits for it."""
         if self.status in (429, 503):
             return {"Retry-After": "1"}
+        if self.status == 408:
+            return {"Connection": "close"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def body(self) -> dict[str, Any]:
