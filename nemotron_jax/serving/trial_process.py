@@ -15,15 +15,18 @@ import llguidance
 
 
 class View:
-    """A tokenizer as llguidance asks for one; whoever only tries a grammar encodes nothing."""
+    """A tokenizer as llguidance asks for one; here any spelling of a text does."""
 
     def __init__(self, tokens: list[bytes], special: list[int], end: int) -> None:
         self.tokens, self.special_token_ids = tokens, special
         self.eos_token_id, self.bos_token_id = end, None
+        others = set(range(len(tokens))) - set(special)
+        ids = {tokens[number]: number for number in sorted(others)}
+        self._bytes = [ids.get(bytes([byte]), end) for byte in range(256)]
 
-    def __call__(self, text: str) -> list[int]:
-        """No ids; TypeError for bytes, which it then is not given."""
-        return [] if isinstance(text, str) else text + ""
+    def __call__(self, text: bytes) -> list[int]:
+        """The ids of a text byte by byte."""
+        return [self._bytes[byte] for byte in text]
 
 
 def main() -> None:

@@ -54,6 +54,11 @@ def test_what_takes_long_ends_and_the_next_is_tried(quick: Trials) -> None:
 NOTHING = {"type": "nothing"}
 
 
+def test_what_is_forced_is_tried_too(quick: Trials) -> None:
+    for schema in ({"type": "null"}, {"const": "é\\n☺" * 400}, {"enum": ["ab", "ac"]}):
+        assert quick.of(source(schema)).error == ""
+
+
 def test_costly_formats_hold_up_nobody(quick: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "_GRAMMAR_WAIT_S", 0.5)
     off = {"chat_template_kwargs": {"enable_thinking": False}, "max_tokens": 1}
