@@ -2,7 +2,7 @@
 
 Command:  python train.py --config=configs/pretrain_super_phase2.py --workdir=runs/super_phase2 \
               --config.data.sources='shards:/data/phase2'
-Hardware: v5p:8x8x4, as phase 1: 67 s a step as estimated.
+Hardware: v5p:8x8x4, as phase 1: 49 s a step as estimated.
 Data:     token shards, made once: docs/data.md.
 Expected: not run here. It continues the last state of phase 1 and counts steps from phase 1's
           start: step 794,728 has the peak learning rate, step 993,411 the final one, 4.5e-6.

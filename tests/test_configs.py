@@ -75,7 +75,8 @@ def test_a_full_size_run_names_a_slice_and_fits_its_state_there() -> None:
         assert math.prod(map(int, sides.split("x"))) == config.mesh.size > 1, file.stem
         # Float32: weights and, where all of them are trained, their gradient and two moments.
         words = 4 if config.training.trains == "all" else 1
-        assert 4 * words * count / config.mesh.fsdp < memory_of(f"{name}:{sides}") / 2, file.stem
+        cut = config.mesh.fsdp * config.mesh.expert
+        assert 4 * words * count / cut < memory_of(f"{name}:{sides}") / 2, file.stem
         rows = config.data.batch_size // config.training.micro_batches // config.mesh.row_shards
         assert rows == 1, file.stem  # a chip, in each micro-batch
     assert large == 7
@@ -101,7 +102,7 @@ def test_super_runs_with_its_published_batch_and_optimizer() -> None:
     optimizer, training = config.training.optimizer, config.training
     assert config.data.batch_size * config.data.sequence_length == 25_165_824
     # 256 chips, a row each at a time; along all of a slice fsdp would gather by all-reduces.
-    assert (config.mesh.data, config.mesh.fsdp) == (2, 128)
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.expert) == (2, 16, 8)
     assert config.mesh.row_shards * training.micro_batches == config.data.batch_size
     assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
     assert (optimizer.weight_decay, optimizer.clip_norm) == (0.1, 1.0)

@@ -36,6 +36,7 @@ def of(config: RunConfig, mesh: dict | None, links: int | None = None, target: s
     ("build", "target", "mesh", "gigabytes"),
     [
         (pretrain_super_phase1, "v5p:8x8x4", ALONG_FSDP, 66.6),
+        (pretrain_super_phase1, "v5p:8x8x4", {"data": 2, "fsdp": 16, "expert": 8}, 49.8),
         (sft_super, "v5p:8x8x4", ALONG_FSDP, 59.0),
         (nano, "v6e:8x8", {"fsdp": 64}, 22.2),
         (sft_nano, "v6e:4x4", {"fsdp": 16}, 18.3),
@@ -271,6 +272,10 @@ def test_a_model_alone_is_asked_which_slice_serves_it() -> None:
         models.get_config("nano")
 
 
-def test_the_compiled_units_of_super_keep_what_experts_that_stay_promise() -> None:
-    file = ROOT / "docs" / "evidence" / "super_two_units_v5p.json"
-    test_compiled_experts.check(json.loads(file.read_text()), test_compiled_experts.twin())
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("super_v5p", SUPER), ("super_two_units_v5p", test_compiled_experts.twin())],
+)
+def test_super_as_compiled_keeps_what_experts_that_stay_promise(name, config) -> None:
+    file = ROOT / "docs" / "evidence" / f"{name}.json"
+    test_compiled_experts.check(json.loads(file.read_text()), config)
