@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -135,12 +136,23 @@ def _check_flags(checkpoint: str, of_model: dict[str, str], model_name: str) -> 
                 "is a directory; leave --model out"
             )
         return
+    if not _is_server(checkpoint):
+        raise ValueError(f"--checkpoint={checkpoint}: names no server; give its http://HOST:PORT")
     for name, value in of_model.items():
         if value != _AS_LOADED[name]:
             raise ValueError(
                 f"--{name}={value}: {checkpoint} is a server, which runs its model as it was "
                 f"started; leave --{name} out, or name a directory as --checkpoint"
             )
+
+
+def _is_server(url: str) -> bool:
+    """Whether a URL has a host and, if any, a port."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0  # ValueError for one that is no number
+    except ValueError:
+        return False
 
 
 def _check_processes(checkpoint: str, axes: MeshConfig | None, output: Path) -> None:

@@ -23,7 +23,15 @@ from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.evaluation.context import Context
 from nemotron_jax.evaluation.statistics import value_over
 from nemotron_jax.evaluation.subject import Subject
-from nemotron_jax.evaluation.suite import Plot, Result, Suite, Table, Value
+from nemotron_jax.evaluation.suite import (
+    Plot,
+    Result,
+    Suite,
+    Table,
+    Value,
+    as_tuples,
+    once_each,
+)
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.types import Batch
 
@@ -72,10 +80,9 @@ class Options:
     new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if is_integer(self.k):
-            object.__setattr__(self, "k", (self.k,))
-        ok = bool(self.k) and all(is_integer(k) and 1 <= k <= MOST_DRAFTS for k in self.k)
-        check(self, "k", ok, f"must be numbers from 1 to {MOST_DRAFTS}, as in (1,3)")
+        as_tuples(self, "k")
+        ok = once_each(self.k) and all(is_integer(k) and 1 <= k <= MOST_DRAFTS for k in self.k)
+        check(self, "k", ok, f"must be numbers from 1 to {MOST_DRAFTS}, each once, as in (1,3)")
         at_least_one(self, "prompts", "new_tokens")
         not_negative(self, "temperature")
 

@@ -18,7 +18,16 @@ from nemotron_jax.evaluation.answers import Answer, Ask
 from nemotron_jax.evaluation.context import Context
 from nemotron_jax.evaluation.statistics import counts_of, items_of, pass_items, value_over
 from nemotron_jax.evaluation.subject import Subject
-from nemotron_jax.evaluation.suite import Plot, Result, Score, Suite, Table, Unavailable
+from nemotron_jax.evaluation.suite import (
+    Plot,
+    Result,
+    Score,
+    Suite,
+    Table,
+    Unavailable,
+    as_tuples,
+    once_each,
+)
 from nemotron_jax.playing.episode import Episode
 from nemotron_jax.playing.players import Here
 from nemotron_jax.playing.rollout import play_episodes
@@ -52,15 +61,15 @@ class Options:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("names", "levels"):
-            if isinstance(value := getattr(self, name), str | int) and value != "all":
-                object.__setattr__(self, name, (value,))
+        as_tuples(self, "names", *(("levels",) if self.levels not in (None, "all") else ()))
         at_least_one(self, "tasks", "k")
         check(self, "thinking", isinstance(self.thinking, bool), "must be True or False")
         ok = all(isinstance(name, str) for name in self.names)
-        check(self, "names", ok, "must be names of environments, as in (arithmetic,sql)")
-        ok = self.levels is None or self.levels == "all" or all(map(is_integer, self.levels))
-        check(self, "levels", ok, "must be numbers, as in (0,3), or all")
+        ok = ok and (not self.names or once_each(self.names))
+        check(self, "names", ok, "must be names of environments, each once, as in (arithmetic,sql)")
+        ok = self.levels in (None, "all")
+        ok = ok or once_each(self.levels) and all(map(is_integer, self.levels))
+        check(self, "levels", ok, "must be numbers, each once, as in (0,3), or all")
         self.play(_FALLBACK)
 
     def play(self, config: PlayConfig) -> PlayConfig:

@@ -22,8 +22,9 @@ from nemotron_jax.evaluation.perplexity import by_document, documents_of
 from nemotron_jax.evaluation.rounded import FORMATS, LIMITS, change, rounded
 from nemotron_jax.evaluation.statistics import value_over
 from nemotron_jax.evaluation.subject import Subject
-from nemotron_jax.evaluation.suite import Result, Suite, Table, Value
+from nemotron_jax.evaluation.suite import Result, Suite, Table, Value, as_tuples, once_each
 from nemotron_jax.model.nemotron import Nemotron
+from nemotron_jax.run_directory import CONFIG
 from nemotron_jax.types import Batch
 
 COLUMNS = (
@@ -50,14 +51,14 @@ class Options:
     new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if isinstance(self.formats, str):
-            object.__setattr__(self, "formats", (self.formats,))
+        as_tuples(self, "formats")
         at_least_one(self, "tokens", "answers", "new_tokens")
-        ok = bool(self.formats) and all(
-            isinstance(one, str) and (one in FORMATS or Path(one).is_dir()) for one in self.formats
+        ok = once_each(self.formats) and all(
+            isinstance(one, str) and (one in FORMATS or (Path(one) / CONFIG).is_file())
+            for one in self.formats
         )
-        rule = f"must be of {', '.join(FORMATS)}, or directories of the quantised model"
-        check(self, "formats", ok and len(set(self.formats)) == len(self.formats), rule)
+        rule = f"must be of {', '.join(FORMATS)}, or directories of the quantised model, each once"
+        check(self, "formats", ok, rule)
 
 
 @dataclasses.dataclass(frozen=True)

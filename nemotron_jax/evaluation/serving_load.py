@@ -16,7 +16,16 @@ import numpy as np
 from nemotron_jax.config.checks import at_least_one, at_most, check, is_integer
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.words import FILLER, THINGS, coined
-from nemotron_jax.evaluation.suite import Counts, Result, Suite, Table, Unavailable, Value
+from nemotron_jax.evaluation.suite import (
+    Counts,
+    Result,
+    Suite,
+    Table,
+    Unavailable,
+    Value,
+    as_tuples,
+    once_each,
+)
 from nemotron_jax.evaluation.url import Url
 from nemotron_jax.evaluation.waiting import side_by_side
 
@@ -51,11 +60,10 @@ class ServingOptions:
     start: bool = False
 
     def __post_init__(self) -> None:
-        streams = (self.streams,) if is_integer(self.streams) else tuple(self.streams)
-        object.__setattr__(self, "streams", streams)
-        ok = bool(streams) and all(is_integer(n) and 1 <= n <= _MOST_STREAMS for n in streams)
-        rule = f"must be numbers from 1 to {_MOST_STREAMS}, each once"
-        check(self, "streams", ok and len(set(streams)) == len(streams), rule)
+        as_tuples(self, "streams")
+        ok = once_each(self.streams)
+        ok = ok and all(is_integer(n) and 1 <= n <= _MOST_STREAMS for n in self.streams)
+        check(self, "streams", ok, f"must be numbers from 1 to {_MOST_STREAMS}, each once")
         at_least_one(self, "prompt", "new", "requests")
         check(self, "new", self.new >= 2, "must be at least 2: a rate takes two tokens")
         at_most(self, 1_000_000, "prompt", "new", "requests")

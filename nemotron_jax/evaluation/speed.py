@@ -24,7 +24,7 @@ from nemotron_jax.evaluation.context import Context
 from nemotron_jax.evaluation.draft_speed import draft_speed
 from nemotron_jax.evaluation.serving_speed import ServingSpeed
 from nemotron_jax.evaluation.subject import Subject
-from nemotron_jax.evaluation.suite import Result, Suite, Table, Value
+from nemotron_jax.evaluation.suite import Result, Suite, Table, Value, as_tuples, once_each
 from nemotron_jax.model.adapters import merge_adapters
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.training.prepared import Prepared, first_state, prepare_run
@@ -157,10 +157,11 @@ class Options:
     drafts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if is_integer(self.drafts):
-            object.__setattr__(self, "drafts", (self.drafts,))
+        as_tuples(self, "drafts")
         ok = all(is_integer(k) and 1 <= k <= MOST_DRAFTS for k in self.drafts)
-        check(self, "drafts", ok, f"must be numbers from 1 to {MOST_DRAFTS}, as in (1,3)")
+        ok = ok and (not self.drafts or once_each(self.drafts))
+        rule = f"must be numbers from 1 to {MOST_DRAFTS}, each once, as in (1,3)"
+        check(self, "drafts", ok, rule)
         at_least_one(self, "repetitions", "new_tokens")
         check(self, "serving", isinstance(self.serving, bool), "must be True or False")
 

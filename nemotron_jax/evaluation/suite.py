@@ -99,6 +99,19 @@ class Score:
     answered: bool = True
 
 
+def as_tuples(options: Any, *fields: str) -> None:
+    """Make each named field of an Options a tuple: a single value is one of itself."""
+    for field in fields:
+        value = getattr(options, field)
+        several = isinstance(value, list | tuple)
+        object.__setattr__(options, field, tuple(value) if several else (value,))
+
+
+def once_each(values: Sequence[Any]) -> bool:
+    """Whether there is a value, and none twice."""
+    return bool(values) and all(values.count(value) == 1 for value in values)
+
+
 def _always(subject: Any, options: Any) -> None:
     """Nothing is needed."""
 

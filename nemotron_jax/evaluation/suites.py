@@ -42,6 +42,12 @@ def planned(text: str, modules: Mapping[str, str] = SUITES) -> list[Planned]:
     """
     asked = parse(text)
     check_names([one.name for one in asked], modules)  # before anything is imported
+    for one in asked:
+        if one.name == ALL and one.options:
+            raise ValueError(
+                f"--suites={ALL}:{next(iter(one.options))}=…: {ALL} has no options; name the suite "
+                f"that has them beside it, as in {ALL},perplexity:rows=8"
+            )
     named = {one.name: _planned(one, modules) for one in asked if one.name != ALL}
     if any(one.name == ALL for one in asked):
         rest = [Asked(name) for name in modules if name not in named]
@@ -79,5 +85,5 @@ def _planned(asked: Asked, modules: Mapping[str, str], *, named: bool = True) ->
             )
     try:
         return Planned(suite, suite.options(**asked.options), named)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a value may be of a kind that no rule looks for
         raise ValueError(f"suite {asked.name!r}: {error}") from None

@@ -72,3 +72,39 @@ def test_all_stands_for_the_suites_that_are_not_named_beside_it() -> None:
         planned("perplexity:row=3")
     with pytest.raises(ValueError, match="perplexity.*rows=0"):
         planned("perplexity:rows=0")
+    with pytest.raises(ValueError, match="all has no options; name the suite"):
+        planned("all:rows=3")
+
+
+def test_a_single_value_stands_for_one_of_itself() -> None:
+    text = (
+        "ruler:kinds=vt:lengths=512,acceptance:k=3,environments:names=sql:levels=1,speed:drafts=2"
+    )
+    ruler, acceptance, environments, speed = (plan.options for plan in planned(text))
+    assert (ruler.kinds, ruler.lengths, acceptance.k) == (("vt",), (512,), (3,))
+    assert (environments.names, environments.levels, speed.drafts) == (("sql",), (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ruler:kinds=5",
+        "ruler:kinds=[[vt]]",
+        "ruler:lengths=(512,512)",
+        "ruler:lengths={1:2}",
+        "lm_eval:tasks=5",
+        "environments:levels=()",
+        "environments:levels=1.5",
+        "environments:names=(sql,sql)",
+        "quantization:formats=5",
+        "quantization:formats=.",  # a directory without a model
+        "acceptance:k=(1,1)",
+        "tools:kinds=5",
+        "speed:drafts=(1,1)",
+        "serving:streams=1.5",
+    ],
+)
+def test_a_value_of_another_kind_is_one_sentence(text: str) -> None:
+    suite, option = text.partition("=")[0].split(":")
+    with pytest.raises(ValueError, match=rf"suite '{suite}': \w+\.{option}=.*must be"):
+        planned(text)

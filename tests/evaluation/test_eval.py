@@ -110,6 +110,9 @@ def test_wrong_requests_are_refused_before_anything_is_written(
     for flag, value in (("dtype", "bfloat16"), ("mesh", "data=1"), ("experts", "nvfp4")):
         with pytest.raises(ValueError, match=f"--{flag}={value}: {server} is a server"):
             evaluation.evaluate(server, "tools", output, **{flag: value})
+    for wrong in ("http://", "http://[::1", "http://host:port"):
+        with pytest.raises(ValueError, match="names no server"):
+            evaluation.evaluate(wrong, "tools", output)
     with pytest.raises(ValueError, match="--model=mine.* is a directory"):
         evaluation.evaluate(run_directory, "perplexity", output, model_name="mine")
     assert not output.exists()

@@ -16,7 +16,16 @@ import numpy as np
 from nemotron_jax.config.checks import at_least_one, check, counts
 from nemotron_jax.evaluation.answers import Answer
 from nemotron_jax.evaluation.statistics import counts_of, items_of, value_over
-from nemotron_jax.evaluation.suite import Result, Score, Suite, Table, Unavailable, Value
+from nemotron_jax.evaluation.suite import (
+    Result,
+    Score,
+    Suite,
+    Table,
+    Unavailable,
+    Value,
+    as_tuples,
+    once_each,
+)
 
 LOCAL_FOLDER = Path(__file__).parent / "tasks"
 LOCAL = ("local_next", "local_kinds", "local_cloze", "local_prose", "local_sums")
@@ -41,10 +50,9 @@ class LmEvalOptions:
     length: int = 2048
 
     def __post_init__(self) -> None:
-        tasks = (self.tasks,) if isinstance(self.tasks, str) else tuple(self.tasks)
-        object.__setattr__(self, "tasks", tasks)
-        ok = bool(tasks) and all(isinstance(task, str) and task for task in tasks)
-        check(self, "tasks", ok and len(set(tasks)) == len(tasks), "must be names, each once")
+        as_tuples(self, "tasks")
+        ok = once_each(self.tasks) and all(isinstance(one, str) and one for one in self.tasks)
+        check(self, "tasks", ok, "must be names, each once")
         if self.limit is not None:
             at_least_one(self, "limit")
         if self.fewshot is not None:

@@ -11,7 +11,16 @@ from nemotron_jax.evaluation.ruler.kinds import KINDS, Kind
 from nemotron_jax.evaluation.ruler.make import NoRoom, Prompt, make
 from nemotron_jax.evaluation.ruler.scoring import score
 from nemotron_jax.evaluation.statistics import counts_of, items_of, value_over
-from nemotron_jax.evaluation.suite import Plot, Result, Suite, Table, Unavailable, Value
+from nemotron_jax.evaluation.suite import (
+    Plot,
+    Result,
+    Suite,
+    Table,
+    Unavailable,
+    Value,
+    as_tuples,
+    once_each,
+)
 
 MODES = ("completion", "chat")
 _SHORTEST, _LONGEST = 512, 1 << 20  # tokens; the family is trained for a million
@@ -34,15 +43,11 @@ class RulerOptions:
     mode: str = "completion"
 
     def __post_init__(self) -> None:
-        lengths = (self.lengths,) if is_integer(self.lengths) else tuple(self.lengths)
-        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
-        object.__setattr__(self, "lengths", lengths)
-        object.__setattr__(self, "kinds", kinds)
-        ok = bool(lengths) and all(is_integer(n) and _SHORTEST <= n <= _LONGEST for n in lengths)
-        ok = ok and len(set(lengths)) == len(lengths)
+        as_tuples(self, "lengths", "kinds")
+        ok = all(is_integer(n) and _SHORTEST <= n <= _LONGEST for n in self.lengths)
         rule = f"must be numbers of tokens from {_SHORTEST} to {_LONGEST:,}, each once"
-        check(self, "lengths", ok, rule)
-        ok = bool(kinds) and set(kinds) <= set(KINDS) and len(set(kinds)) == len(kinds)
+        check(self, "lengths", ok and once_each(self.lengths), rule)
+        ok = once_each(self.kinds) and all(kind in list(KINDS) for kind in self.kinds)
         check(self, "kinds", ok, f"must be some of {', '.join(KINDS)}, each once")
         at_least_one(self, "depths", "samples")
         check(self, "mode", self.mode in MODES, f"must be {' or '.join(MODES)}")

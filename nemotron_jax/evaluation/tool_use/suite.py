@@ -9,7 +9,16 @@ from nemotron_jax.data.chat.tokens import encode_chat
 from nemotron_jax.environments.base import Task, play
 from nemotron_jax.evaluation.answers import Answer, Ask
 from nemotron_jax.evaluation.statistics import counts_of, pass_items, value_over
-from nemotron_jax.evaluation.suite import Result, Score, Suite, Table, Unavailable, Value
+from nemotron_jax.evaluation.suite import (
+    Result,
+    Score,
+    Suite,
+    Table,
+    Unavailable,
+    Value,
+    as_tuples,
+    once_each,
+)
 from nemotron_jax.evaluation.tool_use.tasks import (
     KINDS,
     TOOL_TASKS,
@@ -37,13 +46,12 @@ class ToolOptions:
     thinking: bool = False
 
     def __post_init__(self) -> None:
-        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
-        object.__setattr__(self, "kinds", kinds)
-        ok = bool(kinds) and set(kinds) <= set(KINDS) and len(set(kinds)) == len(kinds)
+        as_tuples(self, "kinds")
+        ok = once_each(self.kinds) and all(kind in KINDS for kind in self.kinds)
         check(self, "kinds", ok, f"must be some of {', '.join(KINDS)}, each once")
         at_least_one(self, "tasks", "k", "new_tokens")
-        ok = self.tasks >= len(kinds)
-        check(self, "tasks", ok, f"must be at least {len(kinds)}, one of each kind")
+        ok = self.tasks >= len(self.kinds)
+        check(self, "tasks", ok, f"must be at least {len(self.kinds)}, one of each kind")
         check(self, "thinking", isinstance(self.thinking, bool), "must be True or False")
 
 
