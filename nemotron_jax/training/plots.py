@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nemotron_jax.files import atomic_writer
@@ -12,6 +14,9 @@ from nemotron_jax.run_directory import RunDirectory
 LOSS, REWARD = "loss.png", "reward.png"
 
 Points = list[tuple[int, float]]
+# A smoothed value is the mean of the points around it: a twentieth of the curve to each side, so
+# that a run's shape shows and a single batch does not. Few points are shown as they are.
+_NEIGHBOURS, _FEWEST_SMOOTHED = 0.05, 20
 
 
 def draw_curves(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
@@ -76,9 +81,23 @@ def _draw(axes: Any, curves: Mapping[str, Points], marked: str = "") -> None:
     """The curves that have points, each in its own colour whatever the others have."""
     colours = dict(zip(curves, ("tab:blue", "tab:orange"), strict=False))
     for name, points in curves.items():
-        if points:
+        if not points:
+            continue
+        places, values = zip(*points, strict=True)
+        if name == marked or len(points) < _FEWEST_SMOOTHED:
             marker = "o" if name == marked else None
-            axes.plot(*zip(*points, strict=True), marker=marker, label=name, color=colours[name])
+            axes.plot(places, values, marker=marker, label=name, color=colours[name])
+            continue
+        axes.plot(places, values, color=colours[name], alpha=0.3, lw=1)
+        label = f"{name}, smoothed over the raw"
+        axes.plot(places, smoothed(values), label=label, color=colours[name])
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean around each value; near the ends as many to either side as there are."""
+    most = math.ceil(_NEIGHBOURS * len(values))
+    reach = [min(most, place, len(values) - 1 - place) for place in range(len(values))]
+    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
 
 
 def _describe(axes: Any, x: str, y: str) -> None:

@@ -12,7 +12,7 @@ from nemotron_jax.model.accounting import training_flops
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import metrics
 from nemotron_jax.training.metrics import MetricsLog, SamplesLog, Speed
-from nemotron_jax.training.plots import draw_curves
+from nemotron_jax.training.plots import draw_curves, smoothed
 from tests.training.runs import LENGTH, ROOT, ROWS, changed, small_run, train
 
 NAMES = {
@@ -74,6 +74,16 @@ def test_a_plot_of_nothing_is_drawn_too(tmp_path):
         records = [{"step": 1, "tokens": 3, name: None}]
         assert draw_curves(records, RunDirectory(tmp_path)) == tmp_path / f"plots/{name}.png"
         assert (tmp_path / f"plots/{name}.png").exists()
+
+
+def test_a_curve_is_smoothed_by_the_mean_around_each_point():
+    noise = [float(n % 2) for n in range(100)]
+    calm = smoothed(noise)
+    assert calm[0] == 0.0 and calm[-1] == 1.0 and len(calm) == 100  # the ends have no neighbours
+    assert max(abs(value - 0.5) for value in calm[5:-5]) < 0.06
+    assert smoothed([2.0] * 7) == [2.0] * 7 and smoothed([]) == []
+    line = [float(n) for n in range(50)]
+    assert smoothed(line) == pytest.approx(line)
 
 
 def test_a_directory_has_one_owner(finished_run):

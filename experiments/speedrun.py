@@ -1,0 +1,281 @@
+"""Every stage of a small model's life, and one page about it: python -m experiments.speedrun.
+
+    OUTPUT/pretrain/, agent/sft/, agent/grpo/, quantised/, evaluation/    what the stages leave
+    OUTPUT/stages/NAME.json    what a stage came to; it is not run again
+    OUTPUT/report.html         a row a stage, with pictures and samples
+
+Pre-training is of the standard library's text. The model that is fine-tuned, rewarded, quantised,
+evaluated and served is a smaller one, whose tokens span the chat format: it begins anew. With
+--quick every stage takes a few steps, which shows that they work and nothing else.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemotron_jax import command_line
+from nemotron_jax.evaluation.document import Grid, Heading, Picture, Quote, Sentences, page
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.peers import free_port
+from nemotron_jax.run_directory import RunDirectory
+
+ROOT = Path(__file__).parents[1]
+UPDATES = 30  # of reinforcement learning: most of the gain of configs/grpo_tiny.py comes in 25
+HEALTHY_WITHIN_S = 600
+QUESTION = "What is 3+4*2? Use the calculator."
+FEW = ("--config.training.steps=2", "--config.logging.evaluate_every=2")
+FEW_TASKS = ("--config.rl.held_out_tasks=2", "--config.rl.result_tasks=2")
+FEW_PLAYS = ("--config.sft.oracle_tasks=200", "--config.warm_start.training.steps=2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One row: `run` does the work in the output's directory and gives the figures."""
+
+    name: str
+    about: str
+    run: Callable[[Path, bool], Mapping[str, Any]]
+    picture: str = ""  # below the output's directory
+
+
+def main() -> int:
+    """Run the stages that are missing and write the page; the exit status."""
+    parser = argparse.ArgumentParser(prog="experiments.speedrun", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("build/speedrun"))
+    parser.add_argument("--quick", action="store_true", help="a few steps of each stage")
+    flags = parser.parse_args()
+    try:
+        output = command_line.writable("output", flags.output).absolute()
+        for stage in STAGES:
+            _finish(stage, output, flags.quick)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"speedrun: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"report: {write_page(output)}")
+    return 0
+
+
+def _finish(stage: Stage, output: Path, quick: bool) -> None:
+    """Run a stage unless it was: what it came to is kept when it is done."""
+    kept = output / "stages" / f"{stage.name}.json"
+    if kept.is_file():
+        print(f"{stage.name}: is there")
+        return
+    print(f"{stage.name}: {stage.about}", flush=True)
+    began, before = time.monotonic(), _cpu_seconds()
+    figures = dict(stage.run(output, quick))
+    spent = {"seconds": time.monotonic() - began, "cpu_seconds": _cpu_seconds() - before}
+    with atomic_writer(kept) as file:
+        file.write(json.dumps({"quick": quick, "figures": figures, **spent}, indent=1).encode())
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _python(output: Path, *words: str) -> None:
+    """Run a front door of the checkout; raises CalledProcessError where it fails."""
+    output.mkdir(parents=True, exist_ok=True)
+    print("  python", shlex.join(words), flush=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def pretrain(output: Path, quick: bool) -> dict[str, Any]:
+    """Tiny Super on source text."""
+    where = output / "pretrain"
+    few = FEW if quick else ()
+    _python(output, "train.py", "--config=configs/pretrain_tiny.py", f"--workdir={where}", *few)
+    last = _last(RunDirectory(where))
+    names = ("step", "tokens", "whole_held_out_loss", "whole_bits_per_byte", "held_out_loss")
+    return {name: last[name] for name in names if last.get(name) is not None}
+
+
+def fine_tune(output: Path, quick: bool) -> dict[str, Any]:
+    """Fine-tuning and reinforcement learning are one run of two parts; this is the first."""
+    few = (*FEW[1:], "--config.training.steps=1", *FEW_TASKS, *FEW_PLAYS) if quick else ()
+    steps = () if quick else (f"--config.training.steps={UPDATES}",)
+    command = ("train.py", "--config=configs/grpo_tiny.py", f"--workdir={output / 'agent'}")
+    _python(output, *command, *steps, *few)
+    last = _last(RunDirectory(output / "agent").part("sft"))
+    return {name: last[name] for name in ("step", "loss", "held_out_loss") if name in last}
+
+
+def reinforce(output: Path, quick: bool) -> dict[str, Any]:
+    """What the second part came to: success on held-out tasks before and after."""
+    result = json.loads(RunDirectory(output / "agent").result.read_text("utf-8"))
+    low, high = result["interval"]
+    gain = {"gain, 95 % interval": f"{low:.2f} … {high:.2f}", "tasks": result["n"]}
+    return {"success before": result["before"], "success after": result["after"], **gain}
+
+
+def quantise(output: Path, quick: bool) -> dict[str, Any]:
+    """Routed experts as NVFP4 codes, with the loss on text before and after."""
+    source, target = output / "agent" / "grpo", output / "quantised"
+    command = ("-m", "nemotron_jax.quantize", f"--checkpoint={source}", f"--output={target}")
+    text = output / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    (text / "questions.txt").write_text(_questions(), "utf-8")
+    _python(output, *command, f"--calibration={text}")
+    report = json.loads((target / "quantize.json").read_text("utf-8"))
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    losses = {name: report[name] for name in ("loss_before", "loss_after")}
+    return {"megabytes": size / 1e6, "matrices": str(report["modules"]), **losses}
+
+
+def evaluate(output: Path, quick: bool) -> dict[str, Any]:
+    """The quantised model on held-out tasks, its experts as codes."""
+    tasks = 4 if quick else 128
+    options = f"names=(arithmetic/1):tasks={tasks}:max_tokens=104:max_turn_tokens=24"
+    model = (f"--checkpoint={output / 'quantised'}", "--experts=nvfp4")
+    where = output / "evaluation"
+    _python(output, "eval.py", *model, f"--suites=environments:{options}", f"--output={where}")
+    report = json.loads((where / "report.json").read_text("utf-8"))
+    (suite,) = report["suites"].values()
+    return {name: value["mean"] for name, value in list(suite["values"].items())[:3]}
+
+
+def serve(output: Path, quick: bool) -> dict[str, Any]:
+    """Start the server on the quantised model, ask it one question, stop it."""
+    with _server(output) as address:
+        body = {
+            "messages": [{"role": "user", "content": QUESTION}],
+            "tools": [CALCULATOR],
+            "max_tokens": 24,
+            "temperature": 0,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        began = time.monotonic()
+        reply = _asked(f"{address}/v1/chat/completions", body)
+        seconds = time.monotonic() - began
+    message = reply["choices"][0]["message"]
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    said = ", ".join(f"{call['name']}({call['arguments']})" for call in calls)
+    return {"asked": QUESTION, "answered": said or message["content"], "answer_seconds": seconds}
+
+
+CALCULATOR = {
+    "type": "function",
+    "function": {
+        "name": "calculate",
+        "description": "Work out one operation.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+        },
+    },
+}
+
+
+@contextlib.contextmanager
+def _server(output: Path) -> Iterator[str]:
+    """The address of a server that is healthy, for as long as the block takes."""
+    port = free_port()
+    command = [sys.executable, "-m", "nemotron_jax.serve", f"--port={port}", "--experts=nvfp4"]
+    command += [f"--checkpoint={output / 'quantised'}", "--slots=2", "--max_length=256"]
+    with (output / "server.log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        until = time.monotonic() + HEALTHY_WITHIN_S
+        while not _is_healthy(address):
+            if server.poll() is not None or time.monotonic() > until:
+                raise ValueError(f"serve: it is not healthy; {output / 'server.log'} says why")
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _is_healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _asked(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=HEALTHY_WITHIN_S) as reply:
+        return json.load(reply)
+
+
+def _questions() -> str:
+    """Text in the model's own tokens, for the loss before and after."""
+    from nemotron_jax.environments import registry
+
+    tasks = [registry["arithmetic"].split(0, "held_out", n, level=1) for n in range(400)]
+    return "\n".join(str(task.messages[-1]["content"]) for task in tasks)
+
+
+def _last(directory: RunDirectory) -> dict[str, Any]:
+    """The newest value of everything that metrics.jsonl has."""
+    lines = directory.metrics.read_text("utf-8").splitlines()
+    return {name: value for line in lines for name, value in json.loads(line).items()}
+
+
+STAGES = (
+    Stage("pretrain", "2.9 M parameters on source text", pretrain, "pretrain/plots/loss.png"),
+    Stage(
+        "sft_and_grpo",
+        f"0.55 M parameters: fine-tuned on guesses mostly, then {UPDATES} updates of GRPO",
+        fine_tune,
+        "agent/sft/plots/loss.png",
+    ),
+    Stage("grpo", "what the rewards changed", reinforce, "agent/grpo/plots/reward.png"),
+    Stage("quantise", "routed experts as NVFP4 codes", quantise),
+    Stage("evaluate", "held-out tasks, experts as codes", evaluate),
+    Stage("serve", "served, and asked one question", serve),
+)
+
+
+def write_page(output: Path) -> Path:
+    """report.html of what the stages came to."""
+    kept = {s.name: json.loads((output / "stages" / f"{s.name}.json").read_text()) for s in STAGES}
+    rows = [
+        [s.name, s.about, _words(kept[s.name]["figures"]), kept[s.name]["seconds"] / 60,
+         kept[s.name]["cpu_seconds"]]
+        for s in STAGES
+    ]  # fmt: skip
+    minutes = sum(one["seconds"] for one in kept.values()) / 60
+    quick = any(one["quick"] for one in kept.values())
+    parts = [
+        Heading("A small model, from text to a served answer", 1),
+        Sentences((f"All of it took {minutes:.0f} minutes on this machine's CPU.",)),
+        *([Sentences(("A few steps of each stage: nothing was learned.",))] if quick else []),
+        Grid("", ("stage", "what", "figures", "minutes", "CPU seconds"), rows),
+    ]
+    for stage in STAGES:
+        if stage.picture and (output / stage.picture).is_file():
+            parts += [Heading(stage.name), Picture(stage.name, stage.picture)]
+    samples = RunDirectory(output / "pretrain").samples
+    if samples.is_file():
+        parts.append(Quote("what the pre-trained model writes", samples.read_text("utf-8")[-3000:]))
+    parts.append(Quote("command", f"python -m experiments.speedrun{' --quick' * quick}"))
+    with atomic_writer(output / "report.html") as file:
+        file.write(page("speedrun", parts, output).encode())
+    return output / "report.html"
+
+
+def _words(figures: Mapping[str, Any]) -> str:
+    shown = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "; ".join(f"{name} {shown(value)}" for name, value in figures.items())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
