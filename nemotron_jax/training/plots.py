@@ -101,6 +101,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _describe(axes: Any, x: str, y: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    if x == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)

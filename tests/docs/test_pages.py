@@ -41,6 +41,7 @@ VALUES = {
         "DATA": "own.jsonl",
         "CONFIG": "tiny_lora.py",
         "STEPS": "2",
+        "TARGET": "h100:2",
         "FLAGS": "",
     },
     "grpo": {"TASKS": "8", "FLAGS": FEW_GRPO},
