@@ -1,8 +1,9 @@
 """The tiny model on the Python standard library's source text.
 
 Command:  python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny   (or `make train`)
-Hardware: a CPU; about six minutes on two cores, compilation included.
-Expected: 5.02 nats a token and 2.00 bits a byte on 32 held-out rows; samples of Python-like text.
+Hardware: a CPU; five to eight minutes on two cores, installation and compilation included.
+Expected: at the end 4.753 nats a token and 2.024 bits a byte of all held-out text; meanwhile, on 32
+rows of it, 5.02 and 2.00. Samples of Python-like text.
 """
 
 from ml_collections import ConfigDict

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError as error:
             raise ValueError(
                 f"{error.name} is not installed; install the extra: pip install "
-                "'nemotron-jax[serve]'"
+                "-e '.[serve]'"
             ) from None
         listener = server.bound(flags.host, flags.port)
     except (ValueError, OSError) as error:

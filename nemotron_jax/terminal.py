@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's or a hub model's directory")
     add("--adapter", default="", help="a folder of adapters in PEFT's layout")
-    add("--dtype", default="float32", help="of the model's matrices")
+    add("--dtype", default="float32", help="of the matrices; bfloat16 takes half the memory")
     add("--experts", default="dense", choices=EXPERTS, help="nvfp4: routed experts are codes")
     add("--mesh", default="", help="axes of the mesh, as in tensor=2,expert=2; empty: one device")
     add("--system", default="", help="the system message")

@@ -130,8 +130,12 @@ def folder(tmp_path: Path, tiny: Path) -> Path:
     for name in ("architecture", "data", "log", "sandbox"):
         text = (DOCS / f"{name}.md").read_text("utf-8")
         (tmp_path / "own" / f"{name}.txt").write_text(text)
-    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    (tmp_path / "own.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 40)
+    turns = lambda n: [
+        {"role": "user", "content": f"{n} + 2?"},
+        {"role": "assistant", "content": str(n + 2)},
+    ]
+    rows = [json.dumps({"messages": turns(n)}) for n in range(120)]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
     return tmp_path
 
 

@@ -221,7 +221,7 @@ def _values(task: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Value]:
 
 def _require_package() -> None:
     """Raise Unavailable where lm-eval is missing or needs torch."""
-    way_out = "pip install 'nemotron-jax[eval]'"
+    way_out = "pip install -e '.[eval]'"
     try:
         version = importlib.metadata.version("lm-eval")
     except importlib.metadata.PackageNotFoundError:
