@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server = importlib.import_module("nemotron_jax.serving.server")
         except ImportError as error:
             raise ValueError(
-                f"{error.name} is not installed; install the extra: pip install "
-                "-e '.[serve]'"
+                f"{error.name} is not installed; install the extra: pip install -e '.[serve]'"
             ) from None
         listener = server.bound(flags.host, flags.port)
     except (ValueError, OSError) as error:
