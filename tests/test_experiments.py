@@ -10,9 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import carried_over, grpo_arms, grpo_tiny, harness, latent_moe, nvfp4
+from experiments import (
+    carried_over,
+    grpo_arms,
+    grpo_tiny,
+    harness,
+    latent_moe,
+    mtp_boost_arms,
+    nvfp4,
+    qad_arms,
+)
 from experiments.carried_over import KINDS, SUMS
 from experiments.harness import Arm, Experiment, Measured
+from nemotron_jax.config.distill import MTP_LOSSES, DraftObjective
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.config.run import RunConfig
@@ -252,6 +262,38 @@ def test_a_quick_arm_runs(tmp_path, name, arm) -> None:
     assert run["experiment"] == f"{name}_quick" and run["steps"] == 6 and len(run["curve"]) == 6
     assert 0 < run["final"] < 10 and run["n_tokens"] == 6 * 2048
     assert name == "nvfp4" or run["more"]["active_flops_per_token"] > 1e6
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("name, arm", [("qad", "distilled"), ("mtp_boost", "kl")])
+def test_a_quick_arm_that_goes_on_from_another_runs(tmp_path, name, arm) -> None:
+    command = [sys.executable, "-m", f"experiments.{name}", "--quick", f"--arms={arm}"]
+    subprocess.run([*command, f"--output={tmp_path}"], check=True, cwd=harness.ROOT)
+    start, run = evidence(tmp_path)["runs"]
+    assert (start["steps"], start["n_tokens"]) == (6, 0) and run["arm"] == arm
+    assert run["steps"] == 4 and run["n_tokens"] == 4 * 1024
+    found, before = run["more"]["result"], start["more"]["result"]
+    if name == "qad":
+        kl = found["teacher_kl"]
+        assert kl["student_after"] == run["final"] > 0
+        assert kl["student_before"] == pytest.approx(start["final"], rel=1e-3)
+        assert found["loss"]["teacher"] == pytest.approx(before["loss"]["teacher"], rel=1e-6)
+    else:
+        assert found["temperatures"]["1"]["after"] == run["final"] >= 1
+        assert found["backbone_sha256_after"] == before["backbone_sha256_before"]
+
+
+def test_arms_of_distillation_differ_in_what_they_learn_from(tmp_path) -> None:
+    student = qad_arms.config_of((150, 40), 1, tmp_path)
+    assert (student.stage, student.distill.teacher) == ("distill", str(tmp_path))
+    assert student.init_from == str(tmp_path) and student.seed == 1
+    assert student.execution.at_step(0).precision.emulated
+    tokens = student.training.steps * student.data.batch_size * student.data.sequence_length
+    assert student.training.schedule.total_tokens == tokens == 40 * 1024
+    arms = [mtp_boost_arms.config_of((150, 48), 0, tmp_path, mtp) for mtp in MTP_LOSSES]
+    plain = [dataclasses.replace(arm, objective=DraftObjective()) for arm in arms]
+    assert plain[0] == plain[1] and {arm.objective.text for arm in arms} == {"own"}
+    assert arms[0].training.trains == "mtp" and arms[0].training.mtp_depths == 5
 
 
 def test_permuted_rewards_are_the_same_ones_dealt_out() -> None:

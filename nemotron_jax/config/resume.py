@@ -16,6 +16,8 @@ FREE_FIELDS = (
     "mesh",
     "sft.success_tasks",
     "sft.success_tokens",
+    "distill.result_rows",
+    "objective.result_prompts",
     "rl.held_out_tasks",
     "rl.result_tasks",
     "rl.transcripts",

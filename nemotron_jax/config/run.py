@@ -15,13 +15,14 @@ from nemotron_jax.config.checks import (
     one_of,
     positive,
 )
+from nemotron_jax.config.distill import DistillConfig, DraftObjective
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.rl import RLConfig
 from nemotron_jax.config.sft import SFTConfig
 
-STAGES = ("pretrain", "sft", "grpo")
+STAGES = ("pretrain", "sft", "grpo", "distill")
 
 TRAINS = ("all", "mtp", "lora")
 
@@ -217,6 +218,8 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     logging: LoggingConfig = LoggingConfig()
     stage: str = "pretrain"
+    objective: DraftObjective = DraftObjective()  # of drafts that are trained alone
+    distill: DistillConfig = DistillConfig()  # of stage distill alone
     sft: SFTConfig = SFTConfig()  # of stage sft, and of a warm start
     rl: RLConfig = RLConfig()  # of stage grpo alone
     warm_start: WarmStart | None = None  # fine-tuning before stage grpo
@@ -232,6 +235,12 @@ class RunConfig:
         return dataclasses.replace(
             self, stage="sft", training=first.training, data=first.data, warm_start=None, lora=lora
         )
+
+    @property
+    def tokenizer_from(self) -> str:
+        """The directory whose tokenizer the run uses where its data names none: what it begins
+        with, or else its teacher; empty for one of its own."""
+        return self.init_from or (self.distill.teacher if self.stage == "distill" else "")
 
     def __post_init__(self) -> None:
         one_of(self, "stage", STAGES)
@@ -261,6 +270,7 @@ class RunConfig:
         )
         check(self, "data.batch_size", rows % parts == 0, rule)
         _check_divided(self)
+        _check_learned_from(self)
         has_mtp = self.training.mtp_depths == 0 or self.model.mtp is not None
         rule = "needs a model with mtp; set it to 0 or configure model.mtp"
         check(self, "training.mtp_depths", has_mtp, rule)
@@ -285,3 +295,23 @@ def _check_divided(config: RunConfig) -> None:
     for used, field, devices, named in each:
         whole = not used or operator.attrgetter(field)(config) % devices == 0
         check(config, field, whole, f"must be a multiple of {named}; change one of them")
+
+
+def _check_learned_from(config: RunConfig) -> None:
+    """Raise ValueError where there is no teacher, or where drafts cannot learn from the model."""
+    distill, trains = config.stage == "distill", config.training.trains
+    rule = "must name the directory of a run or of a hub model in stage 'distill'"
+    check(config, "distill.teacher", not distill or config.distill.teacher != "", rule)
+    rule = "moves nothing that a teacher's predictions reach; use all or lora in stage 'distill'"
+    check(config, "training.trains", not distill or trains != "mtp", rule)
+    fixed = trains == "mtp" and config.stage in ("pretrain", "sft")
+    boosted, own = config.objective.mtp == "kl", config.objective.text == "own"
+    rule = "needs training.trains='mtp' in stage pretrain or sft: the backbone is the teacher"
+    check(config, "objective.mtp", not boosted or fixed, rule)
+    rule = "must name the model whose drafts are to improve where objective.mtp='kl'"
+    check(config, "init_from", not boosted or config.init_from != "", rule)
+    rule = "needs training.trains='mtp' in stage pretrain: what writes the text stays fixed"
+    check(config, "objective.text", not own or (fixed and config.stage == "pretrain"), rule)
+    rule = f"must be below data.sequence_length={config.data.sequence_length}, which holds them"
+    fits = config.objective.prompt_tokens < config.data.sequence_length
+    check(config, "objective.prompt_tokens", not own or fits, rule)

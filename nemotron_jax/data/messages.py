@@ -214,10 +214,15 @@ def _listed(content: bytes) -> list | None:
     return found if isinstance(found, list) else [found]
 
 
+def is_conversations(source: str) -> bool:
+    """Whether a data source gives conversations and not text."""
+    return source.startswith((MESSAGES, ORACLE, SLIPS))
+
+
 def source_names(sources: Sequence[str]) -> None:
     """Raise ValueError for a source that is none of conversations."""
     for source in sources:
-        if not source.startswith((MESSAGES, ORACLE, SLIPS)):
+        if not is_conversations(source):
             raise ValueError(
                 f"data.sources={source!r}: fine-tuning reads {MESSAGES}FILE, {ORACLE}NAME/LEVEL or "
                 f"{SLIPS}NAME/LEVEL:SLIP"

@@ -158,13 +158,17 @@ def drafted(
     """Finished requests of each kind of text, drafted k tokens a round."""
     lockstep = Lockstep(context.model, context.execution, speculative=k)
     wanted = Wanted(options.new_tokens, temperature=options.temperature, seed=context.seed)
-    seeded = lambda n: dataclasses.replace(wanted, seed=(context.seed + n) % 2**32)
-    found = {
-        name: [lockstep.submit(prompt, seeded(n))[0] for n, prompt in enumerate(part)]
-        for name, part in prompts.items()
-    }
+    found = {name: submitted(lockstep, part, wanted) for name, part in prompts.items()}
     lockstep.run()
     return found
+
+
+def submitted(
+    lockstep: Lockstep, prompts: Sequence[tuple[int, ...]], wanted: Wanted
+) -> list[Request]:
+    """A request of each prompt, with draws of its own."""
+    seeded = lambda n: dataclasses.replace(wanted, seed=(wanted.seed + n) % 2**32)
+    return [lockstep.submit(prompt, seeded(n))[0] for n, prompt in enumerate(prompts)]
 
 
 def prompts_of(subject: Subject, count: int) -> dict[str, list[tuple[int, ...]]]:

@@ -1,14 +1,19 @@
-"""result.json of a run of reinforcement learning, read back whatever has happened to it."""
+"""result.json of a run, read back whatever has happened to it."""
 
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemotron_jax.files import atomic_writer
+from nemotron_jax.run_directory import RunDirectory
+
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The result in a file; None where there is none, or, with a warning, where it is damaged."""
+    """The result of reinforcement learning in a file; None where there is none, or, with a warning,
+    where it is damaged."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -19,6 +24,22 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return found
     warnings.warn(f"{path}: is damaged and left out; it is made again", stacklevel=2)
     return None
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The object of a file; empty where there is none, or no whole one."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_values(directory: RunDirectory, values: Mapping[str, Any]) -> None:
+    """Write the result of a run into its directory, by the process that writes there."""
+    if directory.writer:
+        with atomic_writer(directory.result) as out:
+            out.write((json.dumps(values, indent=1) + "\n").encode())
 
 
 def _is_whole(found: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ STAGES = {
     "pretrain": "nemotron_jax.stages.pretrain",
     "sft": "nemotron_jax.stages.sft",
     "grpo": "nemotron_jax.stages.grpo",
+    "distill": "nemotron_jax.stages.distill",
 }
 
 

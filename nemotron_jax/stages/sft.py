@@ -9,13 +9,15 @@ from nemotron_jax.evaluation.held_out import learned_probe
 from nemotron_jax.posttraining.success import success_of_oracles
 from nemotron_jax.pretrained import data_of
 from nemotron_jax.run_directory import RunDirectory
-from nemotron_jax.stages.pretrain import checked, learn
+from nemotron_jax.stages.pretrain import Lesson, checked, learn
 
 
-def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
+def run(
+    config: RunConfig, directory: RunDirectory, mesh: Mesh, lesson: Lesson | None = None
+) -> int:
     """Prepare a run's conversations and train on what answers say; the exit status."""
-    prepared = checked(config, directory)
-    data, model = data_of(config.data, config.init_from, directory), config.model
+    prepared, model = checked(config, directory, lesson), config.model
+    data = data_of(config.data, config.tokenizer_from, directory)
     made = lambda: prepare_conversations(
         data,
         config.sft,
@@ -31,6 +33,9 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
         prepared,
         mesh,
         corpus,
+        tokenizer=tokenizer,
+        held_out=lambda rows: corpus.held_out_batches(data, 0, rows),
         notes=repetitions(corpus, data, config.training.steps),
         probes=[learned_probe(batches, config.training.loss_chunk), *([played] if played else [])],
+        lesson=lesson,
     )

@@ -92,7 +92,7 @@ def run(
         if directory.writer:
             with atomic_writer(directory.config) as out:
                 out.write(files[directory.config.name].encode())
-            chats = config.stage != "pretrain"
+            chats = config.stage in ("sft", "grpo")
             companions.keep(directory, config.model, config.init_from, chats=chats)
         reporter = stack.enter_context(Reporter(run, step, probes, sampler))
         stop = stack.enter_context(StopSignal())
@@ -145,16 +145,17 @@ class _Parts:
 def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[TrainState, int]:
     config, reporter = run.config, parts.reporter
     steps, logging = config.training.steps, config.logging
-    current = train_step = None
+    current = train_step = objective = None
     while step < steps and not parts.stop.agreed():
         batch = parts.next(state.model)
         compiles = current != (wanted := config.execution.at_step(step))
         if compiles:
             current = wanted
             reporter.progress.note("compiling the training step")
-            train_step = compile_train_step(run, state, batch, run.objective(current))
+            objective = run.objective(current)
+            train_step = compile_train_step(run, state, batch, objective)
             distributed.meet()  # on CPUs whoever comes half a minute late is waited for no more
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, *objective.given)
         step += 1
         if compiles:
             jax.block_until_ready(metrics)

@@ -1,8 +1,7 @@
 """Cross entropy in chunks, and the sum of losses that pre-training minimises."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +16,13 @@ from nemotron_jax.model.nemotron import Nemotron, number_documents
 from nemotron_jax.model.parameters import load_by_bias
 from nemotron_jax.sharding import local
 from nemotron_jax.sharding.vocabulary import Vocabulary
-from nemotron_jax.sharding.weights import Cuts, cuts_of, gathered, scattered
+from nemotron_jax.sharding.weights import Cuts, cuts_of, gathered, whole
+from nemotron_jax.training.chunked import (
+    Chunked,
+    cross_entropy,
+    in_chunks,
+    weighted_loss,
+)
 from nemotron_jax.types import Batch, Weight
 
 Sums = dict[str, Array | dict[str, Array]]
@@ -30,12 +35,14 @@ class Objective:
     `totals` are of the whole batch, so that the losses of its parts, each divided by them, add up
     to the whole's. `loss(model, part, totals, key)` gives the scalar and named sums to report:
     `loss` always, and where a model routes `router_load` and `mtp_router_load`, tokens of every
-    expert by the name of the selection bias that balances them.
+    expert by the name of the selection bias that balances them. What is `given` beside, such as a
+    teacher, comes after the key: arguments of the compiled step, which would hold a copy of them.
     """
 
     totals: Callable[[Batch], Any]
-    loss: Callable[[Nemotron, Batch, Any, Array], tuple[Float[Array, ""], Sums]]
+    loss: Callable[..., tuple[Float[Array, ""], Sums]]
     precision: PrecisionConfig = PrecisionConfig()  # that `loss` computes in
+    given: tuple[Any, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -47,14 +54,55 @@ class PretrainTotals:
     sequences: Float[Array, ""]  # of the balance loss
 
 
-def pretrain_objective(training: TrainingConfig, execution: Execution) -> Objective:
+class Text:
+    """What predictions are compared with: the text itself."""
+
+    def weights(self, batch: Batch) -> Float[Array, "B T Z"]:
+        """What each comparison counts, by prediction distance."""
+        return batch.weights
+
+    def next_token(
+        self, model: Nemotron, hidden: Array, batch: Batch, totals: PretrainTotals, chunk: int
+    ) -> Float[Array, ""]:
+        """The loss of the next token in nats; `hidden` is the backbone's."""
+        return mean_nll(model, hidden, batch, 0, totals, chunk)
+
+    def read(
+        self, hiddens: Sequence[Array], batch: Batch, key: Array | None
+    ) -> Float[Array, "B T D"]:
+        """What the next depth of drafts reads, of the backbone's hidden states and those of the
+        depths before it."""
+        return hiddens[-1]
+
+    def draft(
+        self,
+        model: Nemotron,
+        hiddens: Sequence[Array],
+        batch: Batch,
+        totals: PretrainTotals,
+        chunk: int,
+    ) -> Float[Array, ""]:
+        """The loss of the last depth of drafts."""
+        return mean_nll(model, hiddens[-1], batch, len(hiddens) - 1, totals, chunk)
+
+
+TEXT = Text()
+
+
+def pretrain_objective(
+    training: TrainingConfig, execution: Execution, against: Text = TEXT
+) -> Objective:
     """The pre-training loss of a run, computed as a step is."""
 
     def totals(batch: Batch) -> PretrainTotals:
-        return PretrainTotals(jnp.sum(batch.weights, axis=(0, 1)), _sequences(batch, execution))
+        return PretrainTotals(
+            jnp.sum(against.weights(batch), axis=(0, 1)), _sequences(batch, execution)
+        )
 
     def loss(model: Nemotron, part: Batch, totals: PretrainTotals, key: Array) -> tuple:
-        return pretrain_loss(model, part, training, execution, totals=totals, key=key)
+        return pretrain_loss(
+            model, part, training, execution, totals=totals, key=key, against=against
+        )
 
     return Objective(totals, loss, execution.precision)
 
@@ -67,13 +115,14 @@ def pretrain_loss(
     *,
     totals: PretrainTotals,
     key: Array | None = None,
+    against: Text = TEXT,
 ) -> tuple[Float[Array, ""], Sums]:
     """Next-token loss + MTP losses + sequence balance loss, as Nemotron 3 Super was pre-trained.
 
-    `batch` is the whole batch of `totals` or a part of it; `key` is for stochastic rounding. The
-    sums: `loss` in nats per token, `mtp_loss` the mean over depths and `aux_loss` the sum over MoE
-    layers, both unscaled, and the routers' loads. Source: nemotron3_super report; Megatron-LM
-    process_mtp_loss for the MTP weights.
+    `batch` is the whole batch of `totals` or a part of it; `key` is for stochastic rounding;
+    `against` is what predictions are compared with. The sums: `loss` in nats per token, `mtp_loss`
+    the mean over depths and `aux_loss` the sum over MoE layers, both unscaled, and the routers'
+    loads. Source: nemotron3_super report; Megatron-LM process_mtp_loss for the MTP weights.
     """
     output = model(
         batch.tokens,
@@ -82,15 +131,14 @@ def pretrain_loss(
         numbers=batch.numbers,
         execution=execution,
     )
-    loss = _mean_nll(model, output.hidden, batch, 0, totals, config.loss_chunk)
-    aux_loss, hidden, mtp_loss = output.aux_loss, output.hidden, jnp.zeros(())
+    loss = against.next_token(model, output.hidden, batch, totals, config.loss_chunk)
+    aux_loss, hiddens, mtp_loss = output.aux_loss, [output.hidden], jnp.zeros(())
     mtp_load: dict[str, Array] = {}
     for depth in range(1, config.mtp_depths + 1):
-        step = model.mtp_step(
-            hidden, batch.mtp_tokens[..., depth - 1], batch.segment_ids, execution=execution
-        )
-        hidden = step.hidden
-        nll = _mean_nll(model, hidden, batch, depth, totals, config.loss_chunk)
+        hidden, tokens = against.read(hiddens, batch, key), batch.mtp_tokens[..., depth - 1]
+        step = model.mtp_step(hidden, tokens, batch.segment_ids, execution=execution)
+        hiddens.append(step.hidden)
+        nll = against.draft(model, hiddens, batch, totals, config.loss_chunk)
         mtp_loss += nll / config.mtp_depths
         aux_loss += step.aux_loss
         load = load_by_bias(model, step.router_load, mtp=True)
@@ -110,26 +158,72 @@ def _sequences(batch: Batch, execution: Execution) -> Float[Array, ""]:
     return count_sequences(documents, batch.segment_ids != 0)
 
 
-def _mean_nll(
+def mean_nll(
     model: Nemotron,
-    hidden: Array,
+    hidden: Float[Array, "B T D"],
     batch: Batch,
     distance: int,
     totals: PretrainTotals,
     chunk: int,
 ) -> Float[Array, ""]:
-    """Cross entropy of the tokens `distance` + 1 further on, each device's rows by itself."""
+    """Cross entropy of the tokens `distance` + 1 further on."""
     weights = batch.weights[..., distance] / jnp.maximum(totals.valid_tokens[distance], 1.0)
-    head = model.head.matrix()
+    targets = batch.targets[..., distance]
+    return over_rows(model.head.matrix(), hidden, targets, weights, Chunked(cross_entropy, chunk))
+
+
+def over_rows(
+    head: Weight,
+    hidden: Float[Array, "B T D"],
+    wanted: Array,
+    weights: Float[Array, "B T"],
+    how: Chunked,
+    given: Weight | None = None,
+) -> Float[Array, ""]:
+    """`weighted_loss` of tokens, each device's rows by itself; `wanted` is [B, T, ...].
+
+    `given` is the head that what is wanted goes through, which gets no gradient.
+    """
+    how = dataclasses.replace(how, cuts=cuts_of(head))
+
+    def own(hidden: Array, part: Array, wanted: Array, weights: Array, *held: Array) -> Array:
+        rows = [array.reshape(-1, *array.shape[2:]) for array in (hidden, wanted)]
+        matrix = _whole(held, given, wanted.dtype)
+        return weighted_loss(rows[0], part, rows[1], matrix, weights.reshape(-1), how)[None]
+
+    by_row, held = ("batch",), _held(head, given)
+    run = local(own, (by_row, head, by_row, by_row, *held), by_row)
+    return jnp.sum(run(hidden, head.value, wanted, weights, *(one.value for one in held)))
+
+
+def token_losses(
+    head: Weight,
+    hidden: Float[Array, "B T D"],
+    wanted: Array,
+    how: Chunked,
+    given: Weight | None = None,
+) -> Float[Array, "B T"]:
+    """The loss of each token, float32, of each device's rows by itself; see `over_rows`.
+
+    Never holds more than [chunk, V] logits: the backward pass makes them anew. Differentiable in
+    `hidden` and the head's value.
+    """
     cuts = cuts_of(head)
 
-    def own(hidden: Array, part: Array, targets: Array, weights: Array) -> Float[Array, "devices"]:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return weighted_nll(flat, part, targets.reshape(-1), weights.reshape(-1), chunk, cuts)[None]
+    def own(hidden: Array, part: Array, wanted: Array, *held: Array) -> Float[Array, "B T"]:
+        matrix, vocabulary = gathered(part, cuts, hidden.dtype), Vocabulary.of(cuts, 1)
+        rows = tuple(array.reshape(-1, *array.shape[2:]) for array in (hidden, wanted))
+        fixed = _whole(held, given, wanted.dtype)
+        each = jax.checkpoint(
+            lambda rows, wanted: how.loss_of(rows, matrix, wanted, fixed, vocabulary)[0]
+        )
+        parts = in_chunks(rows, how.chunk)
+        losses = jax.lax.scan(lambda _, part: (None, each(*part)), None, parts)[1]
+        return losses.reshape(-1)[: len(rows[0])].reshape(hidden.shape[:2])
 
-    by_row = ("batch",)
-    run = local(own, (by_row, head, by_row, by_row), by_row)
-    return jnp.sum(run(hidden, head.value, batch.targets[..., distance], weights))
+    by_row, held = ("batch",), _held(head, given)
+    run = local(own, (by_row, head, by_row, *held), by_row)
+    return run(hidden, head.value, wanted, *(one.value for one in held))
 
 
 def token_nll(
@@ -138,28 +232,10 @@ def token_nll(
     targets: Int[Array, "B T"],
     chunk: int = 512,
 ) -> Float[Array, "B T"]:
-    """Cross entropy of each token's target in nats, float32, of each device's rows by itself.
-
-    Never holds more than [chunk, V] logits: the backward pass makes them anew. Differentiable in
-    `hidden` and the head's value.
-    """
-    cuts = cuts_of(head)
-
-    def own(hidden: Array, part: Array, targets: Array) -> Float[Array, "B T"]:
-        matrix = gathered(part, cuts, hidden.dtype)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        count = flat.shape[0]
-        rows, labels, _ = _chunks(flat, targets.reshape(-1), jnp.zeros(count), chunk)
-        vocabulary = Vocabulary.of(cuts, 1)
-        each = jax.checkpoint(lambda rows, labels: _chunk_nll(rows, labels, matrix, vocabulary)[0])
-        nll = jax.lax.scan(lambda _, part: (None, each(*part)), None, (rows, labels))[1]
-        return nll.reshape(-1)[:count].reshape(targets.shape)
-
-    by_row = ("batch",)
-    return local(own, (by_row, head, by_row), by_row)(hidden, head.value, targets)
+    """Cross entropy of each token's target in nats: `token_losses` of the targets."""
+    return token_losses(head, hidden, targets, Chunked(cross_entropy, chunk))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def weighted_nll(
     hidden: Float[Array, "N D"],
     head: Float[Array, "D _"],
@@ -168,72 +244,17 @@ def weighted_nll(
     chunk: int,
     cuts: Cuts = Cuts(),
 ) -> Float[Array, ""]:
-    """Sum of weights times cross entropy, never holding more than [chunk, V] logits; float32.
-
-    Inside `local`, `head` may be this device's part, cut as `cuts` say. Differentiable in
-    `hidden` and `head`. Its gradient is made in the same pass as the loss, while a chunk's logits
-    are at hand, so that no logits are computed twice; until the backward pass asks for it, each
-    device keeps its part of the head's.
-    """
-    head, vocabulary = gathered(head, cuts, hidden.dtype), Vocabulary.of(cuts, 1)
-
-    def add(total: Array, part: tuple) -> tuple[Array, None]:
-        rows, labels, weight = part
-        return total + jnp.sum(_chunk_nll(rows, labels, head, vocabulary)[0] * weight), None
-
-    return jax.lax.scan(add, jnp.zeros(()), _chunks(hidden, targets, weights, chunk))[0]
+    """Sum of weights times cross entropy: `weighted_loss` of the targets."""
+    return weighted_loss(hidden, head, targets, None, weights, Chunked(cross_entropy, chunk, cuts))
 
 
-def _nll_forward(
-    hidden: Array, part: Array, targets: Array, weights: Array, chunk: int, cuts: Cuts
-) -> tuple[Array, tuple]:
-    head = gathered(part, cuts, hidden.dtype)
-    matrix, vocabulary = head.astype(hidden.dtype), Vocabulary.of(cuts, 1)
-
-    def add(carry: tuple, part: tuple) -> tuple[tuple, Array]:
-        total, dhead = carry
-        rows, labels, weight = part
-        nll, probabilities = _chunk_nll(rows, labels, head, vocabulary)
-        hit = vocabulary.is_token(labels, head.shape[1])
-        dlogits = ((probabilities - hit) * weight[:, None]).astype(hidden.dtype)
-        dhead += jnp.einsum("nd,nv->dv", rows, dlogits, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(nll * weight), dhead), jnp.einsum("nv,dv->nd", dlogits, matrix)
-
-    start = (jnp.zeros(()), jnp.zeros(head.shape, jnp.float32))
-    parts = _chunks(hidden, targets, weights, chunk)
-    (total, dhead), dhidden = jax.lax.scan(add, start, parts)
-    dhidden = dhidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return total, (dhidden.astype(hidden.dtype), scattered(dhead, cuts).astype(part.dtype))
+def _held(head: Weight, given: Weight | None) -> tuple[Weight, ...]:
+    """The head of what is wanted, cut along the vocabulary as the own one is."""
+    same = given is None or cuts_of(head).along(1) == cuts_of(given).along(1)
+    assert same, "both heads have one vocabulary"
+    return () if given is None else (given,)
 
 
-def _nll_backward(chunk: int, cuts: Cuts, residuals: tuple, cotangent: Array) -> tuple:
-    dhidden, dhead = residuals
-    # The loss is the same on all devices that share the vocabulary: each is given its share of the
-    # cotangent.
-    cotangent = Vocabulary.of(cuts, 1).sum(cotangent)
-    return dhidden * cotangent.astype(dhidden.dtype), dhead * cotangent, None, None
-
-
-weighted_nll.defvjp(_nll_forward, _nll_backward)
-
-
-def _chunk_nll(
-    rows: Array, labels: Array, head: Array, vocabulary: Vocabulary
-) -> tuple[Array, Array]:
-    """The cross entropy of each of one chunk's tokens, and this device's part of their softmax."""
-    matrix = head.astype(rows.dtype)
-    logits = jnp.einsum("nd,dv->nv", rows, matrix, preferred_element_type=jnp.float32)
-    top = vocabulary.max(jnp.max(logits, axis=-1, keepdims=True))
-    exponentials = jnp.exp(logits - top)
-    total = vocabulary.sum(jnp.sum(exponentials, axis=-1, keepdims=True))
-    chosen = vocabulary.of_tokens(logits, labels)
-    return (jnp.log(total) + top - chosen)[:, 0], exponentials / total
-
-
-def _chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple:
-    """Rows in chunks; the last one is filled up with rows of weight 0."""
-    count = hidden.shape[0]
-    chunk = min(chunk, count)
-    missing = -count % chunk
-    pad = lambda a: jnp.pad(a, ((0, missing),) + ((0, 0),) * (a.ndim - 1))
-    return tuple(pad(a).reshape(-1, chunk, *a.shape[1:]) for a in (hidden, targets, weights))
+def _whole(parts: Sequence[Array], given: Weight | None, dtype: jnp.dtype) -> Array | None:
+    """The matrix of `given` from this device's part of it, if there is one."""
+    return None if given is None else whole(parts[0], cuts_of(given), dtype)

@@ -19,6 +19,7 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.sharding import current_mesh
+from nemotron_jax.training.distillation import Backbone
 from nemotron_jax.training.losses import Objective, pretrain_objective
 from nemotron_jax.training.optimizer import Trained, make_optimizer
 from nemotron_jax.training.state import TrainState, placed
@@ -61,6 +62,8 @@ def prepare_run(
     optimizer = make_optimizer(config.training.optimizer, trained)
     if objective is None:
         objective = functools.partial(pretrain_objective, config.training)
+        if config.objective.mtp == "kl":
+            objective = functools.partial(objective, against=Backbone(config.objective))
     return Prepared(config, directory, trained, optimizer, objective)
 
 

@@ -3,6 +3,7 @@ update."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,22 +27,26 @@ Metrics = dict[str, Array]
 
 def make_train_step(
     run: Prepared, objective: Objective | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The compiled step of a run; it donates the state's memory. `objective`: the run's own, as
-    its config computes it, by default."""
+    its config computes it, by default. After the batch it takes what the objective is given."""
     chosen = run.objective(run.config.execution) if objective is None else objective
-    step = lambda state, batch: train_step(state, batch, run, chosen)
+
+    def step(state: TrainState, batch: Batch, *given: Any) -> tuple[TrainState, Metrics]:
+        return train_step(state, batch, run, dataclasses.replace(chosen, given=given))
+
     return jax.jit(step, donate_argnums=0)
 
 
 def compile_train_step(
     run: Prepared, state: TrainState, batch: Batch, objective: Objective | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The run's step, compiled for states and batches like these; it never compiles again.
 
     Given anything of another shape or placement it raises.
     """
-    step = make_train_step(run, objective).lower(state, batch).compile()
+    given = () if objective is None else objective.given
+    step = make_train_step(run, objective).lower(state, batch, *given).compile()
     give_back_freed_memory()  # the compiler's, before the step's own comes on top
     return step
 
@@ -107,7 +112,8 @@ def _gradients(
     key = nvfp4.fold(jnp.stack([jnp.uint32(run.config.seed), state.step.astype(jnp.uint32)]), 0)
 
     def loss(parameters: dict[str, Array], part: Batch) -> tuple[Array, Sums]:
-        return objective.loss(unflatten(model, table | parameters), part, totals, key)
+        changed = unflatten(model, table | parameters)
+        return objective.loss(changed, part, totals, key, *objective.given)
 
     gradient = jax.grad(loss, has_aux=True)
     if count == 1:

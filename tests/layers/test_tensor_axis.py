@@ -17,7 +17,8 @@ from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.sharding import local, make_mesh
 from nemotron_jax.sharding.vocabulary import Vocabulary
 from nemotron_jax.sharding.weights import cuts_of
-from nemotron_jax.training.losses import token_nll, weighted_nll
+from nemotron_jax.training.chunked import Chunked, Divergence
+from nemotron_jax.training.losses import over_rows, token_nll, weighted_nll
 from nemotron_jax.types import Context, Rows, Weight
 from tests.tiny_models import quick_jit
 
@@ -130,8 +131,11 @@ def of_losses(tensor: int) -> dict[str, np.ndarray]:
         run = local(weighted, (by_row, matrix, by_row, by_row), by_row)
         total = jnp.sum(run(hidden, head, tokens, weights))
         nll = token_nll(hidden, matrix, tokens, chunk=16)
-        parts = {"rows": rows, "nll": nll, "total": total}
-        return 0.5 * total + jnp.sum(nll * weights) + jnp.sum(rows * cotangent), parts
+        how, teachers = Chunked(Divergence(2.0), 16), Weight(jnp.flip(head, 1), AXES)
+        kl = over_rows(matrix, hidden, jax.lax.stop_gradient(-hidden), weights, how, teachers)
+        parts = {"rows": rows, "nll": nll, "total": total, "kl": kl}
+        learned = 0.5 * total + 0.3 * kl + jnp.sum(nll * weights)
+        return learned + jnp.sum(rows * cotangent), parts
 
     with on(tensor):
         run = quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))
