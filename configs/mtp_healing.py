@@ -6,7 +6,9 @@ Hardware: a CPU, two cores; a step is cheaper than one of configs/speculative_ti
 Expected: drafts are accepted more often, the model's own predictions are the same bit for bit. Not
 measured.
 Reinforcement learning freezes the MTP block while the model moves away from it; this is the step
-after it. `--config.data.sources` should name the text that the model now writes.
+after it. `--config.data.sources` should name the text that the model now writes, or
+`--config.objective.text=own` lets it write; with `--config.objective.mtp=kl` the block learns what
+the model predicts in place of the tokens themselves (docs/posttraining.md, boosting).
 """
 
 from ml_collections import ConfigDict

@@ -85,10 +85,13 @@ class OwnText:
 
 
 def beginnings(batch: Batch, count: int, eos: int) -> list[tuple[int, ...]]:
-    """The first `count` tokens of each row: of those the last document's, without its end."""
+    """The first `count` tokens of each row that has some: of those the last document's, without
+    its end."""
     found = []
     for tokens, segments in zip(batch.tokens[:, :count], batch.segment_ids[:, :count], strict=True):
-        last = tokens[segments == segments[-1]].tolist()
+        if not np.any(segments):
+            continue
+        last = tokens[segments == np.max(segments)].tolist()
         ends = len(last) > 1 and last[-1] == eos
         found.append(tuple(last[:-1] if ends else last))
     return found

@@ -64,7 +64,6 @@ def result(
         start
         for batch in batches
         for start in beginnings(batch, objective.prompt_tokens, config.model.eos_token)
-        if np.any(batch.segment_ids)
     ][:count]
     temperatures = {}
     for temperature in TEMPERATURES:
