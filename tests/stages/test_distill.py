@@ -30,7 +30,9 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(texts, tmp_path_factory):
     """The directory of a run of six steps, and its config."""
-    config = changed(small_run(texts), training={"steps": 6}, data={"held_out_fraction": 0.3})
+    config = changed(
+        small_run(texts, evaluate_every=3), training={"steps": 6}, data={"held_out_fraction": 0.3}
+    )
     directory = tmp_path_factory.mktemp("first")
     train(config, directory)
     return config, directory
