@@ -38,7 +38,7 @@ def test_a_field_has_type_default_unit_rules_and_meaning() -> None:
     assert size.rules[0] == "an integer of at least 1"
     assert "multiple of training.micro_batches" in size.rules[1]  # a rule of the run around it
     assert size.meaning == "rows of one optimizer step"
-    assert FIELDS["config.stage"].rules == ("one of pretrain, sft, grpo",)
+    assert FIELDS["config.stage"].rules == ("one of pretrain, sft, grpo, distill",)
     assert not FIELDS["config.model.width"].default
     (engine, _) = parts(EngineConfig, "engine")
     assert any(field.rules == ("an integer of at least 1",) for field in engine.fields)
