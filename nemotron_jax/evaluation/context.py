@@ -115,6 +115,8 @@ class Context:
     def policy(self) -> Policy:
         """What plays episodes with that generator."""
         self.model  # noqa: B018  # raises behind a URL
+        if self.shared.policy.generator is None:
+            self.progress.note(f"compiling for requests of up to {self.shared.longest:,} tokens")
         return self.shared.policy
 
     def sampler(

@@ -13,7 +13,7 @@ from nemotron_jax.evaluation import kept
 from nemotron_jax.evaluation.context import Context, Shared
 from nemotron_jax.evaluation.progress import Progress
 from nemotron_jax.evaluation.subject import Subject
-from nemotron_jax.evaluation.suite import Result, Suite, Unavailable
+from nemotron_jax.evaluation.suite import Result, Suite, Unanswered, Unavailable
 from nemotron_jax.evaluation.suites import Planned
 from nemotron_jax.evaluation.transcripts import Line, Transcripts, read_lines, write_lines
 from nemotron_jax.evaluation.url import Url
@@ -111,7 +111,8 @@ class Runner:
             if distributed.process_count() > 1 and not isinstance(error, Unavailable | ValueError):
                 raise  # the others may not have met it, and would wait for this one
             why = self._told(error, path)
-            skips = isinstance(error, Unavailable) and not plan.named
+            skips = isinstance(error, Unavailable) and not isinstance(error, Unanswered)
+            skips = skips and not plan.named
             status = "skipped" if skips else "failed"
             progress.note(f"{status}: {why}")
             return record | {"status": status, "why": why} | empty

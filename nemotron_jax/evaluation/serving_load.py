@@ -21,6 +21,7 @@ from nemotron_jax.evaluation.suite import (
     Result,
     Suite,
     Table,
+    Unanswered,
     Unavailable,
     Value,
     as_tuples,
@@ -177,7 +178,7 @@ def summarise(rows: dict[int, tuple[Sequence[Streamed], float]]) -> Result:
             f"{'passes' if passes else 'does not pass'}."
         )
     if not values:
-        raise Unavailable(f"every request failed: {failed[0]}")
+        raise Unanswered(f"every request failed: {failed[0]}")
     title = f"Serving; a row passes at {LEAST_TOKENS_PER_S:g} tokens/s and a wait under "
     return Result(
         values,
@@ -200,7 +201,7 @@ def _asker(url: Url, options: ServingOptions, seed: int) -> Asker:
             failures.append(str(error))
         except (KeyError, TypeError, ValueError):
             return Asker(url, path, 0.75, options, seed)  # English words a token, about
-    raise Unavailable("; ".join(failures))
+    raise Unanswered("; ".join(failures))
 
 
 def _has_text(chunk: dict[str, Any]) -> bool:

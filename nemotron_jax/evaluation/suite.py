@@ -18,6 +18,10 @@ class Unavailable(Exception):
     """
 
 
+class Unanswered(Unavailable):
+    """Why a server gave nothing to measure. The suite fails under `all` too: it has all parts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
     """One number to compare models by, and what to read it against.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nemotron_jax.evaluation.answers import Answer, Ask
-from nemotron_jax.evaluation.suite import Unavailable
+from nemotron_jax.evaluation.suite import Unanswered, Unavailable
 from nemotron_jax.evaluation.waiting import side_by_side
 
 SIDE_BY_SIDE = 16  # requests in flight: more queue at the server, fewer leave it idle
@@ -51,8 +51,8 @@ class Url:
         return self._model
 
     def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        """An answer to each; one that the server fails has `error`. Raises Unavailable where it
-        does not answer at all."""
+        """An answer to each; one that the server fails has `error`. Raises Unanswered where
+        all have."""
         bodies = [(path_of(ask), body_of(ask, self.model)) for ask in asks]
         answers: list[Answer] = [Answer()] * len(asks)
         going = side_by_side(lambda n: self._answer(*bodies[n]), len(bodies), SIDE_BY_SIDE)
@@ -60,7 +60,7 @@ class Url:
             answers[number] = answer
             self._progress(done, len(asks))
         if asks and all(answer.error for answer in answers):
-            raise Unavailable(f"{self.url}: {answers[0].error}")
+            raise Unanswered(f"{self.url}: {answers[0].error}")
         return answers
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -80,7 +80,7 @@ class Url:
             except (OSError, http.client.HTTPException) as error:
                 if attempt == TRIES:
                     reason = getattr(error, "reason", error)
-                    raise Unavailable(
+                    raise Unanswered(
                         f"{self.url}{path} does not answer ({reason}); is the server running?"
                     ) from None
                 time.sleep(_wait(None, attempt))

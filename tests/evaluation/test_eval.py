@@ -12,6 +12,7 @@ import pytest
 
 from nemotron_jax import evaluate as evaluation
 from nemotron_jax.config.execution import Execution
+from nemotron_jax.evaluation import url
 from nemotron_jax.evaluation.perplexity import result_of, score_held_out
 from nemotron_jax.evaluation.probe import suite_probes
 from nemotron_jax.evaluation.subject import Subject
@@ -116,6 +117,19 @@ def test_wrong_requests_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="--model=mine.* is a directory"):
         evaluation.evaluate(run_directory, "perplexity", output, model_name="mine")
     assert not output.exists()
+
+
+def test_all_of_a_server_that_is_gone_has_failed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(url, "WAIT_S", 0.0)
+    done = evaluation.evaluate("http://127.0.0.1:1", "all", tmp_path)
+    found = json.loads(done.report.read_text("utf-8"))["suites"]
+    status = {name: suite["status"] for name, suite in found.items()}
+    assert done.status == 1 and status["perplexity"] == status["ruler"] == "skipped"
+    assert {name for name in status if status[name] == "failed"} == {
+        "environments",
+        "tools",
+        "serving",
+    }
 
 
 def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path: Path) -> None:

@@ -98,8 +98,9 @@ def test_a_suite_that_fails_is_a_sentence_and_the_others_report(run) -> None:
     assert report["suites"]["second"]["values"]["accuracy"]["n"] == 3
     run(("first", "bad"))
     assert run.ran() == ["first", "second"], "what has failed is tried again, and logs nothing"
-    skipped = run(("absent", "bad"), named=False)
+    skipped = run(("absent", "bad", "silent"), named=False)
     assert skipped["absent"]["status"] == "skipped" and skipped["bad"]["status"] == "failed"
+    assert skipped["silent"]["status"] == "failed", "a server that is gone is no missing part"
     told = run(("first",), why={"first": "no such part"}, named=False, output="other")
     assert told["first"]["status"] == "skipped" and told["first"]["why"] == "no such part"
 

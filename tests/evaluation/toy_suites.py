@@ -7,7 +7,7 @@ import signal
 from nemotron_jax.config.checks import at_least_one
 from nemotron_jax.evaluation.answers import Answer
 from nemotron_jax.evaluation.statistics import counts_of, items_of, value_over
-from nemotron_jax.evaluation.suite import Result, Score, Suite, Unavailable, Value
+from nemotron_jax.evaluation.suite import Result, Score, Suite, Unanswered, Unavailable, Value
 
 FATAL = "TOY_SUITE_THAT_KILLS"
 LOG = "TOY_SUITES_LOG"  # a file that gets a line for each suite that runs
@@ -45,7 +45,7 @@ def summarise(lines, options):
 
 
 def fails(context, options):
-    raise {"bad": ValueError, "absent": Unavailable}.get(
+    raise {"bad": ValueError, "absent": Unavailable, "silent": Unanswered}.get(
         context.transcripts.suite.name, ZeroDivisionError
     )("of no use\nhere")
 
@@ -57,3 +57,4 @@ def _suite(name, what=measure, **fields):
 
 FIRST, SECOND, THIRD = _suite("first"), _suite("second"), _suite("third")
 BAD, ABSENT, BROKEN = _suite("bad", fails), _suite("absent", fails), _suite("broken", fails)
+SILENT = _suite("silent", fails)
