@@ -157,7 +157,7 @@ def scales(
     """The scale of each block of a tile, and what its elements are multiplied by."""
     largest = jnp.max(jnp.abs(x), axis=1)
     largest = _largest_of_lanes(largest) if square else largest
-    scale = _nearest_e4m3(jnp.minimum(largest * encode, 448))
+    scale = xla.nearest_e4m3(jnp.minimum(largest * encode, 448))
     return scale, jnp.minimum(1 / (scale * decode), xla.LARGEST)
 
 
@@ -192,14 +192,6 @@ def _largest_of_lanes(x: Float[Array, "n 128"]) -> Float[Array, "n 128"]:
         left, right = pltpu.roll(x, bit, 1), pltpu.roll(x, x.shape[1] - bit, 1)
         x = jnp.maximum(x, jnp.where(lane & bit == 0, right, left))
     return x
-
-
-def _nearest_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The float8_e4m3fn nearest to numbers up to 448, ties to even: four significant bits, and no
-    finer than 2**-9."""
-    binade = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, x.dtype)
-    large = jnp.maximum(binade, 2**-6) * jnp.float32(2**-3 * xla.ROUNDING)
-    return (x + large) - large
 
 
 def _factors(amax: Array, height: int, block_rows: int, *, turned: bool) -> tuple[Array, Array]:

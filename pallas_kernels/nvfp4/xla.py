@@ -21,7 +21,7 @@ def quantize(
     scales, factor = block_scales(block_amax(x, block), encoding(amax))
     scaled = x.astype(jnp.float32) * spread(factor, block)
     value = nearest(scaled) if random is None else stochastic(scaled, random)
-    return codes(value).astype(jnp.int32).astype(jnp.uint8), scales
+    return codes(value).astype(jnp.int32).astype(jnp.uint8), scales.astype(jnp.float8_e4m3fn)
 
 
 def codes(value: Float[Array, "R C"]) -> Float[Array, "R C"]:
@@ -59,7 +59,7 @@ def round_trip(
     scales, factor = block_scales(block_amax(x, block), encode)
     scaled = x.astype(jnp.float32) * spread(factor, block)
     value = nearest(scaled) if random is None else stochastic(scaled, random)
-    return value * spread(scales.astype(jnp.float32), block)
+    return value * spread(scales, block)
 
 
 def block_amax(x: Float[Array, "R C"], block: tuple[int, int]) -> Float[Array, "R/r C/c"]:
@@ -70,10 +70,21 @@ def block_amax(x: Float[Array, "R C"], block: tuple[int, int]) -> Float[Array, "
 
 
 def block_scales(blocks: Float[Array, "r c"], encode: Array) -> tuple[Array, Float[Array, "r c"]]:
-    """float8 scales of blocks with these largest magnitudes, and what to multiply elements by;
-    `encode` is their tensors' `encoding`."""
-    scales = jnp.minimum(blocks * (encode * jnp.float32(1 / 6)), 448).astype(jnp.float8_e4m3fn)
-    return scales, jnp.minimum(1 / (scales.astype(jnp.float32) * (1 / encode)), LARGEST)
+    """E4M3 scales of blocks with these largest magnitudes, in float32, and what to multiply
+    elements by; `encode` is their tensors' `encoding`."""
+    scales = nearest_e4m3(jnp.minimum(blocks * (encode * jnp.float32(1 / 6)), 448))
+    return scales, jnp.minimum(1 / (scales * (1 / encode)), LARGEST)
+
+
+def nearest_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The float8_e4m3fn nearest to numbers from 0 to 448, ties to even, in float32: four
+    significant bits, and no finer than 2**-9.
+
+    XLA on a CPU spreads scales before it rounds them: a conversion to float8, which has no
+    instruction there, would be made for each element, and take most of a round trip's time.
+    """
+    large = jnp.maximum(_binade(x), jnp.float32(2**-6)) * jnp.float32(2**-3 * ROUNDING)
+    return (x + large) - large
 
 
 def encoding(amax: Array) -> Array:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,22 +33,22 @@ def a_run(**model: object):
     return prepare_run(changed(config, execution=vars(Execution(precision=RECIPE))))
 
 
-def conversions(jaxpr, inside: bool = False) -> Iterator[tuple[bool, tuple[int, ...]]]:
-    """Every array of 8-bit scales that a program makes: whether inside the loop over the
-    micro-batches, and its shape without axes of 1."""
+def searches(jaxpr, inside: bool = False) -> Iterator[tuple[bool, tuple[int, ...]]]:
+    """Every search for largest magnitudes, as scales of blocks begin: whether inside the loop over
+    the micro-batches, and the result's shape without axes of 1."""
     for equation in jaxpr.eqns:
         here = inside
         if equation.primitive.name == "scan" and equation.params["length"] == PARTS:
             here = True
         out = equation.outvars[0].aval if equation.outvars else None
-        if equation.primitive.name == "convert_element_type" and out.dtype == jnp.float8_e4m3fn:
+        if equation.primitive.name == "reduce_max":
             yield here, tuple(size for size in out.shape if size > 1)
         for value in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
         ):
             value = getattr(value, "jaxpr", value)
             if hasattr(value, "eqns"):
-                yield from conversions(value, here)
+                yield from searches(value, here)
 
 
 def kept_codes(state) -> list[tuple]:
@@ -74,7 +73,7 @@ def made(run, batch) -> tuple[collections.Counter, collections.Counter]:
     wanted = of_weights(shapes)
     objective = run.objective(run.config.execution)
     program = jax.make_jaxpr(lambda s, b: step.train_step(s, b, run, objective))(state, batch)
-    found = [one for one in conversions(program.jaxpr) if one[1] in wanted - {()}]
+    found = [one for one in searches(program.jaxpr) if one[1] in wanted - {()}]
     count = lambda where: collections.Counter(shape for here, shape in found if here == where)
     return count(True), count(False)
 
@@ -86,7 +85,8 @@ def test_no_weight_is_quantised_in_the_loop(monkeypatch) -> None:
     assert not inside and sum(outside.values()) >= 6
     monkeypatch.setattr(step, "with_codes", lambda model, precision: model)
     inside, outside = made(run, batch)
-    assert inside and not outside
+    # A sum of two loads, as small as the smallest matrix, is searched outside too.
+    assert sum(inside.values()) >= 6 and sum(outside.values()) <= 1
 
 
 @pytest.mark.more
@@ -119,12 +119,12 @@ def test_the_optimised_program_quantises_each_weight_once(monkeypatch) -> None:
         programs.append(lowered.compile(compiler_options={"xla_backend_optimization_level": 0}))
 
     def runs(program) -> list[int]:
-        """How often each instruction that makes a weight's scales is reached. The compiler's own
-        conversions, where it slices float8 numbers as float16, have no source."""
+        """How often each search for the largest magnitudes of a weight's blocks is reached."""
         return [
             one.count
             for one in compiled.instructions(program.as_text())
-            if one.opcode == "convert" and one.source and sides(one.type, "f8e4m3fn") in wanted
+            if one.opcode == "reduce" and "reduce_max" in one.source
+            if sides(one.type, "f32") in wanted
         ]
 
     layers = 2  # of each kind
