@@ -12,7 +12,7 @@ import sys
 from experiments import short
 from experiments.harness import Arm, Experiment, main
 
-STEPS, LONGER, SEEDS = 150, 48, (0, 1, 2)
+STEPS, LONGER, SEEDS = 150, 24, (0, 1, 2)
 
 
 def experiment(

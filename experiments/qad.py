@@ -28,9 +28,9 @@ def experiment(
             "distilled": Arm(run("distilled"), {"stage": "distill"}, after="rounded"),
             "ordinary": Arm(run("ordinary"), {"stage": "pretrain"}, after="rounded"),
         },
-        against="ordinary",
+        against="rounded",
         seeds=seeds,
-        positive_control="rounded",
+        positive_control="ordinary",  # which must lead away from the teacher
     )
 
 

@@ -290,10 +290,10 @@ def test_arms_of_distillation_differ_in_what_they_learn_from(tmp_path) -> None:
     assert student.execution.at_step(0).precision.emulated
     tokens = student.training.steps * student.data.batch_size * student.data.sequence_length
     assert student.training.schedule.total_tokens == tokens == 40 * 1024
-    arms = [mtp_boost_arms.config_of((150, 48), 0, tmp_path, mtp) for mtp in MTP_LOSSES]
+    arms = [mtp_boost_arms.config_of((150, 24), 0, tmp_path, mtp) for mtp in MTP_LOSSES]
     plain = [dataclasses.replace(arm, objective=DraftObjective()) for arm in arms]
     assert plain[0] == plain[1] and {arm.objective.text for arm in arms} == {"own"}
-    assert arms[0].training.trains == "mtp" and arms[0].training.mtp_depths == 5
+    assert arms[0].training.trains == "mtp" and arms[0].training.mtp_depths == 3
 
 
 def test_permuted_rewards_are_the_same_ones_dealt_out() -> None:
