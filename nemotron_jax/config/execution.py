@@ -7,7 +7,7 @@ from nemotron_jax.config.precision import PrecisionConfig
 
 DTYPES = ("auto", "float32", "bfloat16")
 REMAT = ("none", "full", "mixers")
-LAYERS = ("scan", "unrolled")
+LAYERS = ("auto", "scan", "unrolled")
 AUX_LOSS = ("rows", "documents")
 KERNELS = ("auto", "xla", "reference", "cpu", "pallas_tpu", "pallas_gpu")
 KERNEL_OPS = ("attention", "causal_conv1d", "grouped_matmul", "ssd_scan")
@@ -21,9 +21,10 @@ class Execution:
     recomputes the rest; `mixers` keeps the inputs of each mixer, and what its experts gave, and
     recomputes what lies inside. A scan keeps no copy of a layer's weights with any of them.
     `compute_dtype`: `auto` computes in the dtype of the model's matrices. `layers`: `scan` compiles
-    one unit, `unrolled` each of them; with a cache layers are always unrolled. `kernels`: `auto`
-    follows the target platform; a name holds for every op, `op=name` for one, as in
-    `auto,ssd_scan=xla`. `aux_loss`: the sequence balance loss takes each row as one
+    one unit, `unrolled` each of them; `auto` unrolls a model of few layers where a run's mesh is
+    of CPUs and nothing is rematerialised, and scans others; with a cache layers are always
+    unrolled. `kernels`: `auto` follows the target platform; a name holds for every op, `op=name`
+    for one, as in `auto,ssd_scan=xla`. `aux_loss`: the sequence balance loss takes each row as one
     sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
     low-precision format. `expert_rows`: rows that a device makes room for in a layer of experts, as
     a multiple of a balanced load; where its router sends it more, it takes them in several windows.
@@ -33,7 +34,7 @@ class Execution:
 
     compute_dtype: str = "auto"
     remat: str = "none"
-    layers: str = "scan"
+    layers: str = "auto"
     kernels: str = "auto"
     aux_loss: str = "rows"
     precision: PrecisionConfig = PrecisionConfig()

@@ -21,6 +21,11 @@ from pallas_kernels import nvfp4
 
 Stacks = dict[str, Block | nnx.List | None]  # by pattern letter
 
+# Layers up to which a training step on a CPU is unrolled. Of 12 it takes a quarter less CPU time
+# than as a scan, which stores and fetches what the backward pass needs, and a quarter more to
+# compile; the more layers, the longer the compilation (tests/benchmarks/parts.py).
+_FEW_LAYERS = 24
+
 # Primitives that take a layer's weights from their stack, cast them and gather their parts.
 MOVES = {
     "all_gather",
@@ -92,10 +97,18 @@ def run_stack(
     With states the layers are always unrolled: a cache carried through a scan would be copied.
     """
     split = any(isinstance(stack, nnx.List) for stack in stacks.values())
-    if states is None and not split and context.execution.layers == "scan":
+    if states is None and not split and _scans(context, len(config.pattern)):
         y, metrics = _scan_units(x, config, stacks, rows, context)
         return y, None, metrics
     return _run_layers(x, config, stacks, rows, states, context)
+
+
+def _scans(context: Context, num_layers: int) -> bool:
+    """Whether a pass without states scans over units."""
+    execution = context.execution
+    if execution.layers != "auto":
+        return execution.layers == "scan"
+    return context.target != "cpu" or execution.remat != "none" or num_layers > _FEW_LAYERS
 
 
 def split_layers(stacks: Stacks) -> Stacks:
