@@ -9,10 +9,11 @@ import jax
 import pytest
 
 from nemotron_jax import stages
+from nemotron_jax.config.distill import DistillConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.sharding import make_mesh
-from nemotron_jax.stages import grpo
+from nemotron_jax.stages import distill, grpo
 from nemotron_jax.training import loop, prepared
 from nemotron_jax.training.metrics import read_records
 
@@ -101,8 +102,14 @@ def test_the_state_of_a_stopped_run_is_taken_up(old, calls, monkeypatch, name, s
 
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_new_run_derives_everything_once(old, calls, monkeypatch, stage, tmp_path) -> None:
-    first = old("pretrain" if stage == "pretrain" else "grpo")
-    config = (first if stage == "pretrain" else first.part(stage)).saved().config
+    of_one_stage = stage in ("pretrain", "distill")
+    first = old("pretrain" if of_one_stage else "grpo")
+    config = (first if of_one_stage else first.part(stage)).saved().config
+    if stage == "distill":
+        teacher = DistillConfig(teacher=str(first.path))
+        training = dataclasses.replace(config.training, mtp_depths=0)
+        config = dataclasses.replace(config, stage=stage, distill=teacher, training=training)
+        monkeypatch.setattr(distill.Lesson, "end", lambda *unused: "")
     if stage == "grpo":
         start = str(first.part("sft").path)
         config = dataclasses.replace(config, warm_start=None, init_from=start)
