@@ -317,7 +317,8 @@ def table(found: dict[str, Any]) -> list[str]:
         f"{found['flops_per_cpu_second'] / 1e9:.0f} GFLOP/s in a product of {_SIZE}³ and copies "
         f"{found['bytes_per_cpu_second'] / 1e9:.1f} GB/s.",
         "",
-        "| part | layers | forward, CPU ms | with gradients | of the step | GFLOP | MB | floor, CPU ms | times it |",
+        "| part | layers | forward, CPU ms | with gradients | of the step | GFLOP | MB "
+        "| floor, CPU ms | times it |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["parts"]:
