@@ -5,6 +5,7 @@ What they cost is measured by suite `speed`.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -38,6 +39,7 @@ from nemotron_jax.types import Batch
 COLUMNS = ("text", "k", "mean length", "low", "high", "drafts accepted", "verifications")
 PROMPT_TOKENS = 64  # of held-out text
 TEACHER_ROWS = 32  # of held-out text, at most: a mean over thousands of places
+_SEED_APART = 1_000_003  # between the draws of two seeds: more than there are prompts
 HELD_OUT, COPY = "held_out", "copy"
 # Beginnings that a model of any tokenizer can go on with, by what is asked of it. SPEED-Bench's own
 # texts may not be shipped; its categories are of these kinds.
@@ -157,8 +159,11 @@ def drafted(
 ) -> dict[str, list[Request]]:
     """Finished requests of each kind of text, drafted k tokens a round."""
     lockstep = Lockstep(context.model, context.execution, speculative=k)
-    wanted = Wanted(options.new_tokens, temperature=options.temperature, seed=context.seed)
-    found = {name: submitted(lockstep, part, wanted) for name, part in prompts.items()}
+    wanted = Wanted(options.new_tokens, temperature=options.temperature)
+    # No two prompts share draws, of one seed or of two: they count as independent things.
+    seeds = itertools.count(context.seed * _SEED_APART, options.prompts)
+    seeded = lambda: dataclasses.replace(wanted, seed=next(seeds) % 2**32)
+    found = {name: submitted(lockstep, part, seeded()) for name, part in prompts.items()}
     lockstep.run()
     return found
 

@@ -1,5 +1,6 @@
 """Means over items with their intervals, shares of samples, and paired tests."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,13 @@ def value_over(items: Items, **fields: Any) -> Value:
     else:
         interval = _linearised(amounts, sizes, mean)
     return Value(mean, interval, len(items), items=dict(items), **fields)
+
+
+def percent(share: Value) -> Value:
+    """A share as a value of 100. Wilson's interval is one of shares: it is found before."""
+    interval = share.interval and (100 * share.interval[0], 100 * share.interval[1])
+    items = {name: (100 * amount, size) for name, (amount, size) in share.items.items()}
+    return dataclasses.replace(share, mean=100 * share.mean, interval=interval, items=items)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from nemotron_jax.evaluation.statistics import (
     pass_all,
     pass_at,
     pass_items,
+    percent,
     value_over,
     wilson,
 )
@@ -85,6 +86,13 @@ def test_shares_and_passes() -> None:
     assert wilson(0, 5)[0] == 0.0 and wilson(5, 5)[1] == 1.0
     assert pass_at(1, 2, 1) == 0.5 and pass_at(1, 2, 2) == 1 and pass_all(1, 2, 2) == 0
     assert pass_at(0, 4, 2) == 0 and pass_all(4, 4, 3) == 1
+    none = percent(value_over({str(n): (0.0, 1.0) for n in range(20)}))
+    assert none.mean == 0 and none.interval == pytest.approx((0, 100 * wilson(0, 20)[1]))
+    half = {"a": (0.5, 1.0), "b": (0.25, 1.0)}
+    assert percent(value_over(half)).interval == pytest.approx(
+        [100 * one for one in value_over(half).interval]
+    )
+    assert percent(value_over(half)).items == {"a": (50.0, 1.0), "b": (25.0, 1.0)}
     line = lambda task, score, **more: {
         "task": task,
         "score": score,

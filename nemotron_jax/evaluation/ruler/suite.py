@@ -10,7 +10,7 @@ from nemotron_jax.evaluation.answers import Ask
 from nemotron_jax.evaluation.ruler.kinds import KINDS, Kind
 from nemotron_jax.evaluation.ruler.make import NoRoom, Prompt, make
 from nemotron_jax.evaluation.ruler.scoring import score
-from nemotron_jax.evaluation.statistics import counts_of, items_of, value_over
+from nemotron_jax.evaluation.statistics import counts_of, items_of, percent, value_over
 from nemotron_jax.evaluation.suite import (
     Plot,
     Result,
@@ -145,11 +145,10 @@ def summarise(lines: Sequence[Mapping[str, Any]], options: RulerOptions) -> Resu
 
 
 def _value(lines: Sequence[Mapping[str, Any]]) -> Value | None:
-    items = {task: (100 * amount, size) for task, (amount, size) in items_of(lines).items()}
-    if not items:
+    if not (items := items_of(lines)):
         return None
     chance = 100 * sum(line["chance"] for line in lines) / len(lines)
-    return value_over(items, unit=_UNIT, chance=chance)
+    return percent(value_over(items, unit=_UNIT, chance=chance))
 
 
 def _by_kind(cells: Mapping[tuple[str, int], Value | None], options: RulerOptions) -> Table:
