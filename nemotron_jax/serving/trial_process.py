@@ -5,6 +5,7 @@ What comes in are pickles: first an object with the tokens and limits, then gram
 these its error goes out, or an empty text, and the seconds of CPU that it took.
 """
 
+import contextlib
 import pickle
 import resource
 import signal
@@ -33,8 +34,9 @@ def main() -> None:
     """Answer until nothing more comes in."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's own, which lets what runs end
     said = pickle.load(sys.stdin.buffer)
-    resource.setrlimit(resource.RLIMIT_AS, (said["most_bytes"], said["most_bytes"]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for limit, most in ((resource.RLIMIT_AS, said["most_bytes"]), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(ValueError, OSError):  # macOS bounds no addresses
+            resource.setrlimit(limit, (most, most))
     view = View(said["tokens"], said["special"], said["end"])
     library = llguidance.LLTokenizer(llguidance.TokenizerWrapper(view))
     timers = {signal.ITIMER_PROF: said["most_cpu_s"], signal.ITIMER_REAL: said["most_s"]}
