@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import numpy as np
+
 import nemotron_jax as nj
 from nemotron_jax.config.engine import EngineConfig
 from nemotron_jax.decoding.engine import Engine
@@ -13,11 +15,12 @@ from nemotron_jax.decoding.step import for_decoding
 from nemotron_jax.decoding.wanted import Wanted
 from nemotron_jax.model.parameters import abstract_model
 from nemotron_jax.serving.grammars import TextGrammar
-from tests.decoding.test_speculative import agreeing
+from tests.decoding.test_speculative import MARGIN, agreeing
 from tests.serving.live import TOKENIZER
 from tests.tiny_models import randomised, tiny_config
 
 LENGTH, PAGE, DRAFTS = 1280, 16, 2  # the description of a tool takes 900 tokens
+TRIES = 30  # each brings one pair in four that is so near to change places
 ROWS = 64  # of a batch of references: one program serves them all
 
 
@@ -67,8 +70,8 @@ def make_engine(**sizes: object) -> Noting:
     return engine
 
 
-def differing(asked: Sequence[Asked]) -> list[Asked]:
-    """Those whose tokens are not the ones that `generate` gives for each alone.
+def differing(asked: Sequence[Asked]) -> list[tuple[Asked, int]]:
+    """Those, each with its sample's number, whose tokens are not those of `generate` for it alone.
 
     They are first generated in batches. What a batch's rounding, which is another, makes different
     is generated alone again.
@@ -83,7 +86,23 @@ def differing(asked: Sequence[Asked]) -> list[Asked]:
             batch.enter([Request((1,), Wanted(1), 0, batch.step)])
         batch.run()
         found += [pair for pair, own in zip(some, references, strict=True) if not _same(pair, own)]
-    return [pair[0] for pair in found if not _same(pair, alone(*pair))]
+    return [pair for pair in found if not _same(pair, alone(*pair))]
+
+
+def is_near_tie(one: Asked, branch: int) -> bool:
+    """Whether a change of the logits within rounding makes `generate`'s tokens the ones that were
+    served: then neither are wrong."""
+    own = one.requests[branch].tokens
+    for seed in range(TRIES):
+        draw = np.random.default_rng(seed)
+        noise = draw.uniform(-MARGIN / 2, MARGIN / 2, TOKENIZER.vocab_size)
+        bias = dict(enumerate(noise.tolist()))
+        for token, value in one.wanted.logit_bias.items():
+            bias[token] += value
+        wanted = dataclasses.replace(one.wanted, logit_bias=bias)
+        if alone(dataclasses.replace(one, wanted=wanted), branch).tokens[: len(own)] == own:
+            return True
+    return False
 
 
 def _begun(generator: Lockstep, one: Asked, branch: int) -> Request:

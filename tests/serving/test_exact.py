@@ -18,7 +18,18 @@ from nemotron_jax.serving.grammars import TextGrammar
 from nemotron_jax.serving.turns import message_of
 from tests.decoding.engines import quick_programs  # noqa: F401
 from tests.serving.live import CHAT, TOKENIZER, Live, live
-from tests.serving.real import LENGTH, PAGE, Noting, alone, copy_of, differing, make_engine, model
+from tests.serving.real import (
+    LENGTH,
+    PAGE,
+    Asked,
+    Noting,
+    alone,
+    copy_of,
+    differing,
+    is_near_tie,
+    make_engine,
+    model,
+)
 from tests.serving.test_formats import BOUNDED, json_schema
 
 pytestmark = pytest.mark.more
@@ -222,12 +233,18 @@ def test_a_later_turn_reads_its_new_tokens_alone(served: Live, engine: Noting) -
     assert not differing(engine.asked)
 
 
+def told(one: Asked, branch: int) -> str:
+    """What to look for where a turn differs."""
+    own, other = one.requests[branch].tokens, alone(one, branch).tokens
+    return f"{one.prompt} {one.wanted} served {own} alone {other}"
+
+
 @pytest.mark.parametrize("turns", [pytest.param(n, marks=pytest.mark.slow) for n in (1000, 10_000)])
 def test_random_conversations_are_exact_and_leave_nothing(
     served: Live, engine: Noting, turns: int
 ) -> None:
     engine.asked.clear()
-    checked = differences = cancelled = 0
+    checked = ties = wrong = cancelled = 0
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for start in range(0, turns, 200):
             seeds = range(start, start + 200, 5)
@@ -235,10 +252,13 @@ def test_random_conversations_are_exact_and_leave_nothing(
             checked += len(engine.asked)
             every = [r for one in engine.asked for r in one.requests]
             cancelled += sum(r.finish_reason == "cancelled" for r in every)
-            differences += len(differing(engine.asked))
+            for pair in differing(engine.asked):
+                near = is_near_tie(*pair)
+                ties, wrong = ties + near, wrong + (not near)
+                print(f"near tie: {near}", told(*pair), flush=True)
             engine.asked.clear()
             if not start % 1000:
-                print(f"{checked} turns, {cancelled} cancelled, {differences} differ", flush=True)
-    assert checked > 0.95 * turns and not differences
+                print(f"{checked} turns, {cancelled} cancelled, {ties} near ties, {wrong} differ")
+    assert checked > 0.95 * turns and not wrong and ties < 0.001 * turns
     empty(engine)
     assert LENGTH % PAGE == 0
