@@ -42,7 +42,7 @@ _LAG_EVERY_S = 0.1  # how often the loop's lag is measured
 _LARGE = 4096  # tokens whose log-probabilities take 10 ms or more to be written as JSON
 # Threads for requests with grammars, each of which has a process that tries them, and the seconds
 # that such a request waits for one: behind many costly ones it is sent away.
-_GRAMMAR_THREADS, _GRAMMAR_WAIT_S = 2, 2.0
+_GRAMMAR_THREADS, _GRAMMAR_WAIT_S = 2, 1.5
 _OPEN = ("/", "/health", "/metrics")  # paths that need no key: they show no text of anybody's
 # The page runs its own script and talks to this server alone.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src "

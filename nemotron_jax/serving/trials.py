@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Of CPU, and by the clock where others have the CPU. Grammars in use take a fiftieth.
-MOST_CPU_S, MOST_S = 0.5, 2.5
+MOST_CPU_S, MOST_S = 0.5, 2.0
 MOST_BYTES = 4 << 30  # of addresses; a vocabulary of 131,072 takes a tenth
 _MOST_KEPT = 1000  # errors that are remembered: whoever asks again costs nothing
 _PROGRAM = Path(__file__).with_name("trial_process.py")
