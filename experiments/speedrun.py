@@ -130,8 +130,9 @@ def quantise(output: Path, quick: bool) -> dict[str, Any]:
     _python(output, *command, f"--calibration={text}")
     report = json.loads((target / "quantize.json").read_text("utf-8"))
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    codes = ", ".join(f"{count} matrices {kind}" for kind, count in report["modules"].items())
     losses = {name: report[name] for name in ("loss_before", "loss_after")}
-    return {"megabytes": size / 1e6, "matrices": str(report["modules"]), **losses}
+    return {"megabytes": size / 1e6, "codes": codes, **losses}
 
 
 def evaluate(output: Path, quick: bool) -> dict[str, Any]:
