@@ -148,7 +148,7 @@ $(VENV_TPU)/.installed: $(REQUIREMENTS)
 
 $(VENV_HF)/.installed: $(REQUIREMENTS)
 	$(call install,$(VENV_HF),$(PYTHON),--editable '.[dev]' torch==2.13.0 \
-	    transformers==$(TRANSFORMERS) peft==0.21.2 'lm-eval[hf]>=0.4.13,<0.5')
+	    transformers==$(TRANSFORMERS) peft==0.21.2 'lm-eval[hf]>=0.4.13$(comma)<0.5')
 
 $(VENV_LATEST)/.installed: $(REQUIREMENTS)
 	@if [ -z "$(PYTHON_LATEST)" ]; then \

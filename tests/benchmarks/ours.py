@@ -103,7 +103,7 @@ def _train(
     with jax.set_mesh(make_mesh(config.mesh, jax.devices())):
         prepared = prepare_run(config)
         state = place_state(prepared, model)
-        rows = place_batch(_whole_rows(tokens))
+        rows = place_batch(whole_rows(tokens))
         start = time.perf_counter()
         step = compile_train_step(prepared, state, rows)
     result["compile_s"] = time.perf_counter() - start
@@ -120,7 +120,7 @@ def _train(
     return lambda: measure.timed(run)
 
 
-def _whole_rows(tokens: Any) -> Any:
+def whole_rows(tokens: Any) -> Any:
     """A batch of rows that are one document each; the last token has nothing to predict."""
     import jax.numpy as jnp
     import numpy as np

@@ -24,7 +24,9 @@ from tests.benchmarks import measure
 
 CONFIG = Path(__file__).parent / "config.json"
 _SIZE = 1024  # of the square product and, squared, of the copy that the floors are from
-_COPIED = 16  # times that many numbers are copied
+_LOSS_CHUNK = 512  # tokens whose logits stand at once, as in a run
+_COPIED = 16  # times that many numbers are copied, more than caches hold
+_COPIES = 8  # in one program, since fresh memory costs more than what is written to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
     host.show_cpu_devices(1)
     host.keep_compiled_programs()
-    found = measured(flags.rows, flags.length, flags.repetitions)
+    import jax
+
+    from nemotron_jax.config.run import MeshConfig
+    from nemotron_jax.sharding import make_mesh
+
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):  # as a run has it
+        found = measured(flags.rows, flags.length, flags.repetitions)
     print("\n".join(table(found)))
     if flags.output:
         flags.output.write_text(json.dumps(found, indent=1) + "\n")
@@ -69,11 +77,11 @@ def measured(rows: int, length: int, repetitions: int) -> dict[str, Any]:
     matrix = jax.random.normal(jax.random.key(0), (_SIZE, _SIZE))
     product = clock(jnp.matmul, matrix, matrix)
     many = jnp.ones((_COPIED, _SIZE, _SIZE))
-    copied = clock(lambda a: a + 1, many)
+    copied = clock(lambda a: jax.lax.fori_loop(0, _COPIES, lambda _, b: b + 1, a), many)
     # By CPU time: what one core does in a second, which two do at once in half of it.
     rates = {
         "flops_per_cpu_second": 2 * _SIZE**3 / product.cpu_s,
-        "bytes_per_cpu_second": 2 * many.nbytes / copied.cpu_s,
+        "bytes_per_cpu_second": 2 * _COPIES * many.nbytes / copied.cpu_s,
     }
     found = []
     for part in parts(rows, length):
@@ -113,164 +121,163 @@ def measured(rows: int, length: int, repetitions: int) -> dict[str, Any]:
 
 def parts(rows: int, length: int) -> list[Part]:
     """The pieces of a step of `rows` rows, the whole step last."""
+    given = _Given(rows, length)
+    return [*_mamba(given), *_attention(given), *_moe(given), *_ends(given), *_step(given)]
+
+
+class _Given:
+    """What the parts are made of: sizes, and random operands."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from nemotron_jax.config.execution import Execution
+        from nemotron_jax.config.model import ModelConfig
+        from nemotron_jax.types import Context, Rows
+
+        self.config = ModelConfig.from_hf(str(CONFIG))
+        self.rows, self.length, self.tokens = rows, length, rows * length
+        self.width = self.config.width
+        self._keys = iter(jax.random.split(jax.random.key(1), 64))
+        self._context, self._rows = Context(Execution(), jnp.float32), Rows()
+        self.hidden = self.normal(rows, length, self.width)
+
+    def normal(self, *shape: int) -> Any:
+        import jax
+
+        return jax.random.normal(next(self._keys), shape)
+
+    def ids(self, *shape: int) -> Any:
+        import jax
+
+        return jax.random.randint(next(self._keys), shape, 0, self.config.vocab_size)
+
+    def mixer(self, kind: str) -> Any:
+        from flax import nnx
+
+        from nemotron_jax.model.block import Block
+
+        return Block(self.config, kind, rngs=nnx.Rngs(0), dtype="float32").mixer
+
+    def through(self, layer: Any, x: Any) -> Any:
+        """What a layer makes of hidden states."""
+        return layer(x, self._rows, None, self._context)[0]
+
+    def routed(self, layer: Any, x: Any, logits: Any) -> Any:
+        """What a layer's routed experts make of latents, by the router's logits."""
+        return layer._routed(x, logits, self._rows, self._context)[0]
+
+
+def _mamba(given: _Given) -> list[Part]:
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import causal_conv1d, ssd_scan
+
+    sizes, layers, normal = given.config.mamba, given.config.pattern.count("M"), given.normal
+    inner, shared = sizes.inner_width, sizes.num_groups * sizes.state_size
+    heads = (given.rows, given.length, sizes.num_heads, sizes.head_dim)
+    groups = (given.rows, given.length, sizes.num_groups, sizes.state_size)
+    steps, decays = jax.nn.softplus(normal(*heads[:3]) - 3), -jnp.exp(normal(sizes.num_heads))
+    scanned = (normal(*heads), steps, decays, normal(*groups), normal(*groups))
+    scanned += (jnp.ones(sizes.num_heads),)
+    rows, width = (given.rows, given.length, sizes.conv_channels), sizes.conv_channels
+    convolved = (normal(*rows), normal(sizes.conv_width, width), normal(width))
+    projected = 2 * given.tokens * given.width * (3 * inner + 2 * shared + sizes.num_heads)
+    scan = given.tokens * inner * (5 * sizes.state_size + 2)
+    convolution = 2 * given.tokens * width * sizes.conv_width
+    whole = (given.mixer("mamba"), given.hidden)
+    return [
+        Part("Mamba-2 layers", given.through, whole, projected + scan + convolution, layers),
+        Part(". selective scan", lambda *a: ssd_scan(*a)[0], scanned, scan, layers),
+        Part(". convolution", lambda *a: causal_conv1d(*a)[0], convolved, convolution, layers),
+    ]
+
+
+def _attention(given: _Given) -> list[Part]:
+    from pallas_kernels import attention
+
+    sizes, layers = given.config.attention, given.config.pattern.count("*")
+    query_width = sizes.num_heads * sizes.head_dim
+    key_width = sizes.num_kv_heads * sizes.head_dim
+    heads = lambda count: given.normal(given.rows, given.length, count, sizes.head_dim)
+    alone = (heads(sizes.num_heads), heads(sizes.num_kv_heads), heads(sizes.num_kv_heads))
+    scores = 2 * given.tokens * query_width * given.length  # half of the pairs, two products
+    projected = 4 * given.tokens * given.width * (query_width + key_width)
+    whole = (given.mixer("attention"), given.hidden)
+    return [
+        Part("attention layers", given.through, whole, projected + scores, layers),
+        Part(". attention alone", attention, alone, scores, layers),
+    ]
+
+
+def _moe(given: _Given) -> list[Part]:
+    sizes, layers, tokens = given.config.moe, given.config.pattern.count("E"), given.tokens
+    latent, layer = sizes.latent_width or given.width, given.mixer("moe")
+    routed = 4 * tokens * sizes.experts_per_token * latent * sizes.expert_width
+    shared = 4 * tokens * given.width * sizes.shared_width
+    others = 2 * tokens * given.width * sizes.num_experts
+    others += 4 * tokens * given.width * latent if sizes.latent_width else 0
+    shape = (given.rows, given.length)
+    operands = (layer, given.normal(*shape, latent), given.normal(*shape, sizes.num_experts))
+    whole = (layer, given.hidden)
+    return [
+        Part("MoE layers", given.through, whole, routed + shared + others, layers),
+        Part(". routed experts", given.routed, operands, routed, layers),
+        Part(". shared expert", given.through, (layer.shared, given.hidden), shared, layers),
+    ]
+
+
+def _ends(given: _Given) -> list[Part]:
+    import jax.numpy as jnp
+
+    from nemotron_jax.layers.norm import RMSNorm
+    from nemotron_jax.training.losses import weighted_nll
+
+    config, tokens, width = given.config, given.tokens, given.width
+    norm = RMSNorm(width, config.norm_epsilon)
+    ids, targets = given.ids(given.rows, given.length), given.ids(tokens)
+    weights = jnp.full(tokens, 1 / tokens)
+    loss = lambda hidden, head: weighted_nll(hidden, head, targets, weights, _LOSS_CHUNK)
+    head = given.normal(width, config.vocab_size) * width**-0.5
+    of_head = (given.hidden.reshape(tokens, width), head)
+    table = (given.normal(config.vocab_size, width),)
+    return [
+        Part("norms", lambda n, x: x + n(x), (norm, given.hidden), 0, len(config.pattern) + 1),
+        Part("embedding", lambda table: table[ids], table, 0),
+        Part("head and loss", loss, of_head, 2 * tokens * width * config.vocab_size),
+    ]
+
+
+def _step(given: _Given) -> list[Part]:
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from nemotron_jax.config.execution import Execution
-    from nemotron_jax.config.model import ModelConfig
-    from nemotron_jax.layers.norm import RMSNorm
-    from nemotron_jax.model.block import Block
-    from nemotron_jax.training.losses import weighted_nll
-    from nemotron_jax.types import Context, Rows
-    from pallas_kernels import attention, causal_conv1d, ssd_scan
-
-    config = ModelConfig.from_hf(str(CONFIG))
-    context = Context(Execution(), jnp.float32)
-    tokens, width = rows * length, config.width
-    keys = iter(jax.random.split(jax.random.key(1), 64))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)
-    block = lambda kind: Block(config, kind, rngs=nnx.Rngs(0), dtype="float32").mixer
-    hidden = normal(rows, length, width)
-    told = Rows()
-    through = lambda layer, x: layer(x, told, None, context)[0]
-    count = config.pattern.count
-
-    mamba, of = config.mamba, config.attention
-    inner, shared = mamba.inner_width, mamba.num_groups * mamba.state_size
-    projections = 2 * tokens * width * (3 * inner + 2 * shared + mamba.num_heads)
-    heads = (rows, length, mamba.num_heads, mamba.head_dim)
-    groups = (rows, length, mamba.num_groups, mamba.state_size)
-    scan = (
-        normal(*heads),
-        jax.nn.softplus(normal(*heads[:3]) - 3),
-        -jnp.exp(normal(mamba.num_heads)),
-        normal(*groups),
-        normal(*groups),
-        jnp.ones(mamba.num_heads),
-    )
-    scan_flops = tokens * inner * (5 * mamba.state_size + 2)
-    channels = mamba.conv_channels
-    convolution = (
-        normal(rows, length, channels),
-        normal(mamba.conv_width, channels),
-        normal(channels),
-    )
-
-    query_width, key_width = of.num_heads * of.head_dim, of.num_kv_heads * of.head_dim
-    heads_of = lambda number: normal(rows, length, number, of.head_dim)
-    attended = (heads_of(of.num_heads), heads_of(of.num_kv_heads), heads_of(of.num_kv_heads))
-    attention_flops = 2 * tokens * query_width * length  # half of the pairs, twice a product
-
-    moe, experts = config.moe, block("moe")
-    latent = moe.latent_width or width
-    routed_flops = 4 * tokens * moe.experts_per_token * latent * moe.expert_width
-    router_flops = 2 * tokens * width * moe.num_experts
-    shared_flops = 4 * tokens * width * moe.shared_width
-    latent_flops = 4 * tokens * width * latent if moe.latent_width else 0
-    routed = lambda layer, x, logits: layer._routed(x, logits, told, context)[0]
-
-    head = normal(width, config.vocab_size) * width**-0.5
-    targets = jax.random.randint(next(keys), (tokens,), 0, config.vocab_size)
-    weights = jnp.full(tokens, 1 / tokens)
-    losses = lambda hidden, head: weighted_nll(hidden, head, targets, weights, 512)
-    table = normal(config.vocab_size, width)
-    ids = jax.random.randint(next(keys), (rows, length), 0, config.vocab_size)
-    step, state, batch, optimizer, gradients, moments, parameters = _training(config, rows, length)
-    update = lambda g, m, p: optimizer.update(g, m, p)
-    return [
-        Part(
-            "Mamba-2 layers",
-            through,
-            (block("mamba"), hidden),
-            projections + scan_flops + 2 * tokens * channels * mamba.conv_width,
-            count("M"),
-        ),
-        Part(". selective scan", lambda *a: ssd_scan(*a)[0], scan, scan_flops, count("M")),
-        Part(
-            ". convolution",
-            lambda x, w, b: causal_conv1d(x, w, b)[0],
-            convolution,
-            2 * tokens * channels * mamba.conv_width,
-            count("M"),
-        ),
-        Part(
-            "attention layers",
-            through,
-            (block("attention"), hidden),
-            4 * tokens * width * (query_width + key_width) + attention_flops,
-            count("*"),
-        ),
-        Part(". attention alone", attention, attended, attention_flops, count("*")),
-        Part(
-            "MoE layers",
-            through,
-            (experts, hidden),
-            routed_flops + router_flops + shared_flops + latent_flops,
-            count("E"),
-        ),
-        Part(
-            ". routed experts",
-            routed,
-            (experts, normal(rows, length, latent), normal(rows, length, moe.num_experts)),
-            routed_flops,
-            count("E"),
-        ),
-        Part(". shared expert", through, (experts.shared, hidden), shared_flops, count("E")),
-        Part(
-            "norms",
-            lambda norm, x: x + norm(x),
-            (RMSNorm(width, config.norm_epsilon), hidden),
-            0,
-            len(config.pattern) + 1,
-        ),
-        Part("embedding", lambda table: table[ids], (table,), 0),
-        Part(
-            "head and loss",
-            losses,
-            (hidden.reshape(tokens, width), head),
-            2 * tokens * width * config.vocab_size,
-        ),
-        Part("optimizer", update, (gradients, moments, parameters), 0, differentiated=False),
-        Part("the whole step", step, (state, batch), _step_flops(config, tokens, length), 1, False),
-    ]
-
-
-def _step_flops(config: Any, tokens: int, length: int) -> int:
-    from nemotron_jax.model.accounting import training_flops
-
-    return tokens * training_flops(config, length).total
-
-
-def _training(config: Any, rows: int, length: int) -> tuple[Any, ...]:
-    """A run's step, state and batch; its optimizer, gradients, moments and parameters."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
-
     from nemotron_jax.config.run import DataConfig, RunConfig, ScheduleConfig, TrainingConfig
+    from nemotron_jax.model.accounting import training_flops
     from nemotron_jax.model.nemotron import Nemotron
     from nemotron_jax.model.parameters import flatten
     from nemotron_jax.training.prepared import first_state, prepare_run
     from nemotron_jax.training.step import train_step
-    from tests.benchmarks.ours import _whole_rows
+    from tests.benchmarks.ours import whole_rows
 
     schedule = ScheduleConfig(1e-4, 1e-4, 0, 0, total_tokens=10**9)
-    run = prepare_run(
-        RunConfig(
-            model=config,
-            training=TrainingConfig(steps=10**6, schedule=schedule, mtp_depths=0),
-            data=DataConfig(sequence_length=length, batch_size=rows),
-        )
-    )
-    state = first_state(run, Nemotron(config, rngs=nnx.Rngs(0)))
-    batch = _whole_rows(np.random.default_rng(0).integers(3, config.vocab_size, (rows, length)))
-    objective = run.objective(run.config.execution)
+    training = TrainingConfig(steps=10**6, schedule=schedule, mtp_depths=0, loss_chunk=_LOSS_CHUNK)
+    data = DataConfig(sequence_length=given.length, batch_size=given.rows)
+    run = prepare_run(RunConfig(model=given.config, training=training, data=data))
+    state = first_state(run, Nemotron(given.config, rngs=nnx.Rngs(0)))
+    batch, objective = whole_rows(given.ids(given.rows, given.length)), run.objective(Execution())
     step = lambda state, batch: train_step(state, batch, run, objective)
     parameters = run.trained.select(flatten(state.model))
-    gradients = jax.tree.map(jnp.ones_like, parameters)
-    return step, state, batch, run.optimizer, gradients, state.optimizer, parameters
+    moved = (jax.tree.map(jnp.ones_like, parameters), state.optimizer, parameters)
+    flops = given.tokens * training_flops(given.config, given.length).total
+    return [
+        Part("optimizer", run.optimizer.update, moved, 0, differentiated=False),
+        Part("the whole step", step, (state, batch), flops, differentiated=False),
+    ]
 
 
 def _with_gradients(run: Callable[..., Any]) -> Callable[..., Any]:
