@@ -159,6 +159,12 @@ def test_a_sampled_state_has_read_the_tokens_before_the_one_to_embed(config) -> 
     np.testing.assert_array_equal(read[..., 2], segments)
     counts = np.bincount(np.asarray(read[..., 1], int).ravel(), minlength=depth)
     assert counts[0] == 0 and counts[1:].min() > 10
+    # A part of the batch draws what the whole did: its tokens keep their numbers.
+    whole = dataclasses.replace(batch, numbers=np.arange(4 * 32).reshape(4, 32))
+    part = jax.tree.map(lambda a: a[::2], whole)
+    rows = [hidden[::2] for hidden in hiddens]
+    of_part = Backbone(DraftObjective("kl")).read(rows, part, jax.random.key(0))
+    np.testing.assert_array_equal(of_part, read[::2])
     last = Backbone(DraftObjective("kl", mtp_hidden="last")).read(hiddens, batch, None)
     assert last is hiddens[-1]
 
