@@ -7,9 +7,11 @@ A start of a process costs as much as a small job: jobs that may share one do.
 import argparse
 import functools
 import hashlib
+import importlib
 import json
 import pathlib
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from configs import sft_tiny
 from nemotron_jax import distributed, host
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.run import MeshConfig, RunConfig
+from nemotron_jax.data.loader import TrainLoader
 from nemotron_jax.run_directory import RunDirectory
 from tests.training.runs import changed, small_run
 
@@ -63,6 +66,42 @@ def pretrain(workdir: str, texts: str, steps: int, mesh: dict, sample_tokens: in
 
 def sft(workdir: str, steps: int, mesh: dict) -> int:
     return train(fine_tuning(steps, mesh), workdir)
+
+
+def published(name: str, workdir: str, steps: int, mesh: dict) -> dict[str, str]:
+    """The first steps of a run of configs/ as it is, not evaluated; a hash of each row that this
+    process fed, by its step and number."""
+    from nemotron_jax.stages import pretrain as stage
+
+    seen, learn = {}, stage.learn
+
+    class Loader(TrainLoader):
+        def __init__(self, *parts: object, rows: list[int]) -> None:
+            super().__init__(*parts, rows=rows)
+            self._numbers = rows
+
+        def __next__(self):
+            batch = super().__next__()
+            for place, row in enumerate(self._numbers):
+                parts = (batch.tokens, batch.targets, batch.segment_ids, batch.weights)
+                whole = hashlib.sha256(b"".join(part[place].tobytes() for part in parts))
+                seen[f"{self._step - 1}:{row}"] = whole.hexdigest()
+            return batch
+
+    def unevaluated(*parts: object, **options: object) -> int:
+        asked = {"probes": [], "final": None, "sampler": None}
+        return learn(*parts, **{**options, **asked})
+
+    config = from_config_dict(RunConfig, importlib.import_module(f"configs.{name}").get_config())
+    training, logging = {"steps": steps}, {"log_every": 1}
+    config = changed(config, training=training, logging=logging, mesh=mesh)
+    home = importlib.import_module(f"nemotron_jax.stages.{config.stage}")
+    with (
+        mock.patch.object(home, "learn", unevaluated),
+        mock.patch.object(stage, "TrainLoader", Loader),
+    ):
+        assert train(config, workdir) == 0
+    return {key: one for key, one in seen.items() if int(key.partition(":")[0]) < steps}
 
 
 def sums(workdir: str, mesh: dict, texts: str) -> str:
@@ -131,7 +170,7 @@ def evaluate(workdir: str, output: str, mesh: str) -> int:
     return evaluated(workdir, "perplexity", pathlib.Path(output), mesh=mesh).status
 
 
-JOBS = {job.__name__: job for job in (pretrain, sft, sums, rows, hub, evaluate)}
+JOBS = {job.__name__: job for job in (pretrain, sft, published, sums, rows, hub, evaluate)}
 
 
 def do(jobs: list[dict]) -> list:
