@@ -23,6 +23,7 @@ from pallas_kernels.grouped_matmul import pieces
 from pallas_kernels.grouped_matmul.visits import Visits, by_expert, by_tile
 
 NARROWEST = 128  # rows and columns of a matrix unit: what is smaller leaves most of it empty
+LANES = 128  # numbers of an array's last axis that lie side by side; a rest of them is filled up
 TILE_ROWS = (1024, 512, 256, 128)  # heights of a tile, the highest that fits being taken
 # Of fast memory, in bytes: the least any supported chip has (TPU v7x, 64 MiB) less the compiler's.
 VMEM_LIMIT = 60 * 2**20
@@ -118,9 +119,23 @@ def mlp(
     interpret: Interpret = False,
 ) -> Float[Array, "rows L"]:
     """Rows through their expert's relu²-MLP: two products, the first one's activation in it."""
-    product = functools.partial(matmul, transpose_rhs=False, interpret=interpret)
-    hidden = product(lhs, up, group_sizes, activation="relu2")
-    return product(hidden, down, group_sizes)
+    hidden = _product(lhs, up, group_sizes, activation="relu2", interpret=interpret)
+    return _product(hidden, down, group_sizes, interpret=interpret)
+
+
+def _product(
+    lhs: Float[Array, "rows K"], rhs: Float[Array, "E K N"], group_sizes: Int[Array, "E"], **options
+) -> Float[Array, "rows N"]:
+    """Rows times their expert's matrix, taken as it lies in memory."""
+    turned = lies_turned(rhs)
+    rhs = jnp.swapaxes(rhs, 1, 2) if turned else rhs
+    return matmul(lhs, rhs, group_sizes, transpose_rhs=turned, **options)
+
+
+def lies_turned(rhs: Float[Array, "E K N"]) -> bool:
+    """Whether XLA keeps such a parameter with K last, which fills whole lanes where N does not: for
+    a kernel that wants N there it would turn all matrices round."""
+    return rhs.shape[2] % LANES != 0 and rhs.shape[1] % LANES == 0
 
 
 def mlp_gradients(

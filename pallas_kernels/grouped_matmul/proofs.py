@@ -27,7 +27,10 @@ def proofs() -> Iterator[Proof]:
         up = jax.ShapeDtypeStruct((routing.experts, routing.latent, routing.hidden), BF16)
         down = jax.ShapeDtypeStruct((routing.experts, routing.hidden, routing.latent), BF16)
         groups = jax.ShapeDtypeStruct(sizes.shape, I32)
-        yield _product(name, "forward, up", narrow, up, groups, sizes, activation="relu2")
+        turned = pallas_tpu.lies_turned(up)
+        first = jax.ShapeDtypeStruct((up.shape[0], *up.shape[:0:-1]), BF16) if turned else up
+        options = {"transpose_rhs": turned, "activation": "relu2"}
+        yield _product(name, "forward, up", narrow, first, groups, sizes, **options)
         yield _product(name, "forward, down", wide, down, groups, sizes)
         yield _product(name, "of rows", wide, up, groups, sizes, transpose_rhs=True)
         yield _outer(name, narrow, wide, groups, sizes)

@@ -69,7 +69,9 @@ def test_products_and_both_gradients_equal_the_definition(dtype):
         assert not np.any(np.asarray(drhs)[np.asarray(cut(sizes)) == 0])
 
 
-def test_the_mlp_and_its_gradients_equal_the_definition():
+@pytest.mark.parametrize("lanes", [128, DEPTH], ids=["as given", "turned"])
+def test_the_mlp_and_its_gradients_equal_the_definition(lanes, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "LANES", lanes)
     lhs, up, _ = operands(jnp.float32)
     down, dout = up.swapaxes(1, 2) / 5, operands(jnp.float32, 1)[0]
     sizes = jnp.asarray(PATTERNS["shorter and longer than a tile"], jnp.int32)
