@@ -166,7 +166,7 @@ def test_without_the_package_the_suite_says_what_to_install(monkeypatch, tokeniz
 
     subject = FakeContext(SUITE, tokenizer, None).subject
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(Unavailable, match=r"not installed; pip install 'nemotron-jax\[eval\]'"):
+    with pytest.raises(Unavailable, match=r"not installed; pip install -e '.\[eval\]'"):
         SUITE.ready(subject, LmEvalOptions())
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.9.2")
     with pytest.raises(Unavailable, match=r"0\.4\.9\.2 is older than 0\.4\.13"):
