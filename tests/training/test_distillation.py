@@ -90,6 +90,7 @@ def evaluated(objective, model, batch):
     return value, sums, flatten(gradient)
 
 
+@pytest.mark.more  # gradients of whole models to compile
 def test_a_whole_student_that_is_its_teacher_has_nothing_to_learn(config) -> None:
     model, batch = model_of(config, 0), random_batch(config, 3)
     objective = distill_objective(config.training, DistillConfig(), model, config.execution)
@@ -169,6 +170,7 @@ def test_a_sampled_state_has_read_the_tokens_before_the_one_to_embed(config) -> 
     assert last is hiddens[-1]
 
 
+@pytest.mark.more  # gradients of whole models to compile
 def test_drafts_are_compared_with_what_the_backbone_predicts_there(config) -> None:
     config = changed(config, training={"mtp_depths": 2, "mtp_loss_scale": 1.0})
     model, batch = model_of(config, 0), random_batch(config, 3)
