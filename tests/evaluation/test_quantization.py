@@ -34,6 +34,7 @@ def test_formats_cost_what_they_must_and_a_shifted_scale_is_found(
     subject = dataclasses.replace(subject, load=lambda path: wrong)
     progress = Progress("quantization")
     context = Context(subject, Transcripts(quantization.SUITE), progress, Shared(model))
+    (tmp_path / "config.json").touch()  # which makes it a model's directory
     asked = dataclasses.replace(ASKED, formats=(*ASKED.formats, str(tmp_path)))
     result = measure(context, asked)
     value = lambda name, form: result.values[f"{name}/{form}"].mean

@@ -71,7 +71,8 @@ def test_checkpoints_hold_adapters_and_a_run_goes_on_with_the_same_base(tmp_path
     loaded = nj.load_pretrained(run.path, None, experts="nvfp4")
     assert loaded.experts_format == "nvfp4"
     for name, leaf in flatten(whole.model).items():
-        assert np.array_equal(flatten(loaded)[name], leaf), name
+        # Codes are bits, some of which would be NaN as numbers.
+        assert np.asarray(flatten(loaded)[name]).tobytes() == np.asarray(leaf).tobytes(), name
     codes, dense = nj.load_pretrained(run.path, experts="nvfp4"), nj.load_pretrained(run.path)
     dense = flatten(dense)
     for name, leaf in flatten(nj.unpacked(codes)).items():

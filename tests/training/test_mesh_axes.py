@@ -104,7 +104,8 @@ def small(
         small_run("somewhere"),
         model=model,
         mesh=dict(zip(("data", "fsdp", "expert", "tensor"), mesh)),
-        execution={"aux_loss": sequences},
+        # A scan, as on a pod, whose models have too many layers to be unrolled.
+        execution={"aux_loss": sequences, "layers": "scan"},
         training={
             "micro_batches": micro_batches,
             "mtp_depths": 1 if "*" in pattern else 0,
