@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import nemotron_jax as nj
+from nemotron_jax.answer import Turn
 from nemotron_jax.config.convert import to_json
 from nemotron_jax.config.run import (
     DataConfig,
@@ -17,6 +18,7 @@ from nemotron_jax.config.run import (
     ScheduleConfig,
     TrainingConfig,
 )
+from nemotron_jax.data.tokenizer import train_tokenizer
 from nemotron_jax.decoding.generate import Generated
 from nemotron_jax.model.parameters import abstract_model
 from nemotron_jax.run_directory import RunDirectory
@@ -35,6 +37,7 @@ MESHES = {
     "tensor beyond key heads": MeshConfig(tensor=4),
 }
 WAYS = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 3}}
+TOKENIZER = train_tokenizer(["user assistant system hello there, four and two\n"], 304)
 LIMIT = 1e-5  # of log-probabilities: float32 sums made in another order
 NEW = 10
 
@@ -107,17 +110,19 @@ def test_an_engine_on_a_mesh_gives_one_devices_tokens_and_compiles_nothing_more(
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory) -> Path:
-    """A run at its first step, of a model with every kind of block, a dense MLP among them."""
+    """A run at its first step, of a model with every kind of block, a dense MLP among them, and a
+    tokenizer."""
     model = tiny_config("M-*E", mtp="*E")
     experts = dataclasses.replace(model.moe, num_experts=8)
     config = RunConfig(
-        model=dataclasses.replace(model, vocab_size=256, moe=experts),
+        model=dataclasses.replace(model, vocab_size=304, moe=experts),
         training=TrainingConfig(steps=1, schedule=ScheduleConfig(1e-3, 1e-3, 0, 0, 1000)),
         data=DataConfig(sequence_length=16, batch_size=1),
     )
     run = RunDirectory(tmp_path_factory.mktemp("run"))
     state = place_state(prepare_run(config), randomised(abstract_model(config.model), 0))
     run.config.write_text(to_json(config))
+    TOKENIZER.save(run.path)
     with Checkpoints(run, keep=1) as checkpoints:
         checkpoints.save(state, {}, {"config.json": to_json(config)})
         checkpoints.wait()
@@ -125,30 +130,37 @@ def run_directory(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def restored_alone(run_directory) -> Generated:
+def restored_alone(run_directory) -> tuple[Generated, Turn]:
     """What one device gives of the run's model."""
-    return nj.generate(nj.load_pretrained(run_directory), prompts(), NEW, speculative=2)
+    model = nj.load_pretrained(run_directory)
+    return nj.generate(model, prompts(), NEW, speculative=2), turn(model)
+
+
+def turn(model: nj.Nemotron) -> Turn:
+    return nj.chat(model, "hello", max_new_tokens=NEW, speculative=2)
 
 
 @pytest.mark.more
 @pytest.mark.parametrize("name", ["one device", "tensor", "experts", "crossed"])
 def test_a_run_restored_onto_a_mesh_decodes_as_on_one_device(name, run_directory, restored_alone):
-    """`generate` and the engine, which compiles nothing once it is made."""
+    """`generate`, `chat` and the engine, which compiles nothing once it is made."""
+    expected, said = restored_alone
     model = nj.load_pretrained(run_directory, mesh=MESHES.get(name))
     found = nj.generate(model, prompts(), NEW, speculative=2)
-    np.testing.assert_array_equal(found.tokens, restored_alone.tokens)
-    np.testing.assert_allclose(found.logprobs, restored_alone.logprobs, atol=LIMIT)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=LIMIT)
+    assert turn(model) == said
     engine = make(model, 2, prefix_cache=True)
     made = engine.stats().programs
     for _ in range(2):
         wanted = [submit(engine, prompt, max_new_tokens=NEW) for prompt in prompts()]
         engine.run()
         for row, request in enumerate(wanted):
-            assert request.tokens == restored_alone.tokens[row].tolist()
-            np.testing.assert_allclose(request.logprobs, restored_alone.logprobs[row], atol=LIMIT)
+            assert request.tokens == expected.tokens[row].tolist()
+            np.testing.assert_allclose(request.logprobs, expected.logprobs[row], atol=LIMIT)
     again = nj.load_pretrained(run_directory, mesh=MESHES.get(name))
     engine.replace_weights(again, "next")
     found = submit(engine, prompts()[1], max_new_tokens=NEW).wait()
-    assert found.tokens == restored_alone.tokens[1].tolist()
+    assert found.tokens == expected.tokens[1].tolist()
     assert engine.stats().programs == made
     assert_empty(engine)

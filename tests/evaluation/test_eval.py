@@ -208,13 +208,14 @@ def test_suites_are_measured_while_a_model_learns(
 @pytest.mark.more
 def test_a_mesh_measures_what_one_device_measures(run_directory, tmp_path) -> None:
     suites = "perplexity:rows=4,longnll:length=24:rows=2:buckets=2,cache_formats"
-    found = {}
-    for mesh in ("", "data=2"):
+    found, crossed = {}, "tensor=2,expert=2,data=2"
+    for mesh in ("", "data=2", crossed):
         path = evaluation.evaluate(run_directory, suites, tmp_path / f"m{mesh}", mesh=mesh).report
         found[mesh] = json.loads(path.read_text("utf-8"))["suites"]
     for suite, name in (("perplexity", "bits_per_byte"), ("longnll", "nats_per_token")):
-        values = [found[mesh][suite]["values"][name] for mesh in found]
-        assert values[0]["mean"] == pytest.approx(values[1]["mean"], rel=1e-5)
-        assert values[0]["interval"] == pytest.approx(values[1]["interval"], rel=1e-4)
+        wanted, *others = [found[mesh][suite]["values"][name] for mesh in found]
+        for values in others:
+            assert values["mean"] == pytest.approx(wanted["mean"], rel=1e-5)
+            assert values["interval"] == pytest.approx(wanted["interval"], rel=1e-4)
     assert found["data=2"]["cache_formats"]["status"] == "failed"
     assert "leave --mesh out" in found["data=2"]["cache_formats"]["why"]
