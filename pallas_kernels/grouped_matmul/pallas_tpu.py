@@ -19,11 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import pieces
+from pallas_kernels.grouped_matmul import lanes, pieces
 from pallas_kernels.grouped_matmul.visits import Visits, by_expert, by_tile
 
 NARROWEST = 128  # rows and columns of a matrix unit: what is smaller leaves most of it empty
-LANES = 128  # numbers of an array's last axis that lie side by side; a rest of them is filled up
 TILE_ROWS = (1024, 512, 256, 128)  # heights of a tile, the highest that fits being taken
 # Of fast memory, in bytes: the least any supported chip has (TPU v7x, 64 MiB) less the compiler's.
 VMEM_LIMIT = 60 * 2**20
@@ -123,19 +122,10 @@ def mlp(
     return _product(hidden, down, group_sizes, interpret=interpret)
 
 
-def _product(
-    lhs: Float[Array, "rows K"], rhs: Float[Array, "E K N"], group_sizes: Int[Array, "E"], **options
-) -> Float[Array, "rows N"]:
+def _product(lhs: Array, rhs: Array, group_sizes: Array, **options: Any) -> Array:
     """Rows times their expert's matrix, taken as it lies in memory."""
-    turned = lies_turned(rhs)
-    rhs = jnp.swapaxes(rhs, 1, 2) if turned else rhs
+    rhs, turned = lanes.as_it_lies(rhs)
     return matmul(lhs, rhs, group_sizes, transpose_rhs=turned, **options)
-
-
-def lies_turned(rhs: Float[Array, "E K N"]) -> bool:
-    """Whether XLA keeps such a parameter with K last, which fills whole lanes where N does not: for
-    a kernel that wants N there it would turn all matrices round."""
-    return rhs.shape[2] % LANES != 0 and rhs.shape[1] % LANES == 0
 
 
 def mlp_gradients(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.grouped_matmul import op, packed, packed_tpu, pallas_tpu, pieces, specs
+from pallas_kernels.grouped_matmul import lanes, op, packed, packed_tpu, pallas_tpu, pieces, specs
 from pallas_kernels.proofs import Proof, nbytes
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -27,7 +27,7 @@ def proofs() -> Iterator[Proof]:
         up = jax.ShapeDtypeStruct((routing.experts, routing.latent, routing.hidden), BF16)
         down = jax.ShapeDtypeStruct((routing.experts, routing.hidden, routing.latent), BF16)
         groups = jax.ShapeDtypeStruct(sizes.shape, I32)
-        turned = pallas_tpu.lies_turned(up)
+        turned = lanes.lies_turned(up)
         first = jax.ShapeDtypeStruct((up.shape[0], *up.shape[:0:-1]), BF16) if turned else up
         options = {"transpose_rhs": turned, "activation": "relu2"}
         yield _product(name, "forward, up", narrow, first, groups, sizes, **options)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul
-from pallas_kernels.grouped_matmul import pallas_tpu, pieces, reference, specs, visits
+from pallas_kernels.grouped_matmul import lanes, pallas_tpu, pieces, reference, specs, visits
 from pallas_kernels.testing import assert_close
 
 ROWS, DEPTH, WIDTH, EXPERTS = 333, 24, 33, 6
@@ -69,9 +69,9 @@ def test_products_and_both_gradients_equal_the_definition(dtype):
         assert not np.any(np.asarray(drhs)[np.asarray(cut(sizes)) == 0])
 
 
-@pytest.mark.parametrize("lanes", [128, DEPTH], ids=["as given", "turned"])
-def test_the_mlp_and_its_gradients_equal_the_definition(lanes, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "LANES", lanes)
+@pytest.mark.parametrize("size", [128, DEPTH], ids=["as given", "turned"])
+def test_the_mlp_and_its_gradients_equal_the_definition(size, monkeypatch):
+    monkeypatch.setattr(lanes, "LANES", size)
     lhs, up, _ = operands(jnp.float32)
     down, dout = up.swapaxes(1, 2) / 5, operands(jnp.float32, 1)[0]
     sizes = jnp.asarray(PATTERNS["shorter and longer than a tile"], jnp.int32)
