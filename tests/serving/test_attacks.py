@@ -27,7 +27,7 @@ def served() -> Iterator[Live]:
 def test_a_crowd_of_all_kinds_is_answered_right(
     served: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "REQUEST_S", 2)
+    monkeypatch.setattr(http, "REQUEST_S", 10)  # a busy machine's honest clients need seconds
     asyncio.run(load.play(served.address, 60, connections=8, seed=0))
     sys.addaudithook(test_threads.watch)
     test_threads.OPENED.clear()

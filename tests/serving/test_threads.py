@@ -32,7 +32,8 @@ WATCHED: set[int] = set()  # threads; a hook stays for good and is quiet while t
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if WATCHED and event == "open":
+    # A descriptor that is open already, such as a pipe to a process, is a number and names no file.
+    if WATCHED and event == "open" and not isinstance(arguments[0], int):
         OPENED.append((threading.get_ident(), os.fsdecode(str(arguments[0]))))
 
 
