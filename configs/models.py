@@ -5,11 +5,10 @@ Sizes are those of the hub's config.json files; `init_std` is what training used
 recipes of Megatron-LM and Megatron-Bridge.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
-from nemotron_jax.config.convert import from_config_dict, to_config_dict
+from nemotron_jax.config.convert import to_config_dict
+from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import (
     AttentionConfig,
     MambaConfig,
@@ -18,7 +17,13 @@ from nemotron_jax.config.model import (
     MoEConfig,
     MTPConfig,
 )
-from nemotron_jax.config.run import RunConfig
+from nemotron_jax.config.run import (
+    DataConfig,
+    MeshConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 
 SUPER_PATTERN = (
     "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
@@ -31,19 +36,31 @@ ULTRA_PATTERN = (
 
 
 def get_config(name: str) -> ConfigDict:
-    """A run of one of these models, in all else Nano's: for what asks of the model alone, such as
+    """A run of one of these models on 64 devices: for what asks of the model alone, such as
     `plan --config=configs/models.py:ultra_550b --stage=decode --estimate`.
 
     Raises ValueError for a name that no model has.
     """
-    from configs import nano  # which takes its model from here
-
     models = (super_120b, nano_30b, ultra_550b, tiny, agent, speculative, kernel_tiny)
     built = {model.__name__: model for model in models}
     if name not in built:
         raise ValueError(f"configs/models.py:{name}: must be one of {', '.join(built)}")
-    run = from_config_dict(RunConfig, nano.get_config())
-    return to_config_dict(dataclasses.replace(run, model=built[name]()))
+    schedule = ScheduleConfig(
+        peak_learning_rate=1e-3,
+        final_learning_rate=1e-5,
+        warmup_tokens=0,
+        decay_tokens=0,
+        total_tokens=1_000_000_000_000,
+    )
+    return to_config_dict(
+        RunConfig(
+            model=built[name](),
+            training=TrainingConfig(steps=1, schedule=schedule, mtp_depths=0),
+            mesh=MeshConfig(fsdp=64),
+            data=DataConfig(sources=("shards:/data/pretraining",), batch_size=64),
+            execution=Execution(compute_dtype="bfloat16"),
+        )
+    )
 
 
 def super_120b() -> ModelConfig:

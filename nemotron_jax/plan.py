@@ -15,7 +15,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,14 +26,19 @@ from nemotron_jax.config.run import RunConfig
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.planning import text
 from nemotron_jax.planning.estimate import STAGES, Question, estimate, over_slices, precision_of
+from nemotron_jax.planning.targets import (
+    check_count,
+    cpu_device_count,
+    devices_of,
+    memory_of_program,
+    part_bytes,
+)
 from pallas_kernels.devices import DEVICES, slice_of
 
 if TYPE_CHECKING:
     import jax  # for main, only once it has read how many devices to show
 
 GB = 1e9
-# The host makes each device before anything is compiled: thousands take minutes and gigabytes.
-_MOST_CPU_DEVICES = 1024
 
 
 def main() -> int:
@@ -65,9 +70,9 @@ def _compiled(targets: list[str]) -> list[dict]:
         known = DEVICES.get(target.partition(":")[0])
         if known and known.is_gpu:
             raise ValueError(f"target={target!r}: is estimated, not compiled; add --estimate")
-    counts = [count for target in targets if (count := _cpu_devices(target)) is not None]
+    counts = [count for target in targets if (count := cpu_device_count(target)) is not None]
     for target in targets:
-        if (count := _cpu_devices(target)) is not None:
+        if (count := cpu_device_count(target)) is not None:
             check_count(config, target, count)  # before so many are made
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # its time is what is asked for
@@ -76,7 +81,7 @@ def _compiled(targets: list[str]) -> list[dict]:
     host.overlap_collectives()  # as train.py does
     if stage.value == "train":
         return [plan(config, target) for target in targets]
-    from nemotron_jax import plan_decode
+    from nemotron_jax import plan_decode  # which needs jax
 
     asked = {name: flags.FLAGS[name].value for name in ("rows", "context", "experts")}
     wish = Question(config, "decode", speculative=flags.FLAGS["speculative"].value, **asked).wish()
@@ -102,7 +107,7 @@ def _estimated(targets: list[str]) -> list[dict]:
     if targets == ["all"]:
         return over_slices(question)
     for target in targets:
-        if _cpu_devices(target) is not None:
+        if cpu_device_count(target) is not None:
             raise ValueError(
                 f"target={target!r}: a CPU has no published figures; compile for it, without "
                 "--estimate"
@@ -192,23 +197,6 @@ def compile_step(config: RunConfig, mesh: "jax.sharding.Mesh") -> tuple:
         return None, " ".join(str(error).splitlines()[0].split()), state
 
 
-def memory_of_program(program: "jax.stages.Compiled", target: str) -> tuple[int, int]:
-    """Bytes that one device needs beside what it is given and gives back, and in all."""
-    analysis = program.memory_analysis()
-    given = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
-    if target.startswith("cpu:"):
-        temporaries = analysis.temp_size_in_bytes
-    else:
-        # Of a TPU's program that size holds the buffers of a loop inside a loop twice: its step was
-        # said not to fit where the compiler, which sees its real buffers, had placed them all.
-        temporaries = analysis.peak_memory_in_bytes - given
-    return temporaries, given + temporaries + analysis.generated_code_size_in_bytes
-
-
 def table(report: dict) -> str:
     """A report as lines for a terminal."""
     size = {name: value / GB for name, value in report["bytes_per_device"].items()}
@@ -243,37 +231,6 @@ def _overlap(row: dict) -> str:
     return "; " + ", ".join(parts)
 
 
-def devices_of(target: str) -> tuple:
-    """Devices of a target, and the bytes that each may use."""
-    import jax
-
-    from pallas_kernels import absent
-
-    if (count := _cpu_devices(target)) is None:
-        return absent.tpu_devices(target), absent.memory_of(target)
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise ValueError(
-            f"target={target!r}: this process shows {len(devices)} CPU devices; start it with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return devices[:count], memory / count
-
-
-def _cpu_devices(target: str) -> int | None:
-    """How many devices a target of a CPU has; None for another target."""
-    name, _, count = target.partition(":")
-    if name != "cpu":
-        return None
-    if not re.fullmatch("[0-9]{1,9}", count) or not 1 <= int(count) <= _MOST_CPU_DEVICES:
-        raise ValueError(
-            f"target={target!r}: of a CPU, say how many devices, from cpu:1 to "
-            f"cpu:{_MOST_CPU_DEVICES}, such as cpu:8"
-        )
-    return int(count)
-
-
 def _report_file(name: str) -> Path | None:
     """The file that the report is written to; ValueError where it cannot be."""
     if not name:
@@ -287,20 +244,6 @@ def _report_file(name: str) -> Path | None:
     if not path.absolute().parent.is_dir():
         raise ValueError(f"--json={path}: its folder does not exist; make it, or name another")
     return path
-
-
-def check_count(config: RunConfig, target: str, count: int) -> None:
-    """Raise ValueError where a target has another number of devices than the mesh."""
-    if config.mesh.size == count:
-        return
-    data = config.mesh.data
-    fsdp = count // data if count % data == 0 else count
-    data = count // fsdp
-    raise ValueError(
-        f"target={target!r} has {count} devices, but the mesh of {config.mesh.named} is "
-        f"{config.mesh.size}; such as --config.mesh.data={data} "
-        f"--config.mesh.fsdp={fsdp} would use them all"
-    )
 
 
 def _abstract_batch(config: RunConfig, mesh):
@@ -322,16 +265,6 @@ def _abstract_batch(config: RunConfig, mesh):
     ids = lambda *last: array(jnp.int32, *last)
     weights = array(jnp.float32, 1 + depths)
     return Batch(ids(), ids(1 + depths), ids(depths), ids(), weights)
-
-
-def part_bytes(tree: Any) -> int:
-    """Bytes of one device's part of abstract arrays."""
-    import jax
-
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _bytes_used(why: str) -> int:

@@ -18,6 +18,7 @@ from nemotron_jax.decoding.store import DecodeRows, FlatModel, Store, decode
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import abstract_model, flatten, model_shardings, unflatten
+from nemotron_jax.planning.targets import check_count, devices_of, memory_of_program, part_bytes
 from nemotron_jax.sharding import make_mesh
 
 _DTYPE = "bfloat16"  # of weights, keys and values, as served
@@ -31,8 +32,6 @@ def plan(config: RunConfig, target: str, engine: EngineConfig, experts: str = "d
     Bytes are one device's. Collectives are those of a step, with the first tokens of rows whose
     prompts have just been read, which a call decodes once. Raises ValueError as `plan.plan` does.
     """
-    from nemotron_jax.plan import check_count, devices_of, memory_of_program, part_bytes
-
     devices, memory = devices_of(target)
     check_count(config, target, len(devices))
     mesh = make_mesh(config.mesh, devices)

@@ -80,11 +80,9 @@ def part_of(module: str) -> str | None:
     return None
 
 
-def imports(tree: ast.Module, *, when_imported: bool) -> Iterator[str]:
-    """Modules named by import statements: all, or those that run when the file is imported."""
-    nodes = list(ast.iter_child_nodes(tree))
-    while nodes:
-        node = nodes.pop()
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Modules named by import statements, those inside functions too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -93,16 +91,13 @@ def imports(tree: ast.Module, *, when_imported: bool) -> Iterator[str]:
                 # `from a import b` names module a.b when there is one, else something in a.
                 inner = f"{node.module}.{alias.name}"
                 yield inner if inner in FILES else node.module
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if not (when_imported and is_function):
-            nodes.extend(ast.iter_child_nodes(node))
 
 
 def layering_faults(module: str, tree: ast.Module) -> list[str]:
     faults = []
     here = "configs" if module.startswith("configs") else part_of(module)
     assert here is not None, f"{module} is in no row of FLOORS: add its folder"
-    for target in imports(tree, when_imported=False):
+    for target in imports(tree):
         there = part_of(target)
         if target.split(".")[0] in FORBIDDEN.get(here, ()):
             faults.append(f"{module} imports {target}, which {here} never does")
@@ -217,8 +212,9 @@ def test_the_page_shows_these_floors() -> None:
 
 
 def test_no_file_imports_itself_through_others() -> None:
+    """Not by an import inside a function either."""
     graph = {
-        name: {target for target in imports(tree, when_imported=True) if target in FILES}
+        name: {target for target in imports(tree) if target in FILES}
         for name, tree in TREES.items()
     }
     assert cycle_in(graph) is None

@@ -21,7 +21,8 @@ from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import MeshConfig, RunConfig
 from nemotron_jax.model import accounting
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.plan import _report_file, compile_step, memory_of_program, plan
+from nemotron_jax.plan import _report_file, compile_step, plan
+from nemotron_jax.planning.targets import memory_of_program
 from nemotron_jax.sharding import make_mesh
 from pallas_kernels import absent
 from tests.training.runs import changed, small_run

@@ -10,8 +10,8 @@ import pytest
 from configs import models
 from nemotron_jax import compiled
 from nemotron_jax.config.run import MeshConfig
-from nemotron_jax.plan import memory_of_program, part_bytes
 from nemotron_jax.plan_decode import compile_decode, engine_of
+from nemotron_jax.planning.targets import memory_of_program, part_bytes
 from nemotron_jax.sharding import make_mesh
 from pallas_kernels import absent
 from tests.tiny_models import tiny_config

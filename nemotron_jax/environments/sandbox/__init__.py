@@ -4,11 +4,8 @@
 docs/sandbox.md says what each tier protects from, and what it does not.
 """
 
+from nemotron_jax.environments.sandbox.limits import KERNEL_LIMITS, SHELL_LIMITS, Limits, Result
 from nemotron_jax.environments.sandbox.runner import (
-    KERNEL_LIMITS,
-    SHELL_LIMITS,
-    Limits,
-    Result,
     Sandbox,
     budget_of_a_part,
     divide_budget,

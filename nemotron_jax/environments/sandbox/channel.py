@@ -7,18 +7,40 @@ import os
 import selectors
 import socket
 import time
+from typing import Protocol
 
-from nemotron_jax.environments.sandbox.runner import START_S, Limits, Result, Sandbox
+from nemotron_jax.environments.sandbox.limits import Limits, Result
 
+START_S = 30.0  # from an order to the shim's first byte
 MOST_REPLY_BYTES = 16 << 20  # a snapshot of 4 MiB in base64, or a cell's output, with room
 REPORT_S = 20.0  # from a sandbox's end to the launcher's word about it
+
+
+class Orders(Protocol):
+    """What a run needs of the Sandbox that it is in."""
+
+    def tasks(self, limits: Limits) -> int | None:
+        """The limit on processes and threads, None where only fork is denied."""
+
+    def order(self, slot: int, limits: Limits, handles: list[int]) -> None:
+        """Ask the launcher for one sandbox with these descriptors."""
+
+
+class Slots(Orders, Protocol):
+    """What a session needs of it: a slot of its own, too."""
+
+    def take(self, limits: Limits) -> int:
+        """A slot with its memory reserved. Raises OSError when none is free for long."""
+
+    def give_back(self, slot: int, limits: Limits) -> None:
+        """Free what `take` gave."""
 
 
 class Run:
     """One sandbox from its start to its end; a context manager, so that it ends for certain."""
 
     def __init__(
-        self, sandbox: Sandbox, slot: int, limits: Limits, request: dict, files: dict
+        self, sandbox: Orders, slot: int, limits: Limits, request: dict, files: dict
     ) -> None:
         self.limits = limits
         self.killed = ""
@@ -189,7 +211,7 @@ class Session:
 
     def __init__(
         self,
-        sandbox: Sandbox,
+        sandbox: Slots,
         *,
         limits: Limits,
         files: dict[str, str | bytes] | None = None,

@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-from nemotron_jax.environments.sandbox import tiers
+from nemotron_jax.environments.sandbox import channel, self_test, tiers
+from nemotron_jax.environments.sandbox.limits import Limits, Result
 from nemotron_jax.environments.sandbox.tiers import SandboxUnavailable
 
 WAIT_FOR_SLOT_S = 120.0
-START_S = 30.0
-OVERHEAD_BYTES = 8 << 20  # the launcher's helpers and the kernel's own memory for one sandbox
 _HELPERS = 3  # bubblewrap's first process, the shim, and the shell it starts
 _THREADS = 16  # tasks that a run without processes of its own may have
 # Only the launcher's three modules are imported there, never this package's other parts.
@@ -33,53 +32,6 @@ _LAUNCHER = (
     "from nemotron_jax.environments.sandbox.launcher import launch\n"
     "launch(int(sys.argv[2]), sys.argv[3])\n"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one sandbox may use; a run that passes a limit is ended or sees an error."""
-
-    wall_s: float = 5.0
-    cpu_s: int = 4  # of each process
-    memory_bytes: int = 128 << 20  # address space of each process
-    scratch_bytes: int = 16 << 20  # all files together
-    file_bytes: int = 16 << 20
-    output_bytes: int = 1 << 20  # standard output and error each
-    processes: int = 1  # 1: the code can start none
-    open_files: int = 64
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(
-                    f"Limits: {field.name}={getattr(self, field.name)} is not positive"
-                )
-
-    @property
-    def reserved_bytes(self) -> int:
-        """The most memory that such a sandbox can take."""
-        return self.memory_bytes * self.processes + self.scratch_bytes + OVERHEAD_BYTES
-
-
-SHELL_LIMITS = Limits(wall_s=600, cpu_s=10, memory_bytes=48 << 20, processes=10)
-KERNEL_LIMITS = Limits(wall_s=600, cpu_s=60)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended. With `infra_error` the sandbox failed: nothing is known about the code."""
-
-    stdout: str
-    stderr: str
-    exit_code: int  # 128 + n when signal n ended it
-    ended: str  # "exit", "wall", "output" or "scratch": the limit that ended it
-    seconds: float
-    infra_error: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """The code ended by itself and reported success."""
-        return self.infra_error is None and self.ended == "exit" and self.exit_code == 0
 
 
 class Sandbox:
@@ -133,8 +85,6 @@ class Sandbox:
         theirs.close()
         self._requests = ours
         atexit.register(self.close)
-        from nemotron_jax.environments.sandbox import self_test
-
         said = self._launcher.stdout.readline()
         if not said:
             error = self._launcher.stderr.read().decode("utf-8", "replace").strip()
@@ -142,7 +92,7 @@ class Sandbox:
             raise SandboxUnavailable(f"the launcher did not start: {error[-500:]}")
         self.launched = json.loads(said)
         try:
-            self.held = self_test.run(self)
+            self.held = self_test.run(self.run)
         except SandboxUnavailable:
             self.close()
             raise
@@ -169,8 +119,6 @@ class Sandbox:
         """Run Python source, or a command, to its end among `files` (relative paths)."""
         if (code is None) == (command is None):
             raise ValueError("Sandbox.run: pass either code or command")
-        from nemotron_jax.environments.sandbox import channel
-
         mode = "command" if code is None else "program"
         request = {"mode": mode, "code": code, "arguments": command or arguments or []}
         try:

@@ -3,8 +3,9 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 
-from nemotron_jax.environments.sandbox.runner import Limits, Sandbox
+from nemotron_jax.environments.sandbox.limits import Limits, Result
 from nemotron_jax.environments.sandbox.tiers import SandboxUnavailable
 
 # Each answers True when it got through.
@@ -43,8 +44,11 @@ print(json.dumps(got))
 """
 
 
-def run(sandbox: Sandbox) -> str:
-    """Say that the attacks were held. Raises SandboxUnavailable when one got through."""
+def run(in_sandbox: Callable[..., Result]) -> str:
+    """Say that the attacks, run by `in_sandbox` (`Sandbox.run`), were held.
+
+    Raises SandboxUnavailable when one got through.
+    """
     with tempfile.TemporaryDirectory() as folder:
         secret = os.path.join(folder, "secret")
         with open(secret, "w", encoding="ascii") as file:
@@ -53,7 +57,7 @@ def run(sandbox: Sandbox) -> str:
         os.chmod(folder, 0o777)
         os.chmod(secret, 0o666)
         arguments = [secret, str(os.getpid())]
-        result = sandbox.run(_ATTACKS, arguments=arguments, limits=Limits(wall_s=20, cpu_s=10))
+        result = in_sandbox(_ATTACKS, arguments=arguments, limits=Limits(wall_s=20, cpu_s=10))
     if result.infra_error:
         raise SandboxUnavailable(result.infra_error)
     try:

@@ -4,7 +4,8 @@ import base64
 import dataclasses
 
 from nemotron_jax.environments.sandbox.channel import Session
-from nemotron_jax.environments.sandbox.runner import KERNEL_LIMITS, SHELL_LIMITS, Limits, Sandbox
+from nemotron_jax.environments.sandbox.limits import KERNEL_LIMITS, SHELL_LIMITS, Limits
+from nemotron_jax.environments.sandbox.runner import Sandbox
 
 MOST_CELL_BYTES = 16 << 10  # of one reply that a model is to read
 
