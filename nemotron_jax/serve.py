@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _told(str(error), 2)
     sys.setswitchinterval(SWITCH_S)
+    host.give_back_large_blocks()
     driver = Driver(lambda: _made(plan), most=plan.engine.slots + flags.max_waiting)
     server.run(driver, listener, plan.name, max_body=plan.max_body, keys=plan.keys)
     status = 0 if driver.error is None else _failed(driver.error)

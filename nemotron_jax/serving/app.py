@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import importlib.resources
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,13 +29,13 @@ from nemotron_jax.serving.http import (
     read_fields,
     unless_gone,
 )
+from nemotron_jax.serving.log import LOG
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.responses import ResponseAnswer
 from nemotron_jax.serving.responses_request import read_response
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.wishes import encoded
 
-LOG = logging.getLogger("nemotron_jax.serving")
 MAX_BODY = 8_000_000  # bytes: a prompt of 1M tokens, and twice that
 _LAG_EVERY_S = 0.1  # how often the loop's lag is measured
 _LARGE = 4096  # tokens whose log-probabilities take 10 ms or more to be written as JSON

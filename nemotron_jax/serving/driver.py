@@ -9,12 +9,12 @@ import collections
 import dataclasses
 import threading
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from nemotron_jax.decoding.generator import Generator, Stats
 from nemotron_jax.decoding.request import Request
+from nemotron_jax.serving.log import LOG
 from nemotron_jax.serving.metrics import Metrics
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
@@ -107,6 +107,7 @@ class Driver:
         self.most = most
         self.in_flight = 0  # continuations that are not over; the loop's
         self.draining = False
+        self.end_s = 60.0  # seconds that its end waits for the step that it is in
         self.ready = False
         self.error: BaseException | None = None  # why there is no generator
         self.served: Served | None = None  # once it is ready
@@ -174,7 +175,7 @@ class Driver:
             self._stopped = True
             self._wake.notify()
         if self.ready:  # one that still makes its generator ends with the process
-            await asyncio.to_thread(self._thread.join, 60)
+            await asyncio.to_thread(self._thread.join, self.end_s)
 
     # In the loop's thread, called by the other one.
 
@@ -245,7 +246,7 @@ class Driver:
                 request.cancel()
             known = isinstance(error, ValueError)
             if not known:
-                traceback.print_exc()
+                LOG.exception("a request could not be begun")
             reason = str(error) if known else "the server failed at this request"
             self._tell(self._refused, stream, Refusal(reason, status=400 if known else 500))
             return
@@ -257,7 +258,7 @@ class Driver:
             generator.step()
             self._failures = 0
         except Exception:
-            traceback.print_exc()
+            LOG.exception("a step failed")
             self._failures += 1
             if self._failures >= _MOST_FAILURES:
                 self._give_up()

@@ -1,20 +1,19 @@
-"""The server's process: one socket, signals that let what runs end, a log that stops nobody."""
+"""The server's process: one socket, and signals that let what runs end."""
 
-import logging
-import logging.handlers
-import queue
+import asyncio
 import socket
-import sys
 from types import FrameType
 
 import uvicorn
 
-from nemotron_jax.serving.app import LOG, make_app
+from nemotron_jax.serving.app import make_app
 from nemotron_jax.serving.driver import Driver
 from nemotron_jax.serving.http import HEAD_BYTES, Connection
+from nemotron_jax.serving.log import log_to_stderr
 
 # Seconds that clients have to read the rest of their answers once all are written.
 _GRACE_S = 30
+_FORCED_S = 1  # that requests, and the engine's step, have to end after a second signal
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -34,7 +33,7 @@ def run(
     """Serve until a signal says to end, or the driver cannot begin."""
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    with _log():
+    with log_to_stderr():
         app = make_app(
             driver,
             on_ready=lambda: print(f"serving {name} on http://{host}:{port}", flush=True),
@@ -68,31 +67,26 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the end."""
-        if self._driver.draining or not self._driver.ready:
+        if not self._driver.ready:
+            self.should_exit = True
+        elif self._driver.draining:
             self.should_exit = self.force_exit = True
+            self._driver.end_s = _FORCED_S
         self._driver.draining = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what runs end, or cut its clients off, as if they had gone; then end the application,
+        which else would be found still running, and shown with a traceback."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            if tasks := set(self.server_state.tasks):
+                await asyncio.wait(tasks, timeout=_FORCED_S)
+            await self.lifespan.shutdown()
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; whether to end."""
         if self._driver.draining and not self._driver.in_flight:
             self.should_exit = True
         return await super().on_tick(counter)
-
-
-class _log:  # noqa: N801  (a context, as contextlib's are named)
-    """The request log on stderr, written by a thread of its own: a full pipe holds up nobody."""
-
-    def __enter__(self) -> None:
-        lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-        writer = logging.StreamHandler(sys.stderr)
-        writer.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        self._handler = logging.handlers.QueueHandler(lines)
-        self._listener = logging.handlers.QueueListener(lines, writer)
-        self._listener.start()
-        LOG.addHandler(self._handler)
-        LOG.setLevel(logging.INFO)
-        LOG.propagate = False
-
-    def __exit__(self, *_: object) -> None:
-        LOG.removeHandler(self._handler)
-        self._listener.stop()
