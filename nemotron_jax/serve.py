@@ -95,6 +95,9 @@ class _Plan:
 
 def _checked(flags: argparse.Namespace) -> _Plan:
     local_path("", "checkpoint", flags.checkpoint)
+    rule = "must be a run's or a hub model's directory; `make sft` makes one, runs/sft"
+    ok = Path(flags.checkpoint).is_dir()
+    check_value("serve", "checkpoint", flags.checkpoint, ok, rule)
     ok = 0 <= flags.port < 2**16
     check_value("serve", "port", flags.port, ok, "must be from 0 to 65535; 0 picks a free one")
     ok = flags.max_waiting >= 1

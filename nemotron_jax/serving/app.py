@@ -25,6 +25,7 @@ from nemotron_jax.serving.http import (
     HEAD_BYTES,
     Events,
     JsonResponse,
+    Room,
     check_key,
     read_fields,
     unless_gone,
@@ -108,7 +109,7 @@ class _Endpoints:
     """One method each. Whatever may take long, such as to encode a text, has another thread."""
 
     def __init__(self, driver: Driver, max_body: int) -> None:
-        self._driver, self._max_body = driver, max_body
+        self._driver, self._room = driver, Room(max_body)
         files = importlib.resources.files("nemotron_jax.serving")
         self._page = (files / "page.html").read_text("utf-8")
         self._created = int(time.time())
@@ -183,7 +184,7 @@ class _Endpoints:
 
     async def _fields(self, request: Request) -> Fields:
         self._driver.check_open()  # before a large body is read for nothing
-        return await read_fields(request, self._max_body)
+        return await read_fields(request, self._room)
 
     async def _read(self, kind: str, fields: Fields) -> Answer:
         """The answer that is asked for, still empty; read in another thread. What may need a

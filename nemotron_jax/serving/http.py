@@ -25,6 +25,9 @@ BYTES_A_SECOND = 100_000
 # Of them for a body whose head came late, from a connection that was opened in advance.
 _BODY_S = 1
 HEAD_BYTES = 32 << 10  # of a request's head
+# Of bodies that are read or parsed at the same time: the large ones share room for so many of the
+# largest, whatever else a small one finds a place.
+_LARGE_BODIES, _SMALL_BODY = 32, 64 << 10
 _BEGAN = "nemotron_jax.began"  # of a scope: when the request began, by the loop's clock
 
 
@@ -69,11 +72,19 @@ def _event(value: dict[str, Any]) -> bytes:
     return f"{name}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
-async def read_fields(request: Request, most: int) -> Fields:
-    """The object in a request's body, of at most so many bytes, which come in time.
+class Room:
+    """Bytes that are left for large bodies, of at most `most` bytes each; for the loop's thread."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.left = most, _LARGE_BODIES * most
+
+
+async def read_fields(request: Request, room: Room) -> Fields:
+    """The object in a request's body, of at most `room.most` bytes, which come in time.
 
     It is parsed in another thread: a large one takes long.
     """
+    most, taken = room.most, 0
     too_large = Refusal(f"the body is larger than {most} bytes; send less", status=413)
     said = request.headers.get("content-length", "")
     if said.isdigit() and (len(said) > 18 or int(said) > most):
@@ -86,11 +97,18 @@ async def read_fields(request: Request, most: int) -> Fields:
                 body += part
                 if len(body) > most:
                     raise too_large
+                more = max(len(body) - _SMALL_BODY - taken, 0)
+                if more > room.left:
+                    reason = "too many large bodies come at the same time; try again later"
+                    raise Refusal(reason, status=429, code="queue_full")
+                room.left, taken = room.left - more, taken + more
                 limit.reschedule(end + len(body) / BYTES_A_SECOND)
+        return await asyncio.to_thread(Fields.of, bytes(body))
     except TimeoutError:
         reason = f"the body came slower than {BYTES_A_SECOND} bytes a second"
         raise Refusal(reason, status=408) from None
-    return await asyncio.to_thread(Fields.of, bytes(body))
+    finally:
+        room.left += taken
 
 
 def check_key(request: Request, keys: tuple[str, ...]) -> None:

@@ -151,6 +151,20 @@ def test_bodies_are_bounded_however_they_come(served: Live) -> None:
         assert b" 400 " in connection.recv(100)
 
 
+def test_large_bodies_share_their_room_and_small_ones_need_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "_LARGE_BODIES", 1)
+    monkeypatch.setattr(http, "REQUEST_S", 20)
+    part = b"a" * 99_000
+    with live() as one:
+        status = lambda: one.client.post(CHAT, content=part).status_code
+        with raw(one, chat_head(99_900), part), raw(one, chat_head(99_900), part):
+            until(lambda: status() == 429)
+            assert one.post().status_code == 200
+        until(lambda: status() == 400)
+
+
 def test_unknown_paths_methods_and_models(served: Live) -> None:
     for path in ("/v1/../../etc/passwd", "/nothing", "/v1/engines", "/static/%2e%2e/%2e%2e/a"):
         answer = served.client.get(path)
