@@ -14,7 +14,7 @@ from experiments import pretraining
 from experiments.harness import Arm, Experiment, main
 from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.model.accounting import full_width_twin, parameters, training_flops
+from nemotron_jax.model.accounting import active_parameters, parameters, training_flops
 
 STEPS, SEEDS = 300, (0, 1, 2)
 # Of 15 experts a token, where 16 would be four times the twin's: the projections into the latent
@@ -32,6 +32,27 @@ def model_of(arm: str, tiny: ModelConfig) -> ModelConfig:
     )
     latent = dataclasses.replace(tiny, moe=moe)
     return latent if arm == "latent" else full_width_twin(latent)
+
+
+def full_width_twin(config: ModelConfig) -> ModelConfig:
+    """A model with its experts at full width, at nearly its parameters and FLOPs.
+
+    Experts that are `width / latent_width` times wider allow as many times fewer of them; how many
+    a token takes is the number whose active parameters come nearest (LatentMoE, arXiv:2601.18089).
+    """
+    moe = config.moe
+    num_experts = moe.num_experts * moe.latent_width // config.width
+    twins = [
+        dataclasses.replace(
+            config,
+            moe=dataclasses.replace(
+                moe, num_experts=num_experts, experts_per_token=k, latent_width=None
+            ),
+        )
+        for k in range(1, min(num_experts, moe.experts_per_token) + 1)
+    ]
+    target = active_parameters(config)
+    return min(twins, key=lambda twin: abs(active_parameters(twin) - target))
 
 
 def config_of(arm: str, steps: int, seed: int) -> RunConfig:

@@ -1,17 +1,14 @@
 """The arms of experiments/mtp_boost.py, in processes that have not used jax yet."""
 
 import dataclasses
+import functools
 from pathlib import Path
-
-import jax
 
 from experiments import short
 from experiments.harness import Measured
-from experiments.short_arms import held_out, mesh_of
+from experiments.short_arms import both_ends, mesh_of
 from nemotron_jax.config.distill import DraftObjective
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.posttraining.result_file import read_values, write_values
-from nemotron_jax.pretrained import load_pretrained
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.stages import boosting, pretrain
 from nemotron_jax.training.metrics import read_records
@@ -60,17 +57,9 @@ def _measured(config: RunConfig, run: RunDirectory, steps: int) -> Measured | No
     """A finished run beside the model that it began with; None before its end."""
     if run.whole_step() < steps:
         return None
-    found, records = read_values(run.result), read_records(run.metrics)[0]
-    if not found:
-        mesh = mesh_of(config)
-        with jax.set_mesh(mesh):
-            first, last = (
-                load_pretrained(path, mesh=mesh, layout="training")
-                for path in (config.init_from, run.path)
-            )
-            batches = held_out(config, run, config.objective.result_prompts)
-            found = boosting.result(config, first, last, batches)
-        write_values(run, found)
+    result = functools.partial(boosting.result, config)
+    found = both_ends(config, run, config.objective.result_prompts, result)
+    records = read_records(run.metrics)[0]
     values, is_first = found["temperatures"][AT], str(run.path) == config.init_from
     curve = [[0, values["before"]], [0 if is_first else steps, values["after"]]]
     more = {"result": found, "mtp_loss": [[r["step"], r["mtp_loss"]] for r in records]}

@@ -1,21 +1,21 @@
 """The arms of experiments/qad.py, in processes that have not used jax yet."""
 
 import dataclasses
+import functools
 from pathlib import Path
-
-import jax
+from typing import Any
 
 from experiments import short
 from experiments.harness import Measured
-from experiments.short_arms import held_out, mesh_of
+from experiments.short_arms import both_ends, mesh_of
 from nemotron_jax.config.distill import DistillConfig
 from nemotron_jax.config.precision import ROLES, PrecisionConfig
 from nemotron_jax.config.run import RunConfig
-from nemotron_jax.posttraining.result_file import read_values, write_values
-from nemotron_jax.pretrained import load_pretrained
+from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.stages import distill, pretrain
 from nemotron_jax.training.metrics import read_records
+from nemotron_jax.types import Batch
 
 RATE = 3e-4
 RESULT_ROWS = 128
@@ -66,19 +66,17 @@ def _measured(config: RunConfig, run: RunDirectory, steps: int) -> Measured | No
     """A finished run beside its teacher; None before its end."""
     if run.whole_step() < steps:
         return None
-    found, records = read_values(run.result), read_records(run.metrics)[0]
-    if not found:
-        mesh = mesh_of(config)
-        with jax.set_mesh(mesh):
-            first, last = (
-                load_pretrained(path, mesh=mesh, layout="training")
-                for path in (config.init_from, run.path)
-            )
-            batches = held_out(config, run, config.distill.result_rows)
-            found = distill.Lesson(config, mesh).result(first, last, batches)
-        write_values(run, found)
+    found = both_ends(config, run, config.distill.result_rows, functools.partial(_result, config))
+    records = read_records(run.metrics)[0]
     kl, is_teacher = found["teacher_kl"], str(run.path) == config.init_from
     curve = [[r["step"], r["teacher_kl"]] for r in records if "teacher_kl" in r]
     ends = [[0, kl["student_before"]], [0 if is_teacher else steps, kl["student_after"]]]
     tokens = 0 if is_teacher else records[-1]["tokens"]
     return Measured(steps, curve or ends, kl["student_after"], tokens, {"result": found})
+
+
+def _result(
+    config: RunConfig, first: Nemotron, last: Nemotron, batches: list[Batch]
+) -> dict[str, Any]:
+    """Of students, beside a teacher that is loaded for it."""
+    return distill.Lesson(config, mesh_of(config)).result(first, last, batches)

@@ -100,6 +100,7 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
+        """The tokenizer of the run's text, as the tokenizers library writes it."""
         return self.path / TOKENIZER
 
     @property
@@ -109,14 +110,17 @@ class RunDirectory:
 
     @property
     def samples(self) -> Path:
+        """Texts that the model went on with while it was trained."""
         return self.path / "samples.txt"
 
     @property
     def plots(self) -> Path:
+        """The folder of the run's pictures."""
         return self.path / "plots"
 
     @property
     def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
         return self.path / "tensorboard"
 
     @property
@@ -131,6 +135,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints, one a step that was saved."""
         return self.path / "checkpoints"
 
     @property

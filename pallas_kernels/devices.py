@@ -30,6 +30,7 @@ class Device:
 
     @property
     def is_gpu(self) -> bool:
+        """Whether it is a GPU: it has no torus to be cut into slices."""
         return self.dimensions == 0
 
 
@@ -64,6 +65,7 @@ class Slice:
 
     @property
     def device(self) -> Device:
+        """What one device of the slice is."""
         return DEVICES[self.name]
 
     @property

@@ -65,6 +65,7 @@ def outputs_and_gradients(
 
 
 def is_floating(array: Any) -> bool:
+    """Whether an array holds floats, bfloat16 and smaller ones too."""
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 

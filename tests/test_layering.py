@@ -188,6 +188,70 @@ def annotation_faults(name: str, tree: ast.Module) -> list[str]:
     return faults
 
 
+def undocumented(tree: ast.Module, documented: set[str]) -> tuple[list[str], int, list[str]]:
+    """Public functions without a docstring, how many there are, and docstrings that lean on their
+    neighbour. A method that overrides one which has a docstring is not counted."""
+    missing, count, leaning = [], 0, []
+
+    def walk(node: ast.AST, bases: tuple[str, ...], public: bool) -> None:
+        nonlocal count
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                public_class = public and not child.name.startswith("_")
+                walk(child, (child.name, *map(base_name, child.bases)), public_class)
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                said = ast.get_docstring(child) or ""
+                if said.startswith("The same"):
+                    leaning.append(child.name)
+                inherited = any(f"{base}.{child.name}" in documented for base in bases[1:])
+                if public and not child.name.startswith("_") and (said or not inherited):
+                    count += 1
+                    missing.extend([] if said else [".".join((*bases[:1], child.name))])
+            else:
+                walk(child, bases, public)
+
+    walk(tree, (), True)
+    return missing, count, leaning
+
+
+def base_name(node: ast.expr) -> str:
+    node = node.value if isinstance(node, ast.Subscript) else node
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def documented_methods() -> set[str]:
+    """CLASS.METHOD of each method with a docstring, with those of the classes below it."""
+    classes = [n for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    found = {
+        f"{one.name}.{f.name}"
+        for one in classes
+        for f in one.body
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(f)
+    }
+    for _ in range(3):  # as deep as classes stand below one another
+        for one in classes:
+            bases = tuple(f"{base_name(base)}." for base in one.bases)
+            if bases:
+                below = (name for name in found if name.startswith(bases))
+                found |= {f"{one.name}.{name.partition('.')[2]}" for name in list(below)}
+    return found
+
+
+def test_public_functions_say_what_they_give() -> None:
+    documented, missing, count, leaning = documented_methods(), [], 0, []
+    for name, tree in TREES.items():
+        if name.startswith(("nemotron_jax", "pallas_kernels")):
+            without, all_of_it, same = undocumented(tree, documented)
+            missing += [f"{name}: {function}" for function in without]
+            count += all_of_it
+            leaning += [f"{name}: {function}" for function in same]
+    assert count > 1500 and len(missing) < 0.05 * count, missing
+    assert not leaning, "say it in full: an editor shows one docstring alone"
+    bad = 'class A:\n    def f(self): ...\ndef g():\n    """The same."""\ndef _h(): ...\n'
+    assert undocumented(ast.parse(bad), set()) == (["A.f"], 2, ["g"])
+    assert not undocumented(ast.parse(bad.replace("A:", "A(B):")), {"B.f"})[0]
+
+
 def test_imports_go_down() -> None:
     faults = [fault for module, tree in TREES.items() for fault in layering_faults(module, tree)]
     assert not faults

@@ -114,7 +114,7 @@ def text_config(keys: Mapping) -> Mapping:
 
 
 def with_text_config(keys: Mapping, text: Mapping) -> Mapping:
-    """The same configuration with another text model."""
+    """A hub configuration with another text model, all else as it was."""
     return text if text_config(keys) is keys else {**keys, _TEXT_PART: text}
 
 

@@ -31,10 +31,12 @@ class MambaConfig:
 
     @property
     def inner_width(self) -> int:
+        """Channels of all heads together: the width of x and z."""
         return self.num_heads * self.head_dim
 
     @property
     def conv_channels(self) -> int:
+        """Channels that the convolution runs over: those of x, and of B and C of every group."""
         return self.inner_width + 2 * self.num_groups * self.state_size
 
     def __post_init__(self) -> None:
@@ -155,6 +157,7 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
+        """Blocks of the trunk; those of the MTP block are not among them."""
         return len(self.pattern)
 
     @classmethod

@@ -103,7 +103,7 @@ def as_markdown(found: Sequence[Part]) -> str:
 
 
 def as_json(found: Sequence[Part]) -> str:
-    """The same as a list of objects, one for each part."""
+    """The reference as JSON: a list of objects, one for each part."""
     return json.dumps([dataclasses.asdict(part) for part in found], indent=2)
 
 

@@ -78,6 +78,7 @@ class Grams:
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "Grams":
+        """The grams of some texts, in the order of the texts."""
         words: dict[str, int] = {}
         for text in texts:
             for word in text.split():
@@ -112,6 +113,7 @@ class Draws:
         return draw
 
     def join(self, other: "Draws") -> None:
+        """Count the documents of another part of the source among these."""
         self.count += other.count
         self.lowest = min(self.lowest, other.lowest)
         _, _, second, first = sorted((*self.highest, *other.highest))
@@ -128,6 +130,8 @@ class Border:
 
     @classmethod
     def of(cls, source: str, draws: Draws, fraction: float) -> "Border":
+        """The border of a source: at `fraction` of its documents' draws, but with at least one
+        document on each side. A single document is split inside (`highest` is None)."""
         if draws.count == 1:
             return cls(source, fraction, None)
         return cls(source, fraction, min(max(fraction, draws.lowest), draws.highest[0]))

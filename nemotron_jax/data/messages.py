@@ -132,7 +132,7 @@ def played_conversation(
 
 
 def without_reasoning(conversation: Conversation) -> Conversation:
-    """The same answers, no turn thought about."""
+    """A conversation with its answers as they are and without what was thought before them."""
     messages = []
     for message in conversation.messages:
         if message.get("reasoning_content"):

@@ -38,6 +38,7 @@ class DocumentTokens:
 
     @property
     def token_count(self) -> int:
+        """Tokens of all documents."""
         return len(self.tokens)
 
     @functools.cached_property

@@ -154,6 +154,7 @@ def parts_of(job: Job, task: Task) -> list[Part] | None:
 
 
 def work_of(directory: Path) -> Path:
+    """The folder of what is not finished yet, inside the shards' directory."""
     return directory / WORK
 
 

@@ -69,6 +69,7 @@ class Index:
     dropped: list[str]  # held-out documents that repeat training text
 
     def to_json(self) -> bytes:
+        """The bytes of the index' file: JSON with its format and a checksum of everything in it."""
         body = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         return json.dumps(body | {"checksum": _checksum(body)}, separators=(",", ":")).encode()
 
@@ -136,6 +137,7 @@ class TokenShards:
 
     @property
     def document_count(self) -> int:
+        """Documents of all shards."""
         return int(self._bounds[-1])
 
     def counts(self, size: int) -> Int[np.ndarray, "V"]:
@@ -238,6 +240,7 @@ def file_fault(path: Path, shard: Shard, *, hashed: bool) -> str | None:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -70,11 +70,14 @@ class Manifest:
     held_out_fraction: float
 
     def fingerprint(self) -> str:
+        """SHA-256 of what decides which text is read: the files and the held-out fraction, not the
+        names of the sources."""
         body = [[dataclasses.astuple(record) for record in files] for files in self.files]
         text = json.dumps([self.held_out_fraction, body], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, as lists and dicts."""
         return {
             "sources": list(self.sources),
             "held_out_fraction": self.held_out_fraction,
@@ -83,6 +86,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Manifest":
+        """The manifest that gave these values. Raises KeyError or TypeError for others."""
         files = tuple(tuple(FileRecord(**record) for record in files) for files in value["files"])
         return cls(tuple(value["sources"]), files, value["held_out_fraction"])
 

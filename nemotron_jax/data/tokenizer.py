@@ -229,6 +229,7 @@ class Tokenizer:
 
     @functools.cached_property
     def special_names(self) -> dict[int, str]:
+        """The text of each special token by its id."""
         return {number: name for name, number in self.special_tokens.items()}
 
     def _first_of(self, names: tuple[str, ...]) -> int:
@@ -285,7 +286,7 @@ def _is_special(token: dict[str, Any]) -> bool:
 
 
 def _without_special_tokens(parsed: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without special tokens, which `tokenizers` would find in any text.
+    """A tokenizer file without special tokens, which `tokenizers` would find in any text.
 
     They leave the vocabulary too, with the merges that touch them: models with ignore_merges look
     whole words up there. Added tokens that are text stay, and are named in the vocabulary for their

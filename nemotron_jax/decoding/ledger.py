@@ -108,7 +108,7 @@ class Ledger:
         self._jobs |= dict.fromkeys(jobs)
 
     def replace(self, jobs: Sequence[Job]) -> None:
-        """The same requests as other jobs."""
+        """The requests that are not over, as new jobs: all that `enter` gave stays in order."""
         self._jobs = dict.fromkeys(jobs)
 
     def give(self, gains: Sequence[Gain], places: Int[np.ndarray, "k+1 places"] | int = 0) -> None:

@@ -248,7 +248,8 @@ class Scheduler:
         return entry
 
     def remember_turn(self, slot: Slot, *, complete: bool) -> Entry | None:
-        """The same where a request ends, so that its conversation can go on."""
+        """Keep what a slot holds where its request ends, so that its conversation can go on; None
+        where `remember` keeps nothing."""
         if self.prefix is None:
             return None
         tokens = (*slot.job.request.prompt, *slot.job.request.tokens)

@@ -54,6 +54,7 @@ class FlatModel:
 
     @classmethod
     def of(cls, model: Nemotron) -> "FlatModel":
+        """The leaves of a model as one flat argument of a program."""
         leaves, tree = jax.tree.flatten(model)
         return cls(tuple(leaves), _Structure(tree))
 
@@ -77,7 +78,8 @@ class States:
     hidden: Float[Array, "B D"]
 
     def shared(self, rows: str | None) -> "States":
-        """The same, laid out as devices share heads, and rows where they are `rows`."""
+        """These states laid out over the mesh: heads as devices share them, rows by the logical
+        axis `rows` (None: every device has all)."""
         layers = tuple(state and state.shared(rows) for state in self.layers)
         return States(layers, shard(self.hidden, rows, None))
 

@@ -17,6 +17,8 @@ _HOW_TO_PLAY = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """List environments, check them, or show a task; the exit status: 0, 1 for faults, 2 for wrong
+    input."""
     given = _parser().parse_args(arguments)
     try:
         if given.list:

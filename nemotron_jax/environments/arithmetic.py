@@ -26,12 +26,15 @@ MAX_DIGITS = 30
 
 
 def shown(value: Fraction) -> str:
+    """A whole number as such, another as numerator/denominator."""
     return (
         str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
     )
 
 
 def apply(a: Fraction, operator: str, b: Fraction) -> Fraction:
+    """One operation, exactly. Raises ToolError for a division by zero and for more than MAX_DIGITS
+    digits."""
     if operator == "/" and not b:
         raise ToolError("division by zero")
     result = _APPLY[operator](a, b)
@@ -42,6 +45,7 @@ def apply(a: Fraction, operator: str, b: Fraction) -> Fraction:
 
 class CalculatorSession(Session):
     def tool_calc(self, e: str) -> str:
+        """The result of one operation on two numbers; raises ToolError for any other text."""
         match = _OPERATION.fullmatch(e)
         a, b = (number(match[1]), number(match[3])) if match else (None, None)
         if a is None or b is None:

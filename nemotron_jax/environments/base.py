@@ -90,10 +90,12 @@ class Task:
         return _digest([self.messages, self.tools])
 
     def json(self) -> str:
+        """The task as one line of JSON; `from_json` gives it back."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Task":
+        """The task whose `json` this is."""
         fields = json.loads(text)
         return cls(**fields | {key: tuple(fields[key]) for key in ("messages", "tools")})
 

@@ -25,10 +25,12 @@ Placed = dict[str, tuple[int, int]]
 
 
 def clock(minutes: int) -> str:
+    """Minutes since midnight as HH:MM."""
     return f"{minutes // 60:02d}:{minutes % 60:02d}"
 
 
 def minutes(text: str) -> int | None:
+    """Minutes since midnight of a text HH:MM; None for any other text."""
     match = _CLOCK.fullmatch(text)
     return int(match[1]) * 60 + int(match[2]) if match else None
 

@@ -37,6 +37,7 @@ class Report:
     verified_per_second: float = 0.0
 
     def lines(self) -> Iterator[str]:
+        """The report for a terminal, at most 20 faults."""
         yield f"{self.name}: {self.tasks} tasks, {self.distinct} distinct"
         yield f"  generated {self.generated_per_second:.0f} a second"
         yield f"  verified  {self.verified_per_second:.0f} a second (the oracle's turns played)"

@@ -58,6 +58,7 @@ class HoldingSession(CodeSession):
 
     @property
     def holds(self) -> bool:
+        """Whether a slot of the sandbox is taken by this session."""
         return self.slot is not None
 
     def ready(self, turn: Turn | None) -> bool:

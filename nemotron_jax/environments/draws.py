@@ -38,6 +38,7 @@ class Draws:
         return self.below(of) < parts
 
     def choice(self, items: Sequence[T]) -> T:
+        """One of the items, each as likely."""
         return items[self.below(len(items))]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:

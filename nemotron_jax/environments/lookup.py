@@ -12,6 +12,7 @@ GET = tool("get", "The value of a key.", {"k": {"type": "string", "maxLength": 2
 
 class LookupSession(Session):
     def tool_get(self, k: str) -> str:
+        """The value of a key of the task's table; raises ToolError for an unknown key."""
         table = self.task.data["table"]
         if k not in table:
             raise ToolError("no such key")

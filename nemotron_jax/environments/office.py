@@ -58,6 +58,7 @@ class Office:
         self._made = 0
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """What a tool of TOOLS, whose description it has there, answers to its arguments."""
         return getattr(self, name)(**arguments)
 
     def normal_form(self) -> str:

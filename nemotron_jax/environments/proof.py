@@ -59,6 +59,7 @@ def _factor(tokens: list[str], place: int) -> tuple[Term, int]:
 
 
 def written(term: Term, inner: bool = False) -> str:
+    """A term as text; products inside another stand in parentheses."""
     if isinstance(term, str):
         return term
     text = f"{written(term[0], True)}*{written(term[1], True)}"

@@ -35,6 +35,8 @@ class PythonSession(coding.HoldingSession):
     kernel: PythonKernel | None = None
 
     def tool_python(self, code: str) -> str:
+        """What a cell prints, run in this session's Python, whose variables stay. Raises InfraError
+        where no sandbox starts."""
         began = ""
         if self.kernel is None or not self.kernel.alive:
             began = "(a new Python: earlier variables are gone)\n" if self.kernel else ""

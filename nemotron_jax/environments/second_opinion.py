@@ -38,6 +38,7 @@ for line in sys.stdin:
 
 @functools.cache
 def installed() -> bool:
+    """Whether the package math-verify can be imported (the extra `math`)."""
     return importlib.util.find_spec("math_verify") is not None
 
 

@@ -102,6 +102,8 @@ for script in order["databases"]:
 
 class SqlSession(coding.CodeSession):
     def tool_query(self, sql: str) -> str:
+        """Rows of a query on the task's first database, as JSON, at most MOST_ROWS of them and
+        8,000 characters. Raises ToolError with the database's own sentence."""
         (reply,) = run_query(sql, self.task.data["databases"][:1])
         if "rows" not in reply:
             raise ToolError(str(reply.get("error", "no rows")))

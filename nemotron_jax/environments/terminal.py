@@ -121,6 +121,7 @@ class TerminalSession(coding.HoldingSession):
     box: Shell | None = None
 
     def tool_run(self, command: str) -> str:
+        """What a command prints in the shell; raises ToolError once the shell has ended."""
         if self.box is None:
             self.box = trees.shell(self.task.data["tree"], self.take_slot())
         if not self.box.alive:

@@ -46,6 +46,7 @@ def facts(seed: int) -> dict[str, dict[str, str]]:
 
 
 def page(title: str, known: dict[str, str]) -> str:
+    """The text of a page from what is known of it: a company, a person or a city."""
     if "founder" in known:
         return (f"{title} is a company that makes the {known['product']}. It was founded by"
                 f" {known['founder']} and has its seat in {known['seat']}.")  # fmt: skip
@@ -79,11 +80,13 @@ def search(seed: int, query: str) -> list[str]:
 
 class WikiSession(Session):
     def tool_search(self, query: str) -> str:
+        """Titles of pages that a query finds, one a line."""
         seed = self.task.data["wiki"]
         found = search(seed, query)
         return "\n".join(found) if found else "nothing found"
 
     def tool_read(self, title: str) -> str:
+        """The page of a title; raises ToolError where there is none."""
         known = facts(self.task.data["wiki"])
         if title not in known:
             raise ToolError(f"no page is called {title[:60]!r}; search for it")

@@ -113,7 +113,7 @@ def read_texts(model: Nemotron, texts: Texts, formats: CacheConfig) -> Float[np.
 
 
 def _read(model: Nemotron, texts: Texts, formats: CacheConfig) -> Float[np.ndarray, "B T D"]:
-    """The same of at most ROWS documents."""
+    """`read_texts` of at most ROWS documents, by one program."""
     count, width = texts.tokens.shape
     engine = EngineConfig(ROWS, width, page_tokens=_PAGE_TOKENS, snapshots=1, cache=formats)
     store, weights = Store.create(model, engine), FlatModel.of(model)

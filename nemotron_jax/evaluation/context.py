@@ -86,10 +86,12 @@ class Context:
 
     @property
     def seed(self) -> int:
+        """The seed of every draw that a suite makes."""
         return self.subject.seed
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer of what is measured."""
         return self.subject.tokenizer
 
     @property

@@ -208,7 +208,8 @@ def _add(
 def _play_behind_url(
     context: Context, tasks: Sequence[Task], config: PlayConfig, k: int, seed: int
 ) -> None:
-    """The same by a server, which is asked for a turn of every episode that goes on at a time."""
+    """Play each task `k` times with a server, which is asked for one turn of all episodes that go
+    on at a time, and note them."""
     with contextlib.ExitStack() as stack:
         played = [task for task in tasks for _ in range(k)]
         sessions = [stack.enter_context(find(t.environment).start(t)) for t in played]

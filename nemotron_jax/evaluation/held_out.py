@@ -51,7 +51,10 @@ def held_out_probe(
 def whole_probe(
     corpus: Corpus, data: DataConfig, chunk: int
 ) -> Callable[[Nemotron, Execution], dict[str, float]] | None:
-    """The same of all held-out text, as eval.py's perplexity says; None where there is too much."""
+    """`held_out_probe` of all held-out text, which eval.py's perplexity reports too.
+
+    None where that is more than MOST_TOKENS_AT_END tokens.
+    """
     if len(corpus.held_out.tokens) > MOST_TOKENS_AT_END:
         return None
     return held_out_probe(corpus, data, max(1, held_out_row_count(corpus, data)), chunk)

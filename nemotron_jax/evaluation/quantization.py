@@ -81,6 +81,7 @@ class Text:
 
     @property
     def scored(self) -> Bool[np.ndarray, "rows T"]:
+        """Which tokens count: those with a target inside their document."""
         return np.concatenate([np.asarray(b.weights[..., 0]) for b in self.batches]) > 0
 
 

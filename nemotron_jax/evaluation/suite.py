@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Cell = str | int | float | None
-NEEDS = ("model", "url", "either")
 
 
 class Unavailable(Exception):

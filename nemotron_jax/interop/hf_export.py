@@ -192,7 +192,7 @@ def _stored(
 def _encoded(
     encoder: Encoder, stored: str, exceptions: dict[str, str], around: _Around | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The same, the matrices of a recipe as codes with scales."""
+    """Every tensor as the files have it, matrices of the recipe as codes with scales."""
     for tensor in encoder.tensors:
         name = _stored_name(tensor, around)
         if name.endswith(".weight") and module_of(tensor) in encoder.formats:

@@ -67,7 +67,7 @@ class SafetensorsFile:
         return self.read_entry(self.entries[name])
 
     def read_finite(self, name: str) -> np.ndarray:
-        """The same; NaN or infinity in it is a ValueError."""
+        """One tensor, alone in memory. Raises ValueError where NaN or infinity is in it."""
         array = self.read(name)
         if not is_finite(array.reshape(-1)):
             raise ValueError(

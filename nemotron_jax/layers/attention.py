@@ -50,6 +50,7 @@ class KVState(_KeysAndValues):
 
     @classmethod
     def zeros(cls, config: AttentionConfig, batch: int, capacity: int, dtype: str) -> "KVState":
+        """An empty state with room for `capacity` tokens of each row."""
         shape = (batch, capacity, held_heads(config), config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -64,7 +65,8 @@ class KVState(_KeysAndValues):
         return self.k.shape[2]
 
     def shared(self, rows: str | None = "batch") -> "KVState":
-        """The same, laid out as devices share heads, and rows where they are `rows`."""
+        """This state laid out over the mesh: heads as devices share them, rows by the logical axis
+        `rows` (None: every device has all)."""
         axes = (rows, *_BY_ROW[1:])
         return KVState(shard(self.k, *axes), shard(self.v, *axes))
 
@@ -114,7 +116,10 @@ class PagedKV(_KeysAndValues):
         return self.pool.shape[2] // 2
 
     def shared(self, rows: str | None = "batch") -> "PagedKV":
-        """The same, laid out as devices share heads; pages are whole, for any row may read them."""
+        """This state laid out over the mesh: heads as devices share them.
+
+        Every device has all pages, for any row may read them.
+        """
         return PagedKV(shard(self.pool, *POOL), self.table)
 
     def append(

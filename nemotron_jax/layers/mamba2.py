@@ -70,6 +70,7 @@ class MambaState:
 
     @classmethod
     def zeros(cls, config: MambaConfig, batch: int, dtype: str) -> "MambaState":
+        """The state before a first token: float32 sums, and tails of the convolution in `dtype`."""
         heads = (config.num_heads, config.head_dim, config.state_size)
         tail = (batch, config.conv_width - 1)
         shared = config.num_groups * config.state_size
@@ -91,7 +92,8 @@ class MambaState:
         return self.b_tail.shape[-1] // self.ssm.shape[-1]
 
     def shared(self, rows: str | None = "batch") -> "MambaState":
-        """The same, laid out as devices share heads and groups, and rows where they are `rows`."""
+        """This state laid out over the mesh: heads and groups as devices share them, rows by the
+        logical axis `rows` (None: every device has all)."""
         _, *heads = _Shared.of(self.ssm.shape[1], self.groups).state
         laid = (
             shard(tail, rows, *_tail_axes(tail, name, self.groups)[1:])

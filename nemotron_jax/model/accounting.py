@@ -34,6 +34,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
+        """All parts together."""
         return sum(dataclasses.astuple(self))
 
 
@@ -47,6 +48,7 @@ class TokenFlops:
 
     @property
     def total(self) -> int:
+        """FLOPs of the token: products with weights, attention and scan."""
         return self.weights + self.attention + self.scan
 
 
@@ -61,6 +63,7 @@ class DecodeState:
 
     @property
     def total(self) -> int:
+        """Bytes of all kinds of state together."""
         return sum(dataclasses.astuple(self))
 
 
@@ -167,69 +170,6 @@ def decode_state(
         ssm=config.pattern.count("M") * ssm_layer,
         conv=config.pattern.count("M") * conv_layer,
         mtp_kv=config.mtp.pattern.count("*") * kv_layer if config.mtp else 0,
-    )
-
-
-def full_width_twin(config: ModelConfig) -> ModelConfig:
-    """The same model without a latent width, at nearly the same parameters and FLOPs.
-
-    Experts that are `width / latent_width` times wider allow as many times fewer of them; how many
-    a token takes is the number whose active parameters come nearest (LatentMoE, arXiv:2601.18089).
-    Raises ValueError for a model without a latent width.
-    """
-    moe = config.moe
-    latent = moe.latent_width if moe else None
-    check_value("ModelConfig", "moe.latent_width", latent, latent is not None, "must be configured")
-    num_experts = moe.num_experts * latent // config.width
-    twins = [
-        dataclasses.replace(
-            config,
-            moe=dataclasses.replace(
-                moe, num_experts=num_experts, experts_per_token=k, latent_width=None
-            ),
-        )
-        for k in range(1, min(num_experts, moe.experts_per_token) + 1)
-    ]
-    target = active_parameters(config)
-    return min(twins, key=lambda twin: abs(active_parameters(twin) - target))
-
-
-def latent_table(config: ModelConfig) -> str:
-    """A table of one MoE layer: full-width experts against latent ones at equal active FLOPs.
-
-    "sent" is the numbers that dispatch moves for a token, "choices" the sets of experts it can get.
-    """
-    head = (
-        "",
-        "experts",
-        "per token",
-        "parameters",
-        "active",
-        "FLOPs/token",
-        "sent/token",
-        "choices",
-    )
-    rows = [head]
-    for name, model in (("full width", full_width_twin(config)), ("latent", config)):
-        moe = model.moe
-        idle = (moe.num_experts - moe.experts_per_token) * _expert_size(model)
-        choices = math.log10(math.comb(moe.num_experts, moe.experts_per_token))
-        rows.append(
-            (
-                name,
-                f"{moe.num_experts}",
-                f"{moe.experts_per_token}",
-                f"{_block_size(model, 'E') / 1e6:,.1f} M",
-                f"{(_block_size(model, 'E') - idle) / 1e6:,.1f} M",
-                f"{_weight_flops(model, 'E') / 1e6:,.1f} M",
-                f"{moe.experts_per_token * (moe.latent_width or model.width):,}",
-                f"10^{choices:.1f}",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for row in rows
     )
 
 

@@ -43,6 +43,9 @@ class Cache:
     def zeros(
         cls, config: ModelConfig, pattern: str, batch: int, capacity: int, dtype: str
     ) -> "Cache":
+        """An empty cache of the layers of `pattern`: `batch` rows with room for `capacity` tokens,
+        keys, values and tails in `dtype`. Without the MTP block's."""
+
         def state(letter: str) -> KVState | MambaState | None:
             if letter == "*":
                 return KVState.zeros(config.attention, batch, capacity, dtype)
@@ -51,7 +54,7 @@ class Cache:
         return cls(tuple(state(letter) for letter in pattern), jnp.zeros(batch, jnp.int32))
 
     def shared(self) -> "Cache":
-        """The same, laid out as devices share it: programs that begin and end so hand it on."""
+        """This cache laid out over the mesh; programs that begin and end so hand it on uncopied."""
         return dataclasses.replace(
             self,
             layers=self._each(lambda state: state.shared()),

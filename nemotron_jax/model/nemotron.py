@@ -185,8 +185,8 @@ class Nemotron(nnx.Module):
         return any(isinstance(stack, nnx.List) for stack in self._stacks().values())
 
     def split_layers(self) -> "Nemotron":
-        """The same model with single layers in place of stacks, for loops that run one token at a
-        time, and weights that stay where they are.
+        """This model with single layers in place of stacks, for loops that run one token at a time,
+        and weights that stay where they are.
 
         Inside a compiled loop a layer of a stack would be copied out at every step, and the parts
         of one gathered.

@@ -49,6 +49,7 @@ class UnitTable:
 
     @classmethod
     def parse(cls, pattern: str) -> "UnitTable":
+        """The units `M? *? (E|-)?` of a pattern. Raises ValueError for a letter that no block has."""
         last = "".join(map(re.escape, BLOCK_KINDS.keys() - {"M", "*"}))
         units = re.findall(rf"M?\*?[{last}]?", pattern)[:-1]  # the last match is empty
         if "".join(units) != pattern:
@@ -112,8 +113,7 @@ def _scans(context: Context, num_layers: int) -> bool:
 
 
 def split_layers(stacks: Stacks) -> Stacks:
-    """The same stacks as lists of single layers, so that a loop around the model slices no
-    weights."""
+    """Stacks as lists of single layers, so that a loop around the model slices no weights."""
     return {
         letter: None
         if stack is None

@@ -37,6 +37,8 @@ class Wish:
 
     @property
     def mean_length(self) -> float:
+        """Mean tokens of a round of decoding: `acceptance`, or what drafts that are each accepted
+        with probability ACCEPTED give."""
         if self.acceptance is not None:
             return self.acceptance
         return sum(ACCEPTED**n for n in range(self.speculative + 1))

@@ -34,6 +34,7 @@ class Product:
 
     @property
     def is_expert(self) -> bool:
+        """Whether it is a product of routed experts, whose rows are a token's choices."""
         return self.role.startswith("expert_")
 
 

@@ -29,9 +29,11 @@ class Choice:
 
     @property
     def bytes(self) -> int:
+        """Bytes that a device holds."""
         return sum(self.step.size.values())
 
     def fits(self, place: Slice) -> bool:
+        """Whether that leaves a device of the slice the room that a compiler needs."""
         return self.bytes <= HEADROOM * place.device.memory
 
 

@@ -42,6 +42,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step: products, memory and network one after the other."""
         parts = (self.products, self.memory, self.network)
         return sum(sum(part.values()) for part in parts)
 

@@ -50,17 +50,23 @@ class Players(Protocol):
     back what it holds, and a turn that needs a sandbox waits until one is free.
     """
 
-    def start(self, tasks: Sequence[Task]) -> None: ...
+    def start(self, tasks: Sequence[Task]) -> None:
+        """Begin a session for each task, at the task's place; earlier sessions are closed."""
 
-    def begin_reply(self, turns: Turns) -> "Replies": ...
+    def begin_reply(self, turns: Turns) -> "Replies":
+        """Hand over turns; what is given back waits for the answers."""
 
-    def reply(self, turns: Turns) -> dict[int, Reply]: ...
+    def reply(self, turns: Turns) -> dict[int, Reply]:
+        """The answers to turns, by place: `begin_reply` and the waiting for it in one."""
 
-    def end(self, places: Collection[int]) -> dict[int, Verdict]: ...
+    def end(self, places: Collection[int]) -> dict[int, Verdict]:
+        """Judge sessions as they are; gives the verdicts, by place, that there is room to find."""
 
-    def verify(self) -> list[Verdict]: ...
+    def verify(self) -> list[Verdict]:
+        """Every session's verdict, in the order of places; one that goes on is judged as it is."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what the sessions hold."""
 
 
 class Here:

@@ -38,11 +38,14 @@ class Worker(Protocol):
 
     began: bool  # whether it is at work on the question whose answer comes next
 
-    def ask(self, questions: Sequence[Question]) -> None: ...
+    def ask(self, questions: Sequence[Question]) -> None:
+        """Hand over questions, which are answered in their order."""
 
-    def answer(self, seconds: float) -> Answer: ...
+    def answer(self, seconds: float) -> Answer:
+        """The answer to the next question, waited for so long."""
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """End the place with all that lives in it, whatever it is doing."""
 
 
 def make_players(config: RolloutConfig) -> Players:
@@ -300,6 +303,7 @@ class Process:
         theirs.close()
 
     def ask(self, questions: Sequence[Question]) -> None:
+        """Send questions; one that has died is found out by `answer`."""
         with contextlib.suppress(OSError):  # it has died: `answer` finds that out
             self._pipe.send(list(questions))
 
@@ -320,6 +324,7 @@ class Process:
         return Answer(None, "an environment's worker did not answer in time", gone=True)
 
     def end(self) -> None:
+        """Kill the process, whatever it is doing, and wait for its end."""
         atexit.unregister(self._process.kill)
         self._process.kill()
         self._process.join()

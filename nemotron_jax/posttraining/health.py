@@ -8,9 +8,6 @@ from jaxtyping import Float
 
 from nemotron_jax.playing.episode import UNPLAYED, Episode
 
-# Mean exp|log-probability gap| above this is suspicious, by the guide of NeMo RL.
-SUSPICIOUS_MISMATCH = 1.05
-
 
 class EpisodesFailed(OSError):
     """Every episode failed by its environment: nothing can be learned, nor said of a model."""

@@ -48,6 +48,7 @@ class Spec:
 
     @property
     def kernel(self) -> dict[str, str | None]:
+        """The choice of a kernel, as ops of pallas_kernels take it."""
         return {"implementation": self.implementation, "target": self.target}
 
     @property

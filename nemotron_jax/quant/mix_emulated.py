@@ -73,6 +73,7 @@ class Held:
 
     @staticmethod
     def nothing(*like: jax.ShapeDtypeStruct) -> "Held":
+        """Room for values of these shapes, of no window yet."""
         return Held(jnp.int32(-1), tuple(jnp.zeros(one.shape, one.dtype) for one in like))
 
     def of(self, window: Window, make: Callable[[Window], Any]) -> "Held":

@@ -29,6 +29,7 @@ class Settings:
 
     @property
     def kernel(self) -> dict[str, str | None]:
+        """The choice of a kernel, as ops of pallas_kernels take it."""
         return {"implementation": self.implementation, "target": self.target}
 
 

@@ -35,13 +35,17 @@ from nemotron_jax.types import Batch
 class Lesson(Protocol):
     """What a stage learns from in place of its text's own tokens: stages.distill.Lesson."""
 
-    def objective(self, execution: Execution) -> Objective: ...
+    def objective(self, execution: Execution) -> Objective:
+        """The loss that is minimised in place of the text's own."""
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None: ...
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise ValueError for a tokenizer that the teacher does not share."""
 
-    def probe(self, batches: Sequence[Batch]) -> Probe: ...
+    def probe(self, batches: Sequence[Batch]) -> Probe:
+        """What is measured while the run goes on, on held-out batches."""
 
-    def end(self, run: Prepared, last: Nemotron, batches: Sequence[Batch]) -> str: ...
+    def end(self, run: Prepared, last: Nemotron, batches: Sequence[Batch]) -> str:
+        """Measure the last model, write the run's result, and say it in a sentence."""
 
 
 def run(

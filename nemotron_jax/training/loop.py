@@ -30,22 +30,28 @@ class Loader(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Where the loader stands, as JSON can hold it: saved with a checkpoint."""
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where a loader with this state stood."""
 
 
 @runtime_checkable
 class ModelLoader(Protocol):
     """Batches that are made with the model as it stands, and what is to be said of the last one."""
 
-    def next_with(self, model: Nemotron) -> Any: ...
+    def next_with(self, model: Nemotron) -> Any:
+        """The batch of the next step, made with the model as it is now."""
 
-    def report(self) -> Mapping[str, float]: ...
+    def report(self) -> Mapping[str, float]:
+        """What the step's record says of that batch."""
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Where the loader stands, as JSON can hold it: saved with a checkpoint."""
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from where a loader with this state stood."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nemotron_jax.model.nemotron import Nemotron, number_documents
 from nemotron_jax.model.parameters import load_by_bias
 from nemotron_jax.sharding import local
 from nemotron_jax.sharding.vocabulary import Vocabulary
-from nemotron_jax.sharding.weights import Cuts, cuts_of, gathered, whole
+from nemotron_jax.sharding.weights import cuts_of, gathered, whole
 from nemotron_jax.training.chunked import (
     Chunked,
     cross_entropy,
@@ -234,18 +234,6 @@ def token_nll(
 ) -> Float[Array, "B T"]:
     """Cross entropy of each token's target in nats: `token_losses` of the targets."""
     return token_losses(head, hidden, targets, Chunked(cross_entropy, chunk))
-
-
-def weighted_nll(
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "D _"],
-    targets: Int[Array, "N"],
-    weights: Float[Array, "N"],
-    chunk: int,
-    cuts: Cuts = Cuts(),
-) -> Float[Array, ""]:
-    """Sum of weights times cross entropy: `weighted_loss` of the targets."""
-    return weighted_loss(hidden, head, targets, None, weights, Chunked(cross_entropy, chunk, cuts))
 
 
 def _held(head: Weight, given: Weight | None) -> tuple[Weight, ...]:

@@ -56,6 +56,7 @@ class MetricsLog:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file, if this process writes it."""
         if self._file is not None:
             self._file.close()
 
@@ -85,6 +86,7 @@ class SamplesLog:
 
     def append(self, step: int, text: str) -> None:
         # Only "\n" ends a line here, so that no sample can hold a line that looks like a heading.
+        """Add the text of a step, every line of it indented."""
         lines = "".join(f"  {line}\n" for line in text.replace("\r", "").split("\n"))
         with self.path.open("a", encoding="utf-8", newline="\n") as out:
             out.write(f"step {step}\n{lines}")

@@ -82,6 +82,7 @@ class Progress:
             self._bar.write(line)
 
     def close(self) -> None:
+        """End the bar; what is printed next stands below it."""
         if self._bar is not None:
             self._bar.close()
 

@@ -25,10 +25,12 @@ class Dense:
 
     @property
     def heads(self) -> int:
+        """Key/value heads."""
         return self.k.shape[2]
 
     @property
     def rows(self) -> int:
+        """Rows of the batch."""
         return self.k.shape[0]
 
     def width(self, wanted: int) -> int:
@@ -68,6 +70,7 @@ class Paged:
 
     @property
     def page(self) -> int:
+        """Tokens of a page."""
         return self.pool.shape[1]
 
     @property
@@ -77,10 +80,12 @@ class Paged:
 
     @property
     def heads(self) -> int:
+        """Key/value heads: each has two in a page, k and v."""
         return self.pool.shape[2] // 2
 
     @property
     def rows(self) -> int:
+        """Rows of the batch."""
         return self.table.shape[0]
 
     def width(self, wanted: int) -> int:
@@ -88,7 +93,7 @@ class Paged:
         return self.page * min(self.table.shape[1], max(1, wanted // self.page))
 
     def padded(self, width: int) -> "Paged":
-        """The same with page 0 behind each row's, up to whole blocks of `width`."""
+        """These pages with page 0 behind each row's own, up to whole blocks of `width` tokens."""
         missing = -self.table.shape[1] % (width // self.page)
         return Paged(self.pool, jnp.pad(self.table, ((0, 0), (0, missing))))
 
@@ -97,7 +102,7 @@ class Paged:
         return Paged(self.pool, self.table[rows])
 
     def until(self, end: Int[Array, "B"]) -> "Paged":
-        """The same where page 0 stands for those that lie past a row's end: nobody reads them."""
+        """These pages, with page 0 for each that lies past its row's end: nobody reads them."""
         own = jnp.arange(self.table.shape[1]) * self.page < end[:, None]
         return Paged(self.pool, jnp.where(own, self.table, 0))
 

@@ -22,7 +22,7 @@ class Masks:
     kv_segment_ids: Int[Array, "B S"] | None = None
 
     def filled(self, batch: int, tokens: int) -> "Masks":
-        """The same with an offset and lengths."""
+        """These masks with an offset (0) and lengths (`tokens`) where none was given."""
         one = lambda value, default: jnp.full(batch, default, jnp.int32) if value is None else value
         offset, lengths = one(self.offset, 0), one(self.lengths, tokens)
         return dataclasses.replace(self, offset=offset, lengths=lengths)

@@ -171,7 +171,7 @@ def _check(q: Array, k: Array, v: Array | None, masks: Masks, causal: bool) -> N
 def _check_pages(
     q: Array, pool: Array, v: Array | None, pages: Array, masks: Masks, causal: bool
 ) -> None:
-    """The same over pages."""
+    """Raise ValueError for operands over pages that do not go together."""
     if v is not None or masks.offset is None or masks.segment_ids is not None or not causal:
         raise ValueError(
             "attention: pages go with q_offset, with one pool for keys and values in place of k "

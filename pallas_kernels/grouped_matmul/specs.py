@@ -21,6 +21,7 @@ class Case:
 
     @property
     def experts(self) -> int:
+        """Groups, empty ones counted."""
         return len(self.group_sizes)
 
     def matmul_arrays(self, seed: int = 0, dtype: Any = np.float32) -> dict[str, np.ndarray]:

@@ -281,10 +281,12 @@ def sum_over(axis: str, axes: str, array: Float[Array, "..."]) -> Float[Array, "
 
 
 def channel_sum(array: Float[Array, "B Q G R P"]) -> Float[Array, "B G R Q"]:
+    """Sum over a head's channels, tokens last."""
     return jnp.moveaxis(sum_over("p", "bqgrp", array), 1, 3)
 
 
 def state_sum(array: Float[Array, "B G N W"], heads: int) -> Float[Array, "B G R"]:
+    """Sum over states and a head's channels; W is all channels of a group."""
     by_channel = array.reshape(*array.shape[:3], heads, -1)
     return jnp.sum(sum_over("p", "bgnrp", by_channel), axis=2)
 
@@ -310,6 +312,7 @@ class Layout(NamedTuple):
         return cls(batch, tokens, groups, heads // groups, channels, state_size, chunks, size)
 
     def per_head(self, array: Float[Array, "M"]) -> Float[Array, "G R"]:
+        """A value of each head, float32, heads by group."""
         return array.astype(jnp.float32).reshape(self.groups, self.group_heads)
 
     def rows(self, x: Array, dt: Array, B: Array, C: Array, documents: Array | None) -> Rows:
@@ -330,11 +333,13 @@ class Layout(NamedTuple):
         return (cut - before[..., None]).reshape(self.batch, -1)
 
     def pad(self, array: Float[Array, "B T ..."], mode: str = "constant") -> Array:
+        """Tokens filled up to whole chunks, as jnp.pad does in that mode."""
         missing = self.chunks * self.size - self.tokens
         widths = [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)
         return jnp.pad(array, widths, mode=mode) if missing else array
 
     def row_out(self, rows: Array, like: Array) -> Array:
+        """Rows without the padding, in the shape and dtype of `like`."""
         return rows[:, : self.tokens].reshape(like.shape).astype(like.dtype)
 
     def take(self, rows: Any, index: Int[Array, ""]) -> Any:
@@ -358,9 +363,11 @@ class Layout(NamedTuple):
         )
 
     def state_in(self, array: Float[Array, "B M P N"]) -> Float[Array, "B G N W"]:
+        """A state as the chunks take it: channels of a group last, float32."""
         array = array.astype(jnp.float32).reshape(self.batch, self.groups, -1, self.state_size)
         return jnp.swapaxes(array, 2, 3)
 
     def state_out(self, array: Float[Array, "B G N W"]) -> Float[Array, "B M P N"]:
+        """A state of the chunks as the op gives it."""
         shape = (self.batch, self.groups * self.group_heads, self.channels, self.state_size)
         return jnp.swapaxes(array, 2, 3).reshape(shape)

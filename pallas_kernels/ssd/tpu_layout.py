@@ -47,6 +47,8 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, x: Array, B: Array, chunk: int) -> "Sizes":
+        """The sizes of operands x [B T M P] and B [B T G N]; as many heads in a tile as fit into
+        the lanes and divide a group."""
         (batch, tokens, heads, head_dim), (groups, state_size) = x.shape, B.shape[2:]
         most = max(1, LANES // head_dim)
         tile = next(n for n in range(most, 0, -1) if heads // groups % n == 0)
@@ -55,18 +57,22 @@ class Sizes(NamedTuple):
 
     @property
     def chunks(self) -> int:
+        """Chunks of a row, the last one padded."""
         return -(-self.tokens // self.chunk)
 
     @property
     def padded(self) -> int:
+        """Tokens of a row, padded to whole chunks."""
         return self.chunks * self.chunk
 
     @property
     def width(self) -> int:
+        """Channels of a group."""
         return self.group_heads * self.head_dim
 
     @property
     def states(self) -> tuple[int, int]:
+        """The shape of a row's states: channels of all groups, states."""
         return self.groups * self.width, self.state_size
 
     def blocks(self, *, reverse: bool = False) -> Blocks:
@@ -117,6 +123,7 @@ class Sizes(NamedTuple):
         return jnp.pad(array, ((0, 0), (0, missing), (0, 0)), mode=mode) if missing else array
 
     def rows_out(self, rows: Array, like: Array) -> Array:
+        """Rows without the padding, in the shape and dtype of `like`."""
         return rows[:, : self.tokens].reshape(like.shape).astype(like.dtype)
 
     def starts(self, documents: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -139,6 +146,7 @@ class Sizes(NamedTuple):
 
 
 def compiler_params() -> pltpu.CompilerParams:
+    """Of a grid [batch, groups, chunks] whose chunks follow one another."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
     )

@@ -233,13 +233,14 @@ def _ends(given: _Given) -> list[Part]:
     import jax.numpy as jnp
 
     from nemotron_jax.layers.norm import RMSNorm
-    from nemotron_jax.training.losses import weighted_nll
+    from nemotron_jax.training.chunked import Chunked, cross_entropy, weighted_loss
 
     config, tokens, width = given.config, given.tokens, given.width
     norm = RMSNorm(width, config.norm_epsilon)
     ids, targets = given.ids(given.rows, given.length), given.ids(tokens)
     weights = jnp.full(tokens, 1 / tokens)
-    loss = lambda hidden, head: weighted_nll(hidden, head, targets, weights, _LOSS_CHUNK)
+    how = Chunked(cross_entropy, _LOSS_CHUNK)
+    loss = lambda hidden, head: weighted_loss(hidden, head, targets, None, weights, how)
     head = given.normal(width, config.vocab_size) * width**-0.5
     of_head = (given.hidden.reshape(tokens, width), head)
     table = (given.normal(config.vocab_size, width),)

@@ -17,8 +17,8 @@ from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.sharding import local, make_mesh
 from nemotron_jax.sharding.vocabulary import Vocabulary
 from nemotron_jax.sharding.weights import cuts_of
-from nemotron_jax.training.chunked import Chunked, Divergence
-from nemotron_jax.training.losses import over_rows, token_nll, weighted_nll
+from nemotron_jax.training.chunked import Chunked, Divergence, cross_entropy
+from nemotron_jax.training.losses import over_rows, token_nll
 from nemotron_jax.types import Context, Rows, Weight
 from tests.tiny_models import quick_jit
 
@@ -121,15 +121,10 @@ def of_losses(tensor: int) -> dict[str, np.ndarray]:
 
     def loss(table: jax.Array, hidden: jax.Array, head: jax.Array) -> tuple:
         embedding, matrix = Weight(table, ("vocabulary", "width")), Weight(head, AXES)
-        words, cuts = Vocabulary.of(cuts_of(embedding), 0), cuts_of(matrix)
+        words = Vocabulary.of(cuts_of(embedding), 0)
         rows = local(words.look_up, (embedding, by_row), by_row)(table, tokens)
 
-        def weighted(hidden: jax.Array, part: jax.Array, *others: jax.Array) -> jax.Array:
-            flat = (array.reshape(-1) for array in others)
-            return weighted_nll(hidden.reshape(-1, WIDTH), part, *flat, 16, cuts)[None]
-
-        run = local(weighted, (by_row, matrix, by_row, by_row), by_row)
-        total = jnp.sum(run(hidden, head, tokens, weights))
+        total = over_rows(matrix, hidden, tokens, weights, Chunked(cross_entropy, 16))
         nll = token_nll(hidden, matrix, tokens, chunk=16)
         how, teachers = Chunked(Divergence(2.0), 16), Weight(jnp.flip(head, 1), AXES)
         kl = over_rows(matrix, hidden, jax.lax.stop_gradient(-hidden), weights, how, teachers)

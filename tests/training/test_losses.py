@@ -10,7 +10,8 @@ import pytest
 
 from nemotron_jax.data.packing import Row, lookahead_of, make_batch
 from nemotron_jax.model.parameters import flatten
-from nemotron_jax.training.losses import pretrain_objective, weighted_nll
+from nemotron_jax.training.chunked import Chunked, cross_entropy, weighted_loss
+from nemotron_jax.training.losses import pretrain_objective
 from nemotron_jax.training.prepared import init_state, prepare_run
 from tests.training.runs import changed, small_run
 
@@ -24,6 +25,10 @@ def operands(count, seed=0):
     targets = generator.integers(0, VOCABULARY, count).astype(np.int32)
     weights = np.where(generator.random(count) < 0.3, 0, generator.random(count))
     return hidden, head, targets, weights.astype(np.float32)
+
+
+def weighted_nll(hidden, head, targets, weights, chunk):
+    return weighted_loss(hidden, head, targets, None, weights, Chunked(cross_entropy, chunk))
 
 
 def plain(hidden, head, targets, weights):

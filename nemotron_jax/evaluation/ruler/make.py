@@ -31,10 +31,12 @@ class Prompt:
 
     @property
     def instruction(self) -> str:
+        """What the prompt asks, before the model's turn."""
         return self.asked.instruction(KINDS[self.kind])
 
     @property
     def begins(self) -> str:
+        """The words that the answer is begun with."""
         return self.asked.begins(KINDS[self.kind])
 
     @property
