@@ -49,7 +49,7 @@ class UnitTable:
 
     @classmethod
     def parse(cls, pattern: str) -> "UnitTable":
-        """The units `M? *? (E|-)?` of a pattern. Raises ValueError for a letter that no block has."""
+        """The units `M? *? (E|-)?` of a pattern. Raises ValueError for letters of no block."""
         last = "".join(map(re.escape, BLOCK_KINDS.keys() - {"M", "*"}))
         units = re.findall(rf"M?\*?[{last}]?", pattern)[:-1]  # the last match is empty
         if "".join(units) != pattern:

@@ -175,7 +175,7 @@ def spec_of(
     axes: tuple[Axes, ...] = (),
     cuts: Cuts = Cuts(),
 ) -> emulated.Spec:
-    """How a product of this role is emulated: its format, rounding, kernel, and what devices share."""
+    """How a product of this role is emulated: format, rounding, kernel, what devices share."""
     options = context.execution.precision.nvfp4
     kernel = context.kernel("grouped_matmul"), context.target
     return emulated.Spec(role, context.format(role), options, out_dtypes, axes, cuts, *kernel)

@@ -36,7 +36,7 @@ def _reference_mlp_gradients(lhs, up, down, group_sizes, dout):
 
 
 def mlp_gradients(gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass of the op from a function that gives float32 gradients of rows and matrices."""
+    """A backward pass of the op from a function that gives gradients of rows and matrices."""
 
     def backward(operands: Any, dout: Array) -> tuple[Array | None, ...]:
         _, up, down, _ = operands

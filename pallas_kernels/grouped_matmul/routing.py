@@ -88,9 +88,11 @@ def _by_sorting(key: Int[Array, "tokens R"], num_experts: int, align: int) -> tu
 
 
 def _by_counting(key: Int[Array, "tokens R"], num_experts: int, align: int) -> tuple[Array, ...]:
-    """The arrays of an `ExpertOrder` without a sort: an entry's row is its expert's first row and how
-    many of the expert's entries come before it. Counts are exact: in bfloat16 of one token's choices, up to
-    256, and in float32 of all."""
+    """The arrays of an `ExpertOrder` without a sort.
+
+    An entry's row is its expert's first row and how many of the expert's entries come before it.
+    Counts are exact: in bfloat16 of one token's choices, up to 256, and in float32 of all.
+    """
     (tokens, choices), count = key.shape, key.size
     experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
     chosen = key[:, :, None] == experts  # never made: what reads it compares anew
