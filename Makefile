@@ -33,7 +33,10 @@ help:  ## list the targets
 
 .PHONY: train
 train: $(VENV)/.installed  ## pre-train the tiny model on a CPU (five to eight minutes on two cores)
+	@echo "make: pre-training a tiny Super on the Python library's source: five to eight minutes on two cores"
 	$(VENV)/bin/python train.py --config=configs/pretrain_tiny.py --workdir=runs/tiny
+	@echo "make: next, make report says how good it is; make sft, then make chat, gives a model to talk to;"
+	@echo "make: docs/tutorials/first_run.md goes on from here"
 
 .PHONY: sft
 sft: $(VENV)/.installed  ## fine-tune a small model to use a calculator, in runs/sft

@@ -17,6 +17,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +26,17 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_jax import command_line
-from nemotron_jax.evaluation.document import Grid, Heading, Picture, Quote, Sentences, page
+from nemotron_jax.data.json_lines import read_objects
+from nemotron_jax.evaluation.document import (
+    Grid,
+    Heading,
+    Part,
+    Picture,
+    Quote,
+    Sentences,
+    page,
+    shown,
+)
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.peers import free_port
 from nemotron_jax.run_directory import RunDirectory
@@ -46,7 +57,7 @@ class Stage:
     name: str
     about: str
     run: Callable[[Path, bool], Mapping[str, Any]]
-    picture: str = ""  # below the output's directory
+    pictures: tuple[str, ...] = ()  # below the output's directory
 
 
 def main() -> int:
@@ -231,51 +242,113 @@ def _last(directory: RunDirectory) -> dict[str, Any]:
 
 
 STAGES = (
-    Stage("pretrain", "2.9 M parameters on source text", pretrain, "pretrain/plots/loss.png"),
+    Stage(
+        "pretrain",
+        "2.9 M parameters on source text",
+        pretrain,
+        ("pretrain/plots/loss.png", "pretrain/plots/router.png"),
+    ),
     Stage(
         "sft_and_grpo",
-        f"0.55 M parameters: fine-tuned on guesses mostly, then {UPDATES} updates of GRPO",
+        f"0.55 M parameters: fine-tuned, on wrong guesses mostly; then {UPDATES} updates of GRPO",
         fine_tune,
-        "agent/sft/plots/loss.png",
+        ("agent/sft/plots/loss.png",),
     ),
-    Stage("grpo", "what the rewards changed", reinforce, "agent/grpo/plots/reward.png"),
+    Stage(
+        "grpo",
+        "what the rewards changed (its time is in the row above)",
+        reinforce,
+        ("agent/grpo/plots/reward.png",),
+    ),
     Stage("quantise", "routed experts as NVFP4 codes", quantise),
     Stage("evaluate", "held-out tasks, experts as codes", evaluate),
     Stage("serve", "served, and asked one question", serve),
 )
 
 
+# What figures are called on the page; those of no name here are called as they are.
+NAMES = {
+    "step": "steps",
+    "whole_held_out_loss": "held-out loss (nats a token)",
+    "whole_bits_per_byte": "bits a byte",
+    "held_out_loss": "held-out loss meanwhile",
+    "loss": "training loss of the last batch",
+    "loss_before": "loss before (nats a token)",
+    "loss_after": "after",
+    "success before": "success on held-out tasks before",
+    "success after": "after",
+    "answer_seconds": "seconds to the answer",
+}
+
+
 def write_page(output: Path) -> Path:
     """report.html of what the stages came to."""
     kept = {s.name: json.loads((output / "stages" / f"{s.name}.json").read_text()) for s in STAGES}
-    rows = [
-        [s.name, s.about, _words(kept[s.name]["figures"]), kept[s.name]["seconds"] / 60,
-         kept[s.name]["cpu_seconds"]]
-        for s in STAGES
-    ]  # fmt: skip
-    minutes = sum(one["seconds"] for one in kept.values()) / 60
-    quick = any(one["quick"] for one in kept.values())
+    figures = {name: one["figures"] for name, one in kept.items()}
+    total = lambda unit: sum(one[unit] for one in kept.values()) / 60
     parts = [
         Heading("A small model, from text to a served answer", 1),
-        Sentences((f"All of it took {minutes:.0f} minutes on this machine's CPU.",)),
-        *([Sentences(("A few steps of each stage: nothing was learned.",))] if quick else []),
-        Grid("", ("stage", "what", "figures", "minutes", "CPU seconds"), rows),
+        Sentences(
+            (
+                f"make speedrun took {total('seconds'):.0f} minutes on this machine's CPU,",
+                f"{total('cpu_seconds'):.0f} minutes of one core's work.",
+            )
+        ),
     ]
+    if any(one["quick"] for one in kept.values()):
+        parts.append(Sentences(("A few steps of each stage: nothing was learned.",)))
+    rows = [
+        [s.name, s.about, _words(figures[s.name]), *map(_minutes, map(kept[s.name].get, UNITS))]
+        for s in STAGES
+    ]
+    parts.append(Grid("", ("stage", "what", "figures", "minutes", "CPU minutes"), rows))
     for stage in STAGES:
-        if stage.picture and (output / stage.picture).is_file():
-            parts += [Heading(stage.name), Picture(stage.name, stage.picture)]
-    samples = RunDirectory(output / "pretrain").samples
-    if samples.is_file():
-        parts.append(Quote("what the pre-trained model writes", samples.read_text("utf-8")[-3000:]))
-    parts.append(Quote("command", f"python -m experiments.speedrun{' --quick' * quick}"))
+        there = [one for one in stage.pictures if (output / one).is_file()]
+        parts += [Heading(stage.name)] if there else []
+        parts += [Picture(f"{stage.name}, {Path(one).stem}", one) for one in there]
+    parts += [Heading("What it says"), *_samples(output, figures)]
     with atomic_writer(output / "report.html") as file:
         file.write(page("speedrun", parts, output).encode())
     return output / "report.html"
 
 
+UNITS = ("seconds", "cpu_seconds")
+
+
+def _minutes(seconds: float) -> float | None:
+    """Of a stage that did nothing by itself, none."""
+    return round(seconds / 60, 1) if seconds >= 1 else None
+
+
+def _samples(output: Path, figures: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
+    """What the pre-trained model writes, what the rewarded one does, and the served answer."""
+    served = figures["serve"]
+    if "asked" in served:
+        yield Quote("the quantised model, served", f"{served['asked']}\n{served['answered']}", True)
+    samples = RunDirectory(output / "pretrain").samples
+    if samples.is_file():
+        last = samples.read_text("utf-8").rpartition("\nstep ")[2].partition("\n")[2]
+        yield Quote("the pre-trained model goes on with Python", textwrap.dedent(last)[:1500], True)
+    file = output / "agent" / "grpo" / "transcripts.jsonl"
+    if file.is_file():
+        episodes = [record for _, record in read_objects(file) if record is not None]
+        for title, one in (("first", episodes[0]), ("last", episodes[-1])):
+            yield Quote(f"the {title} episode with rewards: {one['reward']:g}", _played(one), True)
+
+
+def _played(episode: Mapping[str, Any]) -> str:
+    """The words of an episode, by who says them."""
+    lines = []
+    for message in episode["messages"]:
+        calls = [call["function"] for call in message.get("tool_calls") or ()]
+        said = [message.get("content") or "", *(f"{c['name']}({c['arguments']})" for c in calls)]
+        lines.append(f"{message['role']:10} {' '.join(said).strip()}")
+    return "\n".join(lines)
+
+
 def _words(figures: Mapping[str, Any]) -> str:
-    shown = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)
-    return "; ".join(f"{name} {shown(value)}" for name, value in figures.items())
+    named = {NAMES.get(name, name): value for name, value in figures.items()}
+    return "; ".join(f"{name} {shown(value)}" for name, value in named.items())
 
 
 if __name__ == "__main__":

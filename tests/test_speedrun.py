@@ -11,6 +11,7 @@ import pytest
 from experiments import speedrun
 
 ROOT = Path(__file__).parents[1]
+ANSWERED = {"asked": "3+4?", "answered": "seven"}
 
 
 def test_a_stage_that_is_done_is_not_run_again_and_the_page_has_a_row_for_each(
@@ -23,7 +24,7 @@ def test_a_stage_that_is_done_is_not_run_again_and_the_page_has_a_row_for_each(
             ran.append(stage.name)
             if stage.name == "serve" and ran.count("serve") == 1:
                 raise ValueError("no port")
-            return {"loss": 0.5, "said": "<b>"}
+            return {"loss": 0.5, "said": "<b>"} | (ANSWERED if stage.name == "serve" else {})
 
         return dataclasses.replace(stage, run=run)
 
@@ -32,10 +33,12 @@ def test_a_stage_that_is_done_is_not_run_again_and_the_page_has_a_row_for_each(
     assert speedrun.main() == 1 and not (tmp_path / "report.html").exists()
     assert speedrun.main() == 0
     names = [stage.name for stage in speedrun.STAGES]
+    assert str(tmp_path) not in (tmp_path / "report.html").read_text("utf-8")
     assert ran == [*names, "serve"]
     text = (tmp_path / "report.html").read_text("utf-8")
     assert all(f"<td>{name}</td>" in text for name in names)
-    assert "loss 0.5; said &lt;b&gt;" in text and "<b>" not in text
+    assert "last batch 0.5; said &lt;b&gt;" in text and "<b>" not in text
+    assert "3+4?\nseven" in text
 
 
 @pytest.mark.slow  # six stages of a few steps, most of it compiling

@@ -20,6 +20,7 @@ from nemotron_jax.evaluation.report import REPORT
 from nemotron_jax.evaluation.statistics import NORMAL_95, Items
 from nemotron_jax.evaluation.suite import Plot
 from nemotron_jax.run_directory import RunDirectory
+from nemotron_jax.training.plots import FEWEST_SMOOTHED, drafts_in, smoothed
 
 FORMAT, FORMAT_VERSION = "nemotron_jax.compare", 1
 LEVEL = 0.05
@@ -31,6 +32,7 @@ CURVES = {
     "success": "held-out tasks solved (share)",
     "reward": "reward of a batch",
     "loss": "loss of a batch",
+    "expert_load_max": "fullest expert's tokens / its layer's mean",
 }
 
 
@@ -208,17 +210,27 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _curves(sides: Sequence[Side]) -> list[Plot]:
-    """Runs' curves in one picture for each kind that some run has; the loss where there is no
-    other."""
+    """Runs' curves in one picture for each kind that some run has, smoothed where they have many
+    points; the loss of batches where there is no evaluation."""
+    drafts = {name: None for side in sides for record in side.records for name in drafts_in(record)}
+    labels = CURVES | {name: f"tokens a verification, k = {name.split('_')[-1]}" for name in drafts}
     plots = []
-    for key, label in CURVES.items():
+    for key, label in labels.items():
         curves = {}
         for side in sides:
             has = lambda r, key=key: is_finite(r.get(key)) and is_finite(r.get("tokens"))
-            if points := [(r["tokens"], r[key]) for r in side.records if has(r)]:
+            points = [(r["tokens"], r[key]) for r in side.records if has(r)]
+            if len(points) >= FEWEST_SMOOTHED:
+                places, values = zip(*points, strict=True)
+                points = list(zip(places, smoothed(values), strict=True))
+                label = f"{labels[key]}, smoothed"
+            if points:
                 curves[side.name] = tuple(points)
-        if curves and not (key == "loss" and plots):
-            plots.append(Plot(f"runs_{key}", "Training", "training tokens", label, curves))
+        if not curves or (key == "loss" and plots):
+            continue
+        name = f"runs_{key.replace('/', '_')}"
+        title = labels[key].partition(" (")[0].capitalize()
+        plots.append(Plot(name, title, "training tokens", label, curves))
     return plots
 
 
@@ -240,7 +252,10 @@ def _parts(
         f"{len(told)} of {len(found)} comparisons differ at the level {level:g}; of so many, "
         f"{level * len(found):.1f} would by chance alone."
     )
-    parts.append(Sentences((count,)))
+    if found or missing:
+        parts.append(Sentences((count,)))
+    elif plots:
+        parts.append(Sentences(("The curves of the runs' metrics; none has a report.",)))
     if said:
         parts.append(Sentences(tuple(said), points=True))
     columns = ("suite", "metric", "a", "b", "a's mean", "b's mean", "difference", "low", "high")

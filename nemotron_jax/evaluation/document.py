@@ -12,10 +12,12 @@ _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:62em;margin:2em au
 color:#222}table{border-collapse:collapse;margin:.6em 0 1.4em;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.25em .8em;text-align:left;white-space:nowrap}
 th{border-bottom:2px solid #999;font-weight:600}td.n,th.n{text-align:right;
-font-variant-numeric:tabular-nums}caption{text-align:left;font-weight:600;padding:.3em 0}
-img{max-width:100%}pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap;
-overflow-wrap:anywhere}h2{margin-top:2em;border-bottom:1px solid #ccc}
+font-variant-numeric:tabular-nums}td.w{white-space:normal;min-width:14em}caption{text-align:left;
+font-weight:600;padding:.3em 0}img{max-width:100%}pre{background:#f6f6f6;padding:.7em;
+white-space:pre-wrap;overflow-wrap:anywhere}h2{margin-top:2em;border-bottom:1px solid #ccc}
 details{margin:.4em 0}summary{cursor:pointer}.failed{color:#b00}"""
+
+WIDE = 48  # characters of a cell; a column that has more breaks its lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +47,11 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Quote:
-    """A text that is shown as it is, folded below its title."""
+    """A text that is shown as it is, in HTML folded below its title unless it is `open`."""
 
     title: str
     text: str
+    open: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _markdown(part: Part) -> list[str]:
             rule = "".join("|---:" if number else "|---" for number in numbers)
             head = [f"**{title}**", ""] if title else []
             return [*head, line(columns), f"{rule}|", *map(line, rows)]
-        case Quote(title, text):
+        case Quote(title, text, _):
             fence = "`" * max(3, 1 + max(map(len, _runs(text, "`")), default=0))
             return [f"{title}:", "", fence, text, fence]
         case Picture(title, path):
@@ -122,8 +125,9 @@ def _html(part: Part, directory: Path) -> str:
             return f"<p>{escape(' '.join(texts))}</p>"
         case Grid():
             return _html_table(part)
-        case Quote(title, text):
-            return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+        case Quote(title, text, is_open):
+            start = f"<details{' open' * is_open}><summary>{escape(title)}</summary>"
+            return f"{start}<pre>{escape(text)}</pre></details>"
         case Picture(title, path):
             data = base64.b64encode((directory / path).read_bytes()).decode()
             return f'<p><img src="data:image/png;base64,{data}" alt="{escape(title)}"></p>'
@@ -131,7 +135,12 @@ def _html(part: Part, directory: Path) -> str:
 
 def _html_table(grid: Grid) -> str:
     numbers = _numeric(grid.rows, len(grid.columns))
-    classes = [' class="n"' if number else "" for number in numbers]
+    cells = zip(*grid.rows) if grid.rows else ((),) * len(grid.columns)
+    wide = [any(len(shown(cell)) > WIDE for cell in column) for column in cells]
+    classes = [
+        ' class="n"' if number else ' class="w"' if broad else ""
+        for number, broad in zip(numbers, wide, strict=True)
+    ]
 
     def line(tag: str, cells: Sequence[Any]) -> str:
         marked = zip(classes, cells, strict=True)

@@ -9,6 +9,7 @@ from nemotron_jax.evaluation.kept import write_json
 from nemotron_jax.files import atomic_writer
 
 COLOUR = "tab:blue"  # of the evaluated model in every plot
+MOST_MARKED = 40  # points of a curve; more would hide it
 
 
 def draw(plot: Mapping[str, Any], path: Path) -> None:
@@ -20,7 +21,8 @@ def draw(plot: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(plot["curves"].items()):
         colour = COLOUR if name == "model" else f"C{number + 1}"
-        axes.plot([p[0] for p in points], [p[1] for p in points], "o-", ms=4, label=name, c=colour)
+        line = "o-" if len(points) < MOST_MARKED else "-"
+        axes.plot([p[0] for p in points], [p[1] for p in points], line, ms=4, label=name, c=colour)
         if banded := [p for p in points if len(p) == 4 and None not in p[2:]]:
             x, _, low, high = zip(*banded, strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)

@@ -21,6 +21,14 @@ STAGES = {
 def run(config: RunConfig, directory: RunDirectory, mesh: "Mesh") -> int:
     """Train a run in its directory up to its last step, or go on with it; the exit status.
 
-    Prints what came out. Whatever is done already is not done again.
+    Prints what it does, what came out and what to do next. Whatever is done
+    already is not done again.
     """
-    return importlib.import_module(STAGES[config.stage]).run(config, directory, mesh)
+    from nemotron_jax.stages import words
+
+    if directory.writer:
+        print(words.opening(config, directory), flush=True)
+    status = importlib.import_module(STAGES[config.stage]).run(config, directory, mesh)
+    if status == 0 and directory.writer and (line := words.closing(config, directory)):
+        print(line)
+    return status

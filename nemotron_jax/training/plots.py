@@ -11,19 +11,26 @@ from typing import Any
 from nemotron_jax.files import atomic_writer
 from nemotron_jax.run_directory import RunDirectory
 
-LOSS, REWARD = "loss.png", "reward.png"
+LOSS, REWARD, BALANCE, ACCEPTANCE = "loss.png", "reward.png", "router.png", "acceptance.png"
 
 Points = list[tuple[int, float]]
 # A smoothed value is the mean of the points around it: a twentieth of the curve to each side, so
 # that a run's shape shows and a single batch does not. Few points are shown as they are.
-_NEIGHBOURS, _FEWEST_SMOOTHED = 0.05, 20
+_NEIGHBOURS, FEWEST_SMOOTHED = 0.05, 20
 
 
 def draw_curves(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
-    """The picture of the records of metrics.jsonl: of what is earned where something is, else of
-    the loss."""
-    earns = any("reward" in record for record in records)
-    return (draw_reward if earns else draw_loss)(records, directory)
+    """The pictures of the records of metrics.jsonl; the path of the first: of what is earned where
+    something is, else of the loss. The others are of the router's balance and of the drafts' fate,
+    where there are routers and records of drafts."""
+    has = lambda test: any(map(test, records))
+    if has(lambda record: (record.get("expert_load_max") or 1) > 1):
+        draw_balance(records, directory)
+    if has(drafts_in):
+        draw_acceptance(records, directory)
+    return (draw_reward if has(lambda record: "reward" in record) else draw_loss)(
+        records, directory
+    )
 
 
 def draw_loss(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
@@ -68,6 +75,54 @@ def draw_reward(records: Sequence[dict[str, Any]], directory: RunDirectory) -> P
     return _write(figure, directory.plots / REWARD, data)
 
 
+def draw_balance(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
+    """plots/router.png, with its data in plots/router.json.
+
+    Tokens of an expert over the mean of its layer, of all experts: where the fullest, the emptiest
+    and nine tenths of them lie. At 1 every expert of a layer gets as many.
+    """
+    names = {"max": "fullest expert", "95": "95 % below", "5": "5 % below", "min": "emptiest"}
+    shown = {label: _curve(records, "step", f"expert_load_{name}") for name, label in names.items()}
+    figure, (axes,) = _figure(directory.path.absolute().name, rows=1)
+    for outer, inner, alpha, label in (
+        ("fullest expert", "emptiest", 0.2, "all experts"),
+        ("95 % below", "5 % below", 0.4, "nine tenths of them"),
+    ):
+        if shown[outer] and len(shown[outer]) == len(shown[inner]):
+            steps, high = zip(*shown[outer], strict=True)
+            low = [value for _, value in shown[inner]]
+            axes.fill_between(steps, low, high, alpha=alpha, color="tab:blue", lw=0, label=label)
+    if shown["fullest expert"]:
+        steps, values = zip(*shown["fullest expert"], strict=True)
+        axes.plot(steps, smoothed(values), color="tab:blue", label="fullest expert, smoothed")
+    axes.axhline(1, color="grey", ls="--", label="even")
+    axes.set_ylim(bottom=0)
+    _describe(axes, "optimizer steps", "tokens of an expert / its layer's mean")
+    return _write(figure, directory.plots / BALANCE, {"x": "steps", "y": "share", **shown})
+
+
+def draw_acceptance(records: Sequence[dict[str, Any]], directory: RunDirectory) -> Path:
+    """plots/acceptance.png, with its data in plots/acceptance.json.
+
+    Tokens that a verification of k drafts gives, at each evaluation that ran the suite of that
+    name; 1 is plain decoding.
+    """
+    names = {name: None for record in records for name in drafts_in(record)}
+    shown = {f"k = {name.rpartition('_')[2]}": _curve(records, "step", name) for name in names}
+    figure, (axes,) = _figure(directory.path.absolute().name, rows=1)
+    for label, points in shown.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.axhline(1, color="grey", ls="--", label="plain decoding")
+    _describe(axes, "optimizer steps", "tokens a verification")
+    return _write(figure, directory.plots / ACCEPTANCE, {"x": "steps", "y": "tokens", **shown})
+
+
+def drafts_in(record: Mapping[str, Any]) -> list[str]:
+    """The names of a record's values that say how drafts fared on all texts together."""
+    start = "acceptance/mean_length_"
+    return [name for name in record if name.startswith(start) and name[len(start) :].isdigit()]
+
+
 def _figure(title: str, rows: int) -> tuple[Any, Sequence[Any]]:
     from matplotlib.figure import Figure  # half a second to import
 
@@ -84,7 +139,7 @@ def _draw(axes: Any, curves: Mapping[str, Points], marked: str = "") -> None:
         if not points:
             continue
         places, values = zip(*points, strict=True)
-        if name == marked or len(points) < _FEWEST_SMOOTHED:
+        if name == marked or len(points) < FEWEST_SMOOTHED:
             marker = "o" if name == marked else None
             axes.plot(places, values, marker=marker, label=name, color=colours[name])
             continue

@@ -170,3 +170,21 @@ def test_a_suite_that_failed_is_missing(tmp_path) -> None:
     (side / "report.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="neither a report"):
         compare([side, side], tmp_path / "out")
+
+
+def test_runs_without_reports_show_their_balance_and_drafts_in_one_picture_each(tmp_path) -> None:
+    drafts = {"acceptance/mean_length_3": 1.5, "acceptance/mean_length_3/code": 2.0}
+    for name, steps in (("a", 30), ("b", 3)):
+        records = [{"step": s, "tokens": 9 * s, "loss": 1.0, "expert_load_max": 2.0 + s % 2}
+                   for s in range(1, steps + 1)]  # fmt: skip
+        records[-1] |= drafts
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    read = lambda name: json.loads((tmp_path / "out" / "plots" / f"{name}.json").read_text())
+    balance = read("runs_expert_load_max")
+    assert [len(points) for points in balance["curves"].values()] == [30, 3]
+    assert max(value for _, value in balance["curves"]["a"][5:-5]) < 2.8  # smoothed
+    assert read("runs_acceptance_mean_length_3")["curves"] == {"a": [[270, 1.5]], "b": [[27, 1.5]]}
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "none has a report" in page and page.count("data:image/png") == 3  # and the loss

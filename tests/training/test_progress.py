@@ -1,5 +1,7 @@
 """Progress tells what an evaluation brought, whatever stage it is of."""
 
+import json
+
 import pytest
 
 from nemotron_jax.run_directory import RunDirectory
@@ -8,6 +10,7 @@ from nemotron_jax.training.progress import Progress
 from nemotron_jax.training.summary import summary
 
 RECORD = {"step": 5, "tokens": 50, "loss": 1.5, "tokens_per_second": 10.0, "held_out_loss": 1.25}
+LOADS = {"max": 2.0, "95": 1.5, "5": 0.5, "min": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +83,26 @@ def test_a_picture_names_what_it_shows_and_nothing_else(
     ((figure, path),) = drawn
     assert path == tmp_path / f"plots/{name}.png"
     assert [legend(axes) for axes in figure.axes] == shown
+
+
+def test_the_balance_of_experts_and_the_fate_of_drafts_are_drawn_where_they_are_known(
+    tmp_path,
+) -> None:
+    load = {f"expert_load_{name}": value for name, value in LOADS.items()}
+    names = ("acceptance/mean_length_1", "acceptance/mean_length_3", "acceptance/mean_length_3/x")
+    records = [{"step": n, "tokens": 8 * n, "loss": 1.0} | load for n in range(1, 31)]
+    records[-1] |= dict.fromkeys(names, 1.25)
+    records[3]["expert_load_min"] = None  # a band needs both its edges
+    assert plots.draw_curves(records, RunDirectory(tmp_path)).name == "loss.png"
+    read = lambda name: json.loads((tmp_path / "plots" / f"{name}.json").read_text())
+    assert [len(read("router")[name]) for name in ("fullest expert", "emptiest")] == [30, 29]
+    assert {k: v for k, v in read("acceptance").items() if k[0] == "k"} == {
+        "k = 1": [[30, 1.25]],
+        "k = 3": [[30, 1.25]],
+    }
+    alone = [{"step": 1, "tokens": 8, "loss": 1.0} | dict.fromkeys(load, 1.0)]
+    plots.draw_curves(alone, RunDirectory(tmp_path / "dense"))
+    assert {path.stem for path in (tmp_path / "dense" / "plots").iterdir()} == {"loss"}
 
 
 def test_a_summary_names_samples_that_are_there(tmp_path) -> None:
