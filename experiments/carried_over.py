@@ -9,9 +9,9 @@ import numpy as np
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.data.tokenizer import Tokenizer
-from nemotron_jax.environments.arithmetic import Arithmetic, flat_sum
 from nemotron_jax.environments.base import Draft, Task
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.families.arithmetic import Arithmetic, flat_sum
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.playing.conversations import make_sampler
 from nemotron_jax.posttraining.curriculum import held_out_tasks

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nemotron_jax.environments.base import Environment
 
-# Module of this package -> the environments in it, in the order of the table.
+_FAMILIES = "nemotron_jax.environments.families"
+# Module of that package -> the environments in it, in the order of the table.
 _HOMES = {
     "arithmetic": ("arithmetic",),
     "lookup": ("lookup",),
@@ -58,7 +59,7 @@ class Registry(Mapping[str, Environment]):
         if name not in self._loaded:
             if name not in self._homes:
                 raise KeyError(f"no environment is called {name!r}; there are {list(self)}")
-            module = importlib.import_module(f"nemotron_jax.environments.{self._homes[name]}")
+            module = importlib.import_module(f"{_FAMILIES}.{self._homes[name]}")
             for environment in module.ENVIRONMENTS:
                 self._loaded.setdefault(environment.name, environment)
         return self._loaded[name]

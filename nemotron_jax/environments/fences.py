@@ -2,6 +2,8 @@
 
 import re
 
+from nemotron_jax.environments.schema import read_json
+
 # The mark of a list's item, with a fence behind it on its line.
 _ITEM = re.compile(r"[ \t]*(?:[-*+]|\d{1,9}[.)])[ \t]+(?=```|~~~)")
 # A fence's marks: fewer are no fence.
@@ -65,3 +67,14 @@ def _outdented(line: str, indent: int) -> str:
         return line
     bare = line.lstrip(" \t")
     return " " * max(0, _columns(line, bare) - indent) + bare
+
+
+def read_answer(text: str) -> object:
+    """The JSON value of a text or of its one fenced block; ValueError where it is none."""
+    text = text.strip()
+    if len(text) > 6 and text.startswith("```") and text.endswith("```") and "\n" not in text:
+        return read_json(text.strip("`").removeprefix("json"))  # code within a line
+    blocks = fenced(text)
+    if len(blocks) > 1:
+        raise ValueError(f"{len(blocks)} fenced blocks; one is read")
+    return read_json(blocks[0] if blocks else text)

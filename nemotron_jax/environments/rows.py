@@ -27,12 +27,18 @@ from nemotron_jax.environments.base import (
     side,
     split_name,
 )
-from nemotron_jax.environments.choice import LETTERS, letter_of
 from nemotron_jax.environments.draws import Draws
 from nemotron_jax.environments.equivalence import same_answer
-from nemotron_jax.environments.schema import canonical, check_schema, example, faults, read_json
-from nemotron_jax.environments.single_step import same_arguments
-from nemotron_jax.environments.structured import read_answer
+from nemotron_jax.environments.fences import read_answer
+from nemotron_jax.environments.letters import LETTERS, letter_of
+from nemotron_jax.environments.schema import (
+    canonical,
+    check_schema,
+    example,
+    faults,
+    read_json,
+    same_arguments,
+)
 from nemotron_jax.environments.turns import ToolCall, Turn
 
 _KEYS = ("expected_action", "schema_str", "expected_answer", "options", "grading_mode",

@@ -295,6 +295,18 @@ def equal(one: Any, other: Any) -> bool:
     return one == other
 
 
+def same_arguments(given: object, wanted: object) -> bool:
+    """Equality of arguments, in which texts may differ in case and outer spaces."""
+    if isinstance(given, str) and isinstance(wanted, str):
+        return " ".join(given.casefold().split()) == " ".join(wanted.casefold().split())
+    if isinstance(given, dict) and isinstance(wanted, dict):
+        same_keys = given.keys() == wanted.keys()
+        return same_keys and all(same_arguments(given[key], wanted[key]) for key in wanted)
+    if isinstance(given, list) and isinstance(wanted, list):
+        return len(given) == len(wanted) and all(map(same_arguments, given, wanted))
+    return equal(given, wanted)
+
+
 def _shown(value: Any) -> str:
     try:
         huge = isinstance(value, int) and abs(value) >= 10**40

@@ -6,9 +6,9 @@ import pytest
 
 from nemotron_jax.environments import Draws, Turn, equivalence, play, registry, second_opinion
 from nemotron_jax.environments.answers import final_answer, number, plain
-from nemotron_jax.environments.choice import letter_of
 from nemotron_jax.environments.equivalence import same_answer
-from nemotron_jax.environments.instructions import one_letter_apart
+from nemotron_jax.environments.families.instructions import one_letter_apart
+from nemotron_jax.environments.letters import letter_of
 from nemotron_jax.environments.units import quantity
 
 

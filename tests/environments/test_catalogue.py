@@ -9,10 +9,10 @@ import pytest
 from nemotron_jax.data.messages import oracle_source, slip_source
 from nemotron_jax.environments import catalogue, registry
 from nemotron_jax.environments.catalogue import Registry, find, task_source
-from nemotron_jax.environments.lookup import Lookup
+from nemotron_jax.environments.families.lookup import Lookup
 
 MODULE = """
-from nemotron_jax.environments.lookup import Lookup
+from nemotron_jax.environments.families.lookup import Lookup
 class Own(Lookup):
     name = "NAME"
 WHOLE = Own()

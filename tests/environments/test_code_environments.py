@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from nemotron_jax.environments import coding, play, registry, sandbox
-from nemotron_jax.environments.bug_repair import edit, patched
+from nemotron_jax.environments.families.bug_repair import edit, patched
 from nemotron_jax.environments.sandbox import Result, Sandbox, SandboxUnavailable
 
 NAMES = [name for name in registry if registry[name].rate == "code"]

@@ -11,13 +11,12 @@ import pytest
 from nemotron_jax.environments import coding, play, registry
 from nemotron_jax.environments.answers import MAX_ANSWER, final_answer, number
 from nemotron_jax.environments.base import MAX_TEXT
-from nemotron_jax.environments.bug_repair import MAX_EDITS, edit, patched
-from nemotron_jax.environments.choice import letter_of
 from nemotron_jax.environments.coding import code_of
 from nemotron_jax.environments.equivalence import same_answer
-from nemotron_jax.environments.fences import fenced
+from nemotron_jax.environments.families.bug_repair import MAX_EDITS, edit, patched
+from nemotron_jax.environments.fences import fenced, read_answer
+from nemotron_jax.environments.letters import letter_of
 from nemotron_jax.environments.sandbox import Result
-from nemotron_jax.environments.structured import read_answer
 from nemotron_jax.environments.units import quantity
 
 CODE = "def solve(xs):\n    return xs\n"

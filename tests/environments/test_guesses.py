@@ -18,9 +18,9 @@ from nemotron_jax.environments import (
 )
 from nemotron_jax.environments.base import MAX_TEXT
 from nemotron_jax.environments.check import check
+from nemotron_jax.environments.families.longcontext import listed
+from nemotron_jax.environments.families.retention import asserted
 from nemotron_jax.environments.fuzz import drawn_texts
-from nemotron_jax.environments.longcontext import listed
-from nemotron_jax.environments.retention import asserted
 
 
 def favourites(task: Task, count: int) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from nemotron_jax.environments import play, registry
-from nemotron_jax.environments.instructions import checks
+from nemotron_jax.environments.families.instructions import checks
 from nemotron_jax.environments.reading import echoes, is_prose, lines_of, sentences_of, words_of
 
 RULES = {"words": 5, "topic": "cedar", "first": "amber", "last": "basil"}

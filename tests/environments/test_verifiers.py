@@ -5,10 +5,10 @@ import itertools
 import pytest
 
 from nemotron_jax.environments import Draws, Turn, calling, play, registry
-from nemotron_jax.environments.calendar import fits
+from nemotron_jax.environments.families.calendar import fits
+from nemotron_jax.environments.families.proof import AXIOMS, follows, parse, written
+from nemotron_jax.environments.families.wiki import facts, search
 from nemotron_jax.environments.office import TOOLS, Office
-from nemotron_jax.environments.proof import AXIOMS, follows, parse, written
-from nemotron_jax.environments.wiki import facts, search
 
 TASKS = range(30)
 

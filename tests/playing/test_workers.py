@@ -113,7 +113,7 @@ def test_sessions_of_one_that_dies_between_turns_go_on_in_another(workers) -> No
 def test_an_environment_of_ones_own_is_known_to_workers(workers, tmp_path, monkeypatch) -> None:
     """By a class beside the config, and by an object that the config registered."""
     (tmp_path / "own_of_workers.py").write_text(
-        "from nemotron_jax.environments.arithmetic import Arithmetic\n"
+        "from nemotron_jax.environments.families.arithmetic import Arithmetic\n"
         "class Own(Arithmetic):\n    name = 'own_of_workers'\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.families.workplace import drawn_office
 from nemotron_jax.environments.office import CUSTOMER_STATES, TASK_STATES, TOOLS, Office, State
 from nemotron_jax.environments.turns import ToolCall, Turn
 from nemotron_jax.environments.words import CITIES, COLOURS, FIRST, THINGS, ask, coined
-from nemotron_jax.environments.workplace import drawn_office
 
 KINDS = ("single", "parallel", "irrelevant", "multi_turn")
 _SHOWN = 8  # tools that a task comes with; all 23 would fill a small model's context

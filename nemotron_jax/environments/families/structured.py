@@ -2,21 +2,10 @@
 
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.fences import fenced
-from nemotron_jax.environments.schema import canonical, equal, faults, read_json
+from nemotron_jax.environments.fences import read_answer
+from nemotron_jax.environments.schema import canonical, equal, faults
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import CITIES, COLOURS, FIRST, LAST, THINGS, ask
-
-
-def read_answer(text: str) -> object:
-    """The JSON value of a text or of its one fenced block; ValueError where it is none."""
-    text = text.strip()
-    if len(text) > 6 and text.startswith("```") and text.endswith("```") and "\n" not in text:
-        return read_json(text.strip("`").removeprefix("json"))  # code within a line
-    blocks = fenced(text)
-    if len(blocks) > 1:
-        raise ValueError(f"{len(blocks)} fenced blocks; one is read")
-    return read_json(blocks[0] if blocks else text)
 
 
 class JsonSession(Session):

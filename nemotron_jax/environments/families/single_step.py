@@ -3,7 +3,7 @@
 from nemotron_jax.environments.answers import bare, final_answer, plain
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.schema import canonical, equal, tool
+from nemotron_jax.environments.schema import canonical, same_arguments, tool
 from nemotron_jax.environments.turns import ToolCall, Turn, calling
 from nemotron_jax.environments.words import CITIES, COLOURS, FIRST, THINGS, ask, coined_names
 
@@ -35,18 +35,6 @@ class StepSession(Session):
         else:
             right = name and same_arguments(call.arguments, expected["arguments"])
         return Verdict(float(right), {"called": 1.0, "tool": float(name)}, call.name)
-
-
-def same_arguments(given: object, wanted: object) -> bool:
-    """Equality of arguments, in which texts may differ in case and outer spaces."""
-    if isinstance(given, str) and isinstance(wanted, str):
-        return " ".join(given.casefold().split()) == " ".join(wanted.casefold().split())
-    if isinstance(given, dict) and isinstance(wanted, dict):
-        same_keys = given.keys() == wanted.keys()
-        return same_keys and all(same_arguments(given[key], wanted[key]) for key in wanted)
-    if isinstance(given, list) and isinstance(wanted, list):
-        return len(given) == len(wanted) and all(map(same_arguments, given, wanted))
-    return equal(given, wanted)
 
 
 class StepEnvironment(Environment):

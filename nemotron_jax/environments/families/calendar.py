@@ -4,8 +4,8 @@ import re
 
 from nemotron_jax.environments.base import Draft, Environment, Session, Task, Verdict
 from nemotron_jax.environments.draws import Draws
+from nemotron_jax.environments.fences import read_answer
 from nemotron_jax.environments.schema import canonical, faults
-from nemotron_jax.environments.structured import read_answer
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import FIRST, ask
 
