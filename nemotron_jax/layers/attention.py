@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import AttentionConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.sharding import local, parts, shard
 from nemotron_jax.types import Context, Rows
@@ -164,22 +165,16 @@ class Attention(nnx.Module):
         self,
         config: AttentionConfig,
         width: int,
-        *,
-        std: float,
-        out_std: float,
-        rngs: nnx.Rngs,
-        dtype: str = "float32",
+        init: Init,
     ) -> None:
         self.config = config
         query = config.num_heads * config.head_dim
         key = config.num_kv_heads * config.head_dim
-        options = {"std": std, "rngs": rngs, "dtype": dtype}
         heads, kv_heads = ("heads", config.head_dim), ("kv_heads", config.head_dim)
-        self.q = Linear("attention_q", ("width", heads), (width, query), **options)
-        self.k = Linear("attention_k", ("width", kv_heads), (width, key), **options)
-        self.v = Linear("attention_v", ("width", kv_heads), (width, key), **options)
-        options["std"] = out_std
-        self.out = Linear("attention_out", (heads, "width"), (query, width), **options)
+        self.q = Linear("attention_q", ("width", heads), (width, query), init)
+        self.k = Linear("attention_k", ("width", kv_heads), (width, key), init)
+        self.v = Linear("attention_v", ("width", kv_heads), (width, key), init)
+        self.out = Linear("attention_out", (heads, "width"), (query, width), init.out)
 
     def __call__(
         self,

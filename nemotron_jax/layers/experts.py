@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from nemotron_jax import quant
 from nemotron_jax.config.model import MoEConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.kept_codes import KeptCodes
-from nemotron_jax.layers.linear import normal
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.quant.codes import Codes
@@ -25,19 +25,15 @@ class Experts(nnx.Module):
         self,
         config: MoEConfig,
         width: int,
-        *,
-        std: float,
-        out_std: float,
-        rngs: nnx.Rngs,
-        dtype: str = "float32",
+        init: Init,
     ) -> None:
         count, hidden = config.num_experts, config.expert_width
         self.up: nnx.Param | PackedMatrix = nnx.Param(
-            normal(rngs, (count, width, hidden), std, dtype),
+            init.normal(count, width, hidden),
             axes=("experts", "latent", "expert_hidden"),
         )
         self.down: nnx.Param | PackedMatrix = nnx.Param(
-            normal(rngs, (count, hidden, width), out_std, dtype),
+            init.out.normal(count, hidden, width),
             axes=("experts", "expert_hidden", "latent"),
         )
         self.up_adapter: LowRank | None = nnx.data(None)

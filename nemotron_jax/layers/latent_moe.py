@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.exchange import Exchange
 from nemotron_jax.layers.experts import Experts, mix
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.layers.router import Router, balance_loss, choose
@@ -42,37 +43,23 @@ class LatentMoE(nnx.Module):
         self,
         config: MoEConfig,
         width: int,
-        *,
-        std: float,
-        out_std: float,
-        rngs: nnx.Rngs,
-        dtype: str = "float32",
+        init: Init,
     ) -> None:
         self.config = config
         latent = width if config.latent_width is None else config.latent_width
-        options = {"rngs": rngs, "dtype": dtype}
-        self.router = Router(config, width, std=std, rngs=rngs)
+        bias = config.projection_bias
+        self.router = Router(config, width, init)
         if config.latent_width is None:
             self.latent_down = self.latent_up = None
         else:
-            options["bias"] = config.projection_bias
             self.latent_down = Linear(
-                "latent_down", ("width", "latent"), (width, latent), std=std, **options
+                "latent_down", ("width", "latent"), (width, latent), init, bias=bias
             )
             self.latent_up = Linear(
-                "latent_up", ("latent", "width"), (latent, width), std=out_std, **options
+                "latent_up", ("latent", "width"), (latent, width), init.out, bias=bias
             )
-        self.experts = Experts(config, latent, std=std, out_std=out_std, rngs=rngs, dtype=dtype)
-        self.shared = MLP(
-            "shared",
-            width,
-            config.shared_width,
-            std=std,
-            out_std=out_std,
-            rngs=rngs,
-            bias=config.projection_bias,
-            dtype=dtype,
-        )
+        self.experts = Experts(config, latent, init)
+        self.shared = MLP("shared", width, config.shared_width, init, bias=bias)
 
     def __call__(
         self,

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax import quant
 from nemotron_jax.config.precision import ROLES
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.kept_codes import KeptCodes
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.types import Axes, Context, Rows, Weight
@@ -26,15 +26,13 @@ class Linear(nnx.Module):
         role: str,
         axes: Axes,
         shape: tuple[int, int],
+        init: Init,
         *,
-        std: float,
-        rngs: nnx.Rngs,
         bias: bool = False,
-        dtype: str = "float32",
     ) -> None:
         self.role = role
-        self.weight = nnx.Param(normal(rngs, shape, std, dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape[1], dtype), axes=axes[1:]) if bias else None
+        self.weight = nnx.Param(init.normal(*shape), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[1], init.dtype), axes=axes[1:]) if bias else None
         self.adapter: LowRank | None = nnx.data(None)
         self.weight_codes: KeptCodes | None = nnx.data(None)
 
@@ -107,8 +105,3 @@ def _dropped(
     words = nvfp4.fold(rows.words, _DROPOUT + ROLES.index(options["role"]))
     drawn = nvfp4.uniform(words, rows.numbers.reshape(-1), x.shape[-1]).reshape(x.shape)
     return jnp.where(drawn < share, 0, x / (1 - share)).astype(x.dtype)
-
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: str) -> Array:
-    """N(0, std²), drawn in float32."""
-    return (std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import MambaConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.linear import Linear, project_together
 from nemotron_jax.layers.norm import GatedGroupNorm
 from nemotron_jax.layers.state import chosen
@@ -201,17 +202,16 @@ class Mamba2(nnx.Module):
         self,
         config: MambaConfig,
         width: int,
+        init: Init,
         *,
         epsilon: float,
-        std: float,
-        out_std: float,
-        rngs: nnx.Rngs,
-        dtype: str = "float32",
     ) -> None:
         self.config = config
         inner, shared = config.inner_width, config.num_groups * config.state_size
-        options = {"std": std, "rngs": rngs, "bias": config.projection_bias, "dtype": dtype}
-        project = lambda axis, size: Linear("mamba_in", ("width", axis), (width, size), **options)
+        bias, rngs = config.projection_bias, init.rngs
+        project = lambda axis, size: Linear(
+            "mamba_in", ("width", axis), (width, size), init, bias=bias
+        )
         # The heads of a group go where its B and C go.
         channels = ("mamba_inner", inner // config.num_groups)
         heads = ("mamba_heads", config.num_heads // config.num_groups)
@@ -224,8 +224,7 @@ class Mamba2(nnx.Module):
         self.c_conv = CausalConv(config, shared, groups, rngs=rngs)
         self.A_log, self.D, self.dt_bias = _initial_dynamics(config, rngs)
         self.norm = GatedGroupNorm(inner, config.num_groups, epsilon)
-        options["std"] = out_std
-        self.out = Linear("mamba_out", (channels, "width"), (inner, width), **options)
+        self.out = Linear("mamba_out", (channels, "width"), (inner, width), init.out, bias=bias)
 
     def __call__(
         self,

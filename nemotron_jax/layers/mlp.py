@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.types import Context, Rows
 
@@ -17,17 +18,13 @@ class MLP(nnx.Module):
         role: str,
         width: int,
         hidden: int,
+        init: Init,
         *,
-        std: float,
-        out_std: float,
-        rngs: nnx.Rngs,
         bias: bool = False,
-        dtype: str = "float32",
     ) -> None:
         up_axes, down_axes = ("width", "mlp_hidden"), ("mlp_hidden", "width")
-        options = {"rngs": rngs, "bias": bias, "dtype": dtype}
-        self.up = Linear(f"{role}_up", up_axes, (width, hidden), std=std, **options)
-        self.down = Linear(f"{role}_down", down_axes, (hidden, width), std=out_std, **options)
+        self.up = Linear(f"{role}_up", up_axes, (width, hidden), init, bias=bias)
+        self.down = Linear(f"{role}_down", down_axes, (hidden, width), init.out, bias=bias)
 
     def __call__(
         self,

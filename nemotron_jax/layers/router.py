@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from nemotron_jax.config.model import MoEConfig
-from nemotron_jax.layers.linear import normal
+from nemotron_jax.layers.init import Init
 from nemotron_jax.sharding.weights import gather_parameter
 
 
@@ -25,12 +25,10 @@ class RouterWeight(nnx.Param):
 class Router(nnx.Module):
     """Chooses each token's experts and their weights."""
 
-    def __init__(self, config: MoEConfig, width: int, *, std: float, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MoEConfig, width: int, init: Init) -> None:
         self.config = config
-        shape = (width, config.num_experts)
-        self.weight = RouterWeight(
-            normal(rngs, shape, std, "float32"), axes=("width", "router_experts")
-        )
+        drawn = init.normal(width, config.num_experts, dtype="float32")
+        self.weight = RouterWeight(drawn, axes=("width", "router_experts"))
         self.selection_bias = SelectionBias(
             jnp.zeros(config.num_experts, jnp.float32), axes=("router_experts",)
         )

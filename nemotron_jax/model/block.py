@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
 from nemotron_jax.layers.attention import Attention
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.latent_moe import LatentMoE, RouterMetrics
 from nemotron_jax.layers.mamba2 import Mamba2
 from nemotron_jax.layers.mlp import MLP
@@ -48,13 +49,11 @@ def make_stack(
 
 def _mixer(config: ModelConfig, kind: str, rngs: nnx.Rngs, dtype: str) -> nnx.Module:
     # Megatron scales output projections by 1/sqrt(layers) in hybrid models, not 1/sqrt(2 layers).
-    std, out_std = config.init_std, config.init_std / math.sqrt(config.num_layers)
-    options = {"std": std, "out_std": out_std, "rngs": rngs, "dtype": dtype}
+    init = Init(rngs, config.init_std, config.init_std / math.sqrt(config.num_layers), dtype)
     if kind == "mamba":
-        return Mamba2(config.mamba, config.width, epsilon=config.norm_epsilon, **options)
+        return Mamba2(config.mamba, config.width, init, epsilon=config.norm_epsilon)
     if kind == "attention":
-        return Attention(config.attention, config.width, **options)
+        return Attention(config.attention, config.width, init)
     if kind == "moe":
-        return LatentMoE(config.moe, config.width, **options)
-    bias = config.mlp.projection_bias
-    return MLP("mlp", config.width, config.mlp.width, bias=bias, **options)
+        return LatentMoE(config.moe, config.width, init)
+    return MLP("mlp", config.width, config.mlp.width, init, bias=config.mlp.projection_bias)

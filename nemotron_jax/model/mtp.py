@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.latent_moe import KEPT, RouterMetrics
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.norm import RMSNorm
@@ -29,9 +30,7 @@ class MTPBlock(nnx.Module):
             "mtp_in",
             ("mtp_width", "width"),
             (2 * width, width),
-            std=config.init_std,
-            rngs=rngs,
-            dtype=dtype,
+            Init(rngs, config.init_std, config.init_std, dtype),
         )
         kinds = [BLOCK_KINDS[letter] for letter in config.mtp.pattern]
         self.blocks = nnx.List([Block(config, kind, rngs=rngs, dtype=dtype) for kind in kinds])

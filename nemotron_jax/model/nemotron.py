@@ -14,7 +14,8 @@ from nemotron_jax.config.checks import is_integer
 from nemotron_jax.config.dtypes import dtype_name
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig
-from nemotron_jax.layers.linear import Linear, normal
+from nemotron_jax.layers.init import Init
+from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.norm import RMSNorm
 from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.layers.router import count_sequences
@@ -39,22 +40,14 @@ class Nemotron(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: str = "float32") -> None:
         self.config = config
         self.origin: Origin | None = None
-        table, width = (config.vocab_size, config.width), config.width
-        self.embedding = nnx.Param(
-            normal(rngs, table, config.init_std, dtype), axes=("vocabulary", "width")
-        )
+        vocabulary, width = config.vocab_size, config.width
+        init = Init(rngs, config.init_std, config.init_std, dtype)
+        self.embedding = nnx.Param(init.normal(vocabulary, width), axes=("vocabulary", "width"))
         for letter, kind in BLOCK_KINDS.items():
             count = config.pattern.count(letter)
             setattr(self, kind, make_stack(config, letter, count, rngs=rngs, dtype=dtype))
         self.final_norm = RMSNorm(width, config.norm_epsilon)
-        self.head = Linear(
-            "head",
-            ("width", "vocabulary"),
-            table[::-1],
-            std=config.init_std,
-            rngs=rngs,
-            dtype=dtype,
-        )
+        self.head = Linear("head", ("width", "vocabulary"), (width, vocabulary), init)
         self.mtp_block = MTPBlock(config, rngs=rngs, dtype=dtype) if config.mtp else None
 
     def __call__(

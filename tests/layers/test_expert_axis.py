@@ -15,6 +15,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.config.precision import MXFP8, NVFP4
 from nemotron_jax.config.run import MeshConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.quant import mix_emulated
@@ -225,7 +226,7 @@ def loss(
 def layer_of(variant: str) -> LatentMoE:
     odd = {"latent_width": 24, "expert_width": 40} if "odd widths" in variant else {}
     config = dataclasses.replace(CONFIG, **odd)
-    layer = LatentMoE(config, WIDTH, std=0.3, out_std=0.3, rngs=nnx.Rngs(0))
+    layer = LatentMoE(config, WIDTH, Init(nnx.Rngs(0), 0.3, 0.3))
     if "crowded" in variant:
         bias = jnp.where(jnp.arange(8) == 5, 10.0, 0.0)  # every token's first choice
         layer.router.selection_bias[...] = bias

@@ -9,6 +9,7 @@ from flax import nnx
 
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.run import MeshConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.sharding import make_mesh
 from nemotron_jax.types import Context
@@ -33,7 +34,7 @@ def test_devices_add_up_every_weight_s_gradient_in_float32():
 
 def test_a_bias_s_gradient_is_added_up_in_float32():
     """3,000 small gradients: a sum in bfloat16 has three digits at most."""
-    linear = Linear("mlp_up", ("width", "mlp_hidden"), (4, 5), std=1, bias=True, rngs=nnx.Rngs(0))
+    linear = Linear("mlp_up", ("width", "mlp_hidden"), (4, 5), Init(nnx.Rngs(0), 1, 1), bias=True)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3000, 4)), jnp.bfloat16)
     scale = np.linspace(1, 2, 3000)[:, None].astype(jnp.bfloat16)
     loss = lambda linear: jnp.sum(linear(x, Context(BFLOAT16, jnp.bfloat16)) * scale)

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from nemotron_jax.config.model import MoEConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.router import Router, balance_loss, count_sequences
 from tests.tiny_models import quick_jit
 
@@ -26,7 +27,7 @@ def make_router(bias, **options) -> Router:
     config = MoEConfig(
         num_experts=EXPERTS, experts_per_token=CHOSEN, expert_width=4, shared_width=4, **options
     )
-    router = Router(config, WIDTH, std=0.5, rngs=nnx.Rngs(0))
+    router = Router(config, WIDTH, Init(nnx.Rngs(0), 0.5, 0.5))
     router.selection_bias[...] = jnp.asarray(bias, jnp.float32)
     return router
 

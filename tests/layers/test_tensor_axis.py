@@ -12,6 +12,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.model import AttentionConfig, MambaConfig
 from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.layers.attention import Attention, held_heads
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.mamba2 import Mamba2
 from nemotron_jax.layers.mlp import MLP
 from nemotron_jax.sharding import local, make_mesh
@@ -26,23 +27,22 @@ WIDTH, LENGTH, ROWS, WORDS = 32, 12, 2, 24
 LIMIT = 2e-6  # float32 sums made in another order
 AXES = ("width", "vocabulary")
 CONTEXT = Context(Execution(), jnp.float32, target="cpu")
-OPTIONS = {"std": 0.2, "out_std": 0.2}
 
 
 def attention(kv_heads: int = 2) -> Attention:
     config = AttentionConfig(num_heads=8, num_kv_heads=kv_heads, head_dim=8)
-    return Attention(config, WIDTH, rngs=nnx.Rngs(0), **OPTIONS)
+    return Attention(config, WIDTH, Init(nnx.Rngs(0), 0.2, 0.2))
 
 
 def mamba() -> Mamba2:
     config = MambaConfig(num_heads=8, head_dim=8, state_size=8, num_groups=4, chunk=8)
-    return Mamba2(config, WIDTH, epsilon=1e-5, rngs=nnx.Rngs(0), **OPTIONS)
+    return Mamba2(config, WIDTH, Init(nnx.Rngs(0), 0.2, 0.2), epsilon=1e-5)
 
 
 LAYERS = {
     "attention": attention,
     "mamba": mamba,
-    "mlp": lambda: MLP("mlp", WIDTH, 16, rngs=nnx.Rngs(0), **OPTIONS),
+    "mlp": lambda: MLP("mlp", WIDTH, 16, Init(nnx.Rngs(0), 0.2, 0.2)),
 }
 more = lambda *values: pytest.param(*values, marks=pytest.mark.more)
 

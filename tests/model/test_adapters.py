@@ -10,6 +10,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.lora import TARGETS, LoRAConfig
 from nemotron_jax.config.precision import ROLES
 from nemotron_jax.layers import linear as linear_module
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.linear import Linear
 from nemotron_jax.layers.low_rank import LowRank
 from nemotron_jax.model.adapters import (
@@ -103,7 +104,7 @@ def test_a_model_without_the_targets_and_wrong_targets_are_refused(base) -> None
 
 def test_dropout_leaves_out_its_share_by_the_number_of_a_token() -> None:
     """Zero weight, and factors that are the identity: the product is what the adapter was given."""
-    linear = Linear("mamba_out", ("width", "width"), (40, 40), std=0.0, rngs=nnx.Rngs(0))
+    linear = Linear("mamba_out", ("width", "width"), (40, 40), Init(nnx.Rngs(0), 0.0, 0.0))
     eye = jnp.eye(40)
     linear.adapter = nnx.data(LowRank(eye, eye, ("width", "width"), 1.0, dropout=0.25))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, 40)), jnp.float32)

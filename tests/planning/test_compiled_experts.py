@@ -16,6 +16,7 @@ from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.precision import NVFP4
 from nemotron_jax.config.run import MeshConfig, RunConfig
+from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.planning.train import Planner
 from nemotron_jax.quant.matmul import EXPERT_ROLES
@@ -49,9 +50,7 @@ def peak_of_layer(format: str, factor: float) -> float:
     chips that share the experts of 8,192 tokens each."""
     config = models.super_120b()
     mesh = make_mesh(MeshConfig(expert=8), absent.tpu_devices("v5p:2x2x2"))
-    make = lambda: LatentMoE(
-        config.moe, config.width, std=1.0, out_std=1.0, rngs=nnx.Rngs(0), dtype="bfloat16"
-    )
+    make = lambda: LatentMoE(config.moe, config.width, Init(nnx.Rngs(0), 1.0, 1.0, "bfloat16"))
     layer = jax.eval_shape(make)
 
     def placed(one: nnx.Variable) -> nnx.Variable:
