@@ -48,8 +48,8 @@ class Bench:
 
 
 @dataclasses.dataclass(frozen=True)
-class Speed:
-    """Float32 operations and bytes a second."""
+class Machine:
+    """What a device does at best: float32 operations and bytes a second."""
 
     flops: float
     bytes: float
@@ -109,7 +109,7 @@ def benches(**options: str) -> Iterator[Bench]:
         yield Bench("nvfp4", name, run, make, 0.0, 2.0 * shape[0] * shape[1], False)
 
 
-def timed(bench: Bench, speed: Speed, most_seconds: float) -> Iterator[dict]:
+def timed(bench: Bench, speed: Machine, most_seconds: float) -> Iterator[dict]:
     """A row for each direction of one op at one shape."""
     arrays = None
     for direction in ("forward", "backward") if bench.differentiable else ("forward",):
@@ -140,12 +140,12 @@ def line(row: dict) -> str:
     )
 
 
-def measured_speed() -> Speed:
+def measured_speed() -> Machine:
     """The device's, in a float32 product of 1024 x 1024 and in a pass over 64 MB."""
     matrix, vector = jnp.ones((1024, 1024), jnp.float32), jnp.ones(2**24, jnp.float32)
     product = _seconds(jax.jit(lambda a: jnp.dot(a, a, precision="highest")), {"a": matrix})
     copy = _seconds(jax.jit(lambda a: a + 1), {"a": vector})
-    return Speed(2 * 1024**3 / product, 2 * vector.nbytes / copy)
+    return Machine(2 * 1024**3 / product, 2 * vector.nbytes / copy)
 
 
 def _program(bench: Bench, direction: str) -> Callable[..., Any]:

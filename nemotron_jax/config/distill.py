@@ -7,7 +7,7 @@ from nemotron_jax.config.checks import at_least_one, check, is_finite, local_pat
 MTP_LOSSES = ("cross_entropy", "kl")
 MTP_HIDDENS = ("sampled", "last")
 TEXTS = ("corpus", "own")
-DTYPES = ("float32", "bfloat16")
+TEACHER_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DistillConfig:
         positive(self, "temperature")
         inside = is_finite(self.weight) and 0 <= self.weight <= 1
         check(self, "weight", inside, "must lie between 0 and 1")
-        one_of(self, "dtype", DTYPES)
+        one_of(self, "dtype", TEACHER_DTYPES)
         at_least_one(self, "result_rows")
 
 

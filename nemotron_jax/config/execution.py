@@ -5,7 +5,7 @@ import dataclasses
 from nemotron_jax.config.checks import check, one_of, positive
 from nemotron_jax.config.precision import PrecisionConfig
 
-DTYPES = ("auto", "float32", "bfloat16")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 REMAT = ("none", "full", "mixers")
 LAYERS = ("auto", "scan", "unrolled")
 AUX_LOSS = ("rows", "documents")
@@ -41,7 +41,7 @@ class Execution:
     expert_rows: float = 1.25
 
     def __post_init__(self) -> None:
-        one_of(self, "compute_dtype", DTYPES)
+        one_of(self, "compute_dtype", COMPUTE_DTYPES)
         one_of(self, "remat", REMAT)
         one_of(self, "layers", LAYERS)
         pairs = [item.rpartition("=") for item in self.kernels.split(",")]

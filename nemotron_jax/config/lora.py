@@ -15,7 +15,7 @@ _OF_BLOCKS = {
     "-": ("mlp",),
     "E": ("shared", "latent", "experts"),
 }
-DTYPES = ("bfloat16", "float32")  # of a base
+BASE_DTYPES = ("bfloat16", "float32")  # of a base
 TARGETS = ("attention", "mamba_in", "mamba_out", "mlp", "shared", "latent", "experts")
 
 
@@ -55,7 +55,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "rank")
-        one_of(self, "base_dtype", DTYPES)
+        one_of(self, "base_dtype", BASE_DTYPES)
         one_of(self, "base_experts", EXPERTS)
         positive(self, "alpha")
         known = len(self.targets) > 0 and set(self.targets) <= set(TARGETS)

@@ -192,9 +192,11 @@ def search_folder(folder: str) -> None:
 def _own(name: str, where: str) -> Environment:
     try:
         if name.startswith(ROWS):
-            from nemotron_jax.environments.rows import Rows  # it needs this package's other parts
+            from nemotron_jax.environments.rows import (
+                RowTasks,  # it needs this package's other parts
+            )
 
-            return Rows(name.removeprefix(ROWS))
+            return RowTasks(name.removeprefix(ROWS))
         search_folder(".")
         module, _, attribute = name.partition(":")
         found = getattr(importlib.import_module(module), attribute, None)

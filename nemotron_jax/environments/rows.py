@@ -95,7 +95,7 @@ class RowSession(Session):
         return same_answer(expected, final_answer(turn.text))
 
 
-class Rows(Environment):
+class RowTasks(Environment):
     """The rows of one file. Each belongs to the split that its messages' hash says."""
 
     reward, counterpart, levels = "by the row's own keys", "any with such rows", 1

@@ -5,7 +5,7 @@ import hashlib
 from nemotron_jax.environments import coding
 from nemotron_jax.environments.base import InfraError
 from nemotron_jax.environments.draws import Draws
-from nemotron_jax.environments.sandbox import Entry, Reply, Shell
+from nemotron_jax.environments.sandbox import FileEntry, Output, Shell
 
 WORDS = ("amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron", "iris", "jade")
 ENDINGS = ("txt", "log", "csv", "md", "cfg")
@@ -35,7 +35,7 @@ def shell(tree: dict[str, str], slot: int | None = None) -> Shell:
         raise InfraError(str(error)) from error
 
 
-def contents(entries: dict[str, Entry] | None) -> dict[str, str] | None:
+def contents(entries: dict[str, FileEntry] | None) -> dict[str, str] | None:
     """The files of a snapshot by path, as text; None where there is something that is no file."""
     if entries is None:
         return None
@@ -48,7 +48,7 @@ def contents(entries: dict[str, Entry] | None) -> dict[str, str] | None:
     }
 
 
-def shown(reply: Reply) -> str:
+def shown(reply: Output) -> str:
     """A command's reply as the model reads it."""
     if reply.ended == "died":
         return "error: the shell ended; nothing of it is left"

@@ -10,7 +10,7 @@ PROMPTS = ("def ", "import ", "class ")
 TEMPERATURE = 0.8
 
 
-def make_sampler(
+def make_samples(
     tokenizer: Tokenizer, num_tokens: int, *, seed: int = 0, prompts: Sequence[str] = PROMPTS
 ) -> Callable[[Nemotron], str]:
     """A function of a model: each prompt with `num_tokens` tokens more, one below the other."""

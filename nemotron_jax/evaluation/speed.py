@@ -55,8 +55,8 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Speed:
-    """Speed at the sizes of `config.data` (or the default ones), on random tokens.
+class SpeedTest:
+    """Times a model at the sizes of `config.data` (or the default ones), on random tokens.
 
     Training counts the tokens of one optimizer step, prefill those of one row of a training row's
     length, decoding the new greedy tokens of 1 and of `batch_size` rows. Their prompt is a single
@@ -168,7 +168,7 @@ class Options:
 
 def measure(context: Context, options: Options) -> Result:
     """The suite at the sizes of the subject's configuration, or at the default ones."""
-    found = Speed(
+    found = SpeedTest(
         context.subject.config,
         repetitions=options.repetitions,
         new_tokens=options.new_tokens,

@@ -238,7 +238,7 @@ def _drop_mtp(files: list[SafetensorsFile]) -> None:
 def _refuse_other_size(directory: Path, config: ModelConfig, files: list[SafetensorsFile]) -> None:
     """Raise ValueError where config.json describes far more than the files hold: so much that
     listing what is missing would take all memory."""
-    described = sum(accounting.hub_tensors(config)), accounting.parameters(config).total
+    described = sum(accounting.hub_tensor_counts(config)), accounting.parameters(config).total
     entries = [entry for file in files for entry in file.entries.values()]
     held = len(entries), sum(math.prod(entry.shape) for entry in entries)
     if described[0] > 10 * held[0] + 100_000 or described[1] > 100 * held[1] + 10**9:

@@ -22,7 +22,7 @@ import numpy as np
 from nemotron_jax.config.untrusted import shown
 from nemotron_jax.interop.hf_names import HubTensor
 from nemotron_jax.interop.hf_recipe import BLOCK, FP8, NVFP4, Recipe
-from nemotron_jax.interop.safetensors_file import Entry, SafetensorsFile
+from nemotron_jax.interop.safetensors_file import SafetensorsFile, TensorEntry
 
 _HINT = "download the checkpoint again"
 _PIECE = 1 << 20  # values dequantised together: their float32 copies stay small
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
     name: str
     file: SafetensorsFile
-    entry: Entry
+    entry: TensorEntry
 
     def read(self) -> np.ndarray:
         """Its values."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemotron_jax.config.hub import text_config
 from nemotron_jax.config.untrusted import read_object, shown
-from nemotron_jax.interop.safetensors_file import Entry, SafetensorsFile
+from nemotron_jax.interop.safetensors_file import SafetensorsFile, TensorEntry
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -22,7 +22,7 @@ class HubFiles:
     """`files` hold the text model's entries alone; `others` are those of the model around it."""
 
     files: list[SafetensorsFile]
-    others: dict[str, tuple[SafetensorsFile, Entry]]
+    others: dict[str, tuple[SafetensorsFile, TensorEntry]]
     prefix: str  # before every name of the text model, in the files
     trunk: str  # "backbone." or transformers' "model."
 
@@ -70,7 +70,7 @@ def open_hub(directory: Path, keys: dict[str, Any]) -> HubFiles:
 
 def _take_others(
     files: list[SafetensorsFile], stored: set[str]
-) -> dict[str, tuple[SafetensorsFile, Entry]]:
+) -> dict[str, tuple[SafetensorsFile, TensorEntry]]:
     """Take from the files what belongs to the model around the text model."""
     has_prefix = any(name.startswith(OUTER) for name in stored)
     of_text = (OUTER,) if has_prefix else _TEXT_PARTS

@@ -15,7 +15,7 @@ import numpy as np
 
 from nemotron_jax.config.untrusted import parse_json, shown
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -42,7 +42,7 @@ _MAX_AXES = 32  # numpy's limit was 32 for long; no tensor of a model has more t
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies in its file."""
 
     dtype: np.dtype
@@ -76,7 +76,7 @@ class SafetensorsFile:
             )
         return array
 
-    def read_entry(self, entry: Entry) -> np.ndarray:
+    def read_entry(self, entry: TensorEntry) -> np.ndarray:
         """The tensor of an entry that need not be among `entries`."""
         count = math.prod(entry.shape)
         array = np.fromfile(self.path, entry.dtype, count=count, offset=entry.offset)
@@ -97,7 +97,7 @@ def is_finite(array: np.ndarray) -> bool:
     return all(bool((np.bitwise_and(piece, mask) != mask).all()) for piece in pieces)
 
 
-def _read_entries(path: Path) -> dict[str, Entry]:
+def _read_entries(path: Path) -> dict[str, TensorEntry]:
     try:
         if path.exists() and not path.is_file():  # a pipe would wait
             raise ValueError("it is not a file")
@@ -113,8 +113,8 @@ def _read_entries(path: Path) -> dict[str, Entry]:
         ) from None
     if unknown:
         raise ValueError(
-            f"{path}: {unknown}, which no model here is stored in (known: {', '.join(DTYPES)}); "
-            "the safetensors library reads it"
+            f"{path}: {unknown}, which no model here is stored in (known: "
+            f"{', '.join(STORED_DTYPES)}); the safetensors library reads it"
         )
     return entries
 
@@ -136,12 +136,12 @@ def _unknown_dtype(header: dict) -> str:
     """Which tensor has a dtype that is not in the list; empty where none has."""
     for name, value in header.items():
         dtype = value.get("dtype") if isinstance(value, dict) else None
-        if isinstance(dtype, str) and dtype not in DTYPES:
+        if isinstance(dtype, str) and dtype not in STORED_DTYPES:
             return f"tensor {shown(name)} has dtype {shown(dtype)}"
     return ""
 
 
-def _checked(header: dict, start: int, size: int) -> dict[str, Entry]:
+def _checked(header: dict, start: int, size: int) -> dict[str, TensorEntry]:
     """Entries whose bytes are in the file, each tensor's its own."""
     entries = {name: _entry(name, value, start) for name, value in header.items()}
     end_before, before = start, ""
@@ -155,7 +155,7 @@ def _checked(header: dict, start: int, size: int) -> dict[str, Entry]:
     return entries
 
 
-def _entry(name: str, value: object, start: int) -> Entry:
+def _entry(name: str, value: object, start: int) -> TensorEntry:
     known = isinstance(value, dict) and {"dtype", "shape", "data_offsets"} <= value.keys()
     if not known:
         raise ValueError(f"its header says {shown(value)} of tensor {shown(name)}")
@@ -167,11 +167,11 @@ def _entry(name: str, value: object, start: int) -> Entry:
     if not (_are_sizes(offsets) and len(offsets) == 2):
         raise ValueError(f"tensor {shown(name)} has data_offsets {shown(offsets)}")
     begin, end = offsets
-    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * STORED_DTYPES[dtype].itemsize:
         raise ValueError(
             f"tensor {shown(name)} of shape {shown(shape)} does not fit bytes {begin}..{end}"
         )
-    return Entry(DTYPES[dtype], tuple(shape), start + begin)
+    return TensorEntry(STORED_DTYPES[dtype], tuple(shape), start + begin)
 
 
 def _are_sizes(values: object) -> bool:

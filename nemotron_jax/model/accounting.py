@@ -105,7 +105,7 @@ def active_parameters(config: ModelConfig, *, embedding: bool = True, head: bool
     return count.main - idle - (0 if embedding else count.embedding) - (0 if head else count.head)
 
 
-def hub_tensors(config: ModelConfig) -> tuple[int, int]:
+def hub_tensor_counts(config: ModelConfig) -> tuple[int, int]:
     """Tensors of a hub checkpoint: those of the main model, and those of the MTP block."""
     main = 3 + sum(_num_tensors(_block_tensors(config, letter)) for letter in config.pattern)
     return main, _num_tensors(_mtp_tensors(config))

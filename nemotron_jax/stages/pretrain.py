@@ -16,7 +16,7 @@ from nemotron_jax.data.loader import TrainLoader, held_out_batches
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.evaluation.held_out import held_out_probe, whole_probe
 from nemotron_jax.evaluation.probe import suite_probes
-from nemotron_jax.evaluation.samples import make_sampler
+from nemotron_jax.evaluation.samples import make_samples
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.own_text import OwnText
 from nemotron_jax.pretrained import begin_run, data_of
@@ -27,7 +27,7 @@ from nemotron_jax.training import limits, loop
 from nemotron_jax.training.coverage import coverage
 from nemotron_jax.training.losses import Objective
 from nemotron_jax.training.prepared import Prepared, prepare_run
-from nemotron_jax.training.report import Probe, Sampler
+from nemotron_jax.training.report import Probe, Samples
 from nemotron_jax.training.summary import summary
 from nemotron_jax.types import Batch
 
@@ -68,7 +68,7 @@ def run(
         notes=repetitions(corpus, config.data, config.training.steps),
         probes=[held_out_probe(corpus, data, logging.evaluate_rows, chunk)],
         final=whole_probe(corpus, data, chunk) if lesson is None else None,
-        sampler=make_sampler(tokenizer, tokens, seed=config.seed) if tokens else None,
+        samples=make_samples(tokenizer, tokens, seed=config.seed) if tokens else None,
         lesson=lesson,
     )
 
@@ -93,7 +93,7 @@ def learn(
     notes: Sequence[str],
     probes: Sequence[Probe],
     final: Probe | None = None,
-    sampler: Sampler | None = None,
+    samples: Samples | None = None,
     lesson: Lesson | None = None,
 ) -> int:
     """Train on the rows of a corpus and say what a finished run reached; the exit status.
@@ -118,7 +118,7 @@ def learn(
             begin=begin_run,
             probes=probes,
             final=final,
-            sampler=sampler,
+            samples=samples,
         )
         if outcome.finished:
             print(summary(outcome.records, run.directory))

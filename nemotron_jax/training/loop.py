@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from nemotron_jax import distributed
+from nemotron_jax import distributed, host
 from nemotron_jax.config.convert import to_json
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data import companions
@@ -18,7 +18,7 @@ from nemotron_jax.sharding import place_batch
 from nemotron_jax.training.checkpoint import Checkpoints
 from nemotron_jax.training.metrics import Record
 from nemotron_jax.training.prepared import Prepared, place_state
-from nemotron_jax.training.report import Probe, Reporter, Sampler
+from nemotron_jax.training.report import Probe, Reporter, Samples
 from nemotron_jax.training.signals import StopSignal, sole_owner
 from nemotron_jax.training.state import TrainState
 from nemotron_jax.training.step import Metrics, compile_train_step
@@ -73,14 +73,14 @@ def run(
     *,
     data: Loader | ModelLoader,
     probes: Sequence[Probe] = (),
-    sampler: Sampler | None = None,
+    samples: Samples | None = None,
     final: Probe | None = None,
     begin: Callable[[Prepared], TrainState] = place_state,
 ) -> Outcome:
     """Train up to `config.training.steps` in a run's directory, from its newest checkpoint on.
 
     `probes` give values of the model, run as the step runs it, for the record of every
-    evaluation, `sampler` a text; `final` gives values of the last model, which its record holds as
+    evaluation, `samples` a text; `final` gives values of the last model, which its record holds as
     `whole_…`; `begin` makes the first state, where there is no checkpoint;
     Everything runs on the mesh that was entered with `jax.set_mesh`, or on one device. A SIGTERM or
     SIGINT to any process of the run ends it after the step, saved. A run stopped in any way and
@@ -100,7 +100,7 @@ def run(
                 out.write(files[directory.config.name].encode())
             chats = config.stage in ("sft", "grpo")
             companions.keep(directory, config.model, config.init_from, chats=chats)
-        reporter = stack.enter_context(Reporter(run, step, probes, sampler))
+        reporter = stack.enter_context(Reporter(run, step, probes, samples))
         stop = stack.enter_context(StopSignal())
         parts = _Parts(data, checkpoints, files, reporter, stop, config.data.batch_size)
         state, step = _train(run, state, step, parts)
@@ -160,6 +160,7 @@ def _train(run: Prepared, state: TrainState, step: int, parts: _Parts) -> tuple[
             reporter.progress.note("compiling the training step")
             objective = run.objective(current)
             train_step = compile_train_step(run, state, batch, objective)
+            host.give_back_freed_memory()  # the compiler's, before the step's own comes on top
             distributed.meet()  # on CPUs whoever comes half a minute late is waited for no more
         state, metrics = train_step(state, batch, *objective.given)
         step += 1

@@ -85,8 +85,8 @@ class SamplesLog:
             out.write("".join(kept).encode())
 
     def append(self, step: int, text: str) -> None:
-        # Only "\n" ends a line here, so that no sample can hold a line that looks like a heading.
         """Add the text of a step, every line of it indented."""
+        # Only "\n" ends a line here, so that no sample can hold a line that looks like a heading.
         lines = "".join(f"  {line}\n" for line in text.replace("\r", "").split("\n"))
         with self.path.open("a", encoding="utf-8", newline="\n") as out:
             out.write(f"step {step}\n{lines}")

@@ -21,7 +21,7 @@ from nemotron_jax.training.progress import Progress
 
 # Values of the model as it stands, run as a step runs it, for a record.
 Probe = Callable[[Nemotron, Execution], Mapping[str, float]]
-Sampler = Callable[[Nemotron], str]
+Samples = Callable[[Nemotron], str]
 
 
 class Reporter:
@@ -33,12 +33,12 @@ class Reporter:
         run: Prepared,
         step: int,
         probes: Sequence[Probe],
-        sampler: Sampler | None,
+        samples: Samples | None,
     ) -> None:
         self._run, config, directory = run, run.config, run.directory
-        self._probes, self._sampler = probes, sampler
+        self._probes, self._samples = probes, samples
         self.log = MetricsLog(directory.metrics, step, writer=directory.writer)
-        writes_samples = sampler is not None and directory.writer
+        writes_samples = samples is not None and directory.writer
         self._samples = SamplesLog(directory.samples, step) if writes_samples else None
         self._board = tensorboardX.SummaryWriter(
             str(directory.tensorboard),
@@ -135,8 +135,8 @@ class Reporter:
     def _illustrate(self, step: int, model: Nemotron) -> None:
         if self._run.directory.writer:
             draw_curves(self.log.records, self._run.directory)
-        if self._sampler is not None:
-            text = self._sampler(model)
+        if self._samples is not None:
+            text = self._samples(model)
             self._board.add_text("sample", text, step)
             if self._samples is not None:
                 self._samples.append(step, text)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from nemotron_jax.host import give_back_freed_memory
 from nemotron_jax.model.kept_codes import with_codes
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.parameters import flatten, model_axes, unflatten
@@ -46,9 +45,7 @@ def compile_train_step(
     Given anything of another shape or placement it raises.
     """
     given = () if objective is None else objective.given
-    step = make_train_step(run, objective).lower(state, batch, *given).compile()
-    give_back_freed_memory()  # the compiler's, before the step's own comes on top
-    return step
+    return make_train_step(run, objective).lower(state, batch, *given).compile()
 
 
 def train_step(

@@ -55,7 +55,7 @@ def pack_experts(
 
     An element is its code's number times its block's scale and its expert's factor: 1 / 2688 of an
     expert's largest magnitude, or a checkpoint's second scale. Raises ValueError for shapes that
-    disagree, and where K is no multiple of 16.
+    disagree, and where K is not a multiple of 16.
     """
     depth = codes.shape[1]
     if depth % BLOCK:

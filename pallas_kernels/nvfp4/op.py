@@ -222,7 +222,7 @@ def hadamard(x: Float[Array, "R C"], *, implementation: str | None = None) -> Ar
 
 
 def hadamard_rows(x: Float[Array, "R C"]) -> Float[Array, "R C"]:
-    """`hadamard(x).T` without turning anything over: rows are mixed in blocks of 16."""
+    """`hadamard(x).T` without transposing: rows are mixed in blocks of 16."""
     _check_sizes("hadamard_rows", x, (16, 1))
     return xla.hadamard_rows(x)
 

@@ -26,7 +26,7 @@ product = functools.partial(
 )
 
 
-class Rows(NamedTuple):
+class Operands(NamedTuple):
     """The operands per token, heads split into groups; of whole rows, or of one chunk (T = Q)."""
 
     x: Float[Array, "B T G R P"]
@@ -120,7 +120,7 @@ def backward(
     return dx, ddt, dA, dB, dC, dD, layout.state_out(dstate)
 
 
-def chunk_decays(tokens: Rows, rate: Float[Array, "G R"]) -> Decays:
+def chunk_decays(tokens: Operands, rate: Float[Array, "G R"]) -> Decays:
     """Decays to and from the ends of a chunk."""
     triangle = jnp.tri(tokens.dt.shape[1], dtype=jnp.float32)
     log = product("bsgr,ts->bgrt", tokens.dt * rate, triangle)
@@ -136,7 +136,7 @@ def chunk_decays(tokens: Rows, rate: Float[Array, "G R"]) -> Decays:
 
 
 def decays_within(
-    tokens: Rows, decays: Decays, *, source_first: bool = False
+    tokens: Operands, decays: Decays, *, source_first: bool = False
 ) -> Float[Array, "B G R Q Q"]:
     """exp of the decay from token s to token t >= s of a chunk as [t, s], and 0 for other pairs."""
     keep = jnp.tri(decays.log.shape[-1], dtype=bool)
@@ -152,7 +152,7 @@ def decays_within(
 
 
 def chunk_outputs(
-    tokens: Rows, decays: Decays, skip: Float[Array, "G R"], state: Float[Array, "B G N W"]
+    tokens: Operands, decays: Decays, skip: Float[Array, "G R"], state: Float[Array, "B G N W"]
 ) -> Float[Array, "B Q G R P"]:
     """y of a chunk: mixed within it, carried into it, and the skip D x."""
     x, dtype = tokens.x, tokens.x.dtype
@@ -166,7 +166,7 @@ def chunk_outputs(
 
 
 def next_state(
-    tokens: Rows, decays: Decays, state: Float[Array, "B G N W"]
+    tokens: Operands, decays: Decays, state: Float[Array, "B G N W"]
 ) -> Float[Array, "B G N W"]:
     """The state after a chunk."""
     weights = tokens.dt[..., None] * by_token(decays.leaving)
@@ -175,7 +175,7 @@ def next_state(
 
 
 def next_cotangent(
-    tokens: Rows,
+    tokens: Operands,
     decays: Decays,
     dy: Float[Array, "B Q G R P"],
     dstate: Float[Array, "B G N W"],
@@ -186,7 +186,7 @@ def next_cotangent(
 
 
 def chunk_gradients(
-    tokens: Rows,
+    tokens: Operands,
     decays: Decays,
     parameters: tuple[Float[Array, "G R"], Float[Array, "G R"]],
     dy: Float[Array, "B Q G R P"],
@@ -315,10 +315,10 @@ class Layout(NamedTuple):
         """A value of each head, float32, heads by group."""
         return array.astype(jnp.float32).reshape(self.groups, self.group_heads)
 
-    def rows(self, x: Array, dt: Array, B: Array, C: Array, documents: Array | None) -> Rows:
+    def rows(self, x: Array, dt: Array, B: Array, C: Array, documents: Array | None) -> Operands:
         """The operands padded to whole chunks; a token with dt = 0 changes no state."""
         heads = (self.batch, self.chunks * self.size, self.groups, self.group_heads)
-        return Rows(
+        return Operands(
             self.pad(x).reshape(*heads, self.channels),
             self.pad(dt.astype(jnp.float32)).reshape(heads),
             self.pad(B),

@@ -49,7 +49,7 @@ def test_a_published_config_has_its_published_count(file: pathlib.Path) -> None:
     assert accounting.parameters(config).total == count
     for name, tensors in TENSORS.items():
         if file.name.startswith(name):
-            assert sum(accounting.hub_tensors(config)) == tensors
+            assert sum(accounting.hub_tensor_counts(config)) == tensors
 
 
 def test_the_largest_config_traces_without_a_warning() -> None:

@@ -1,4 +1,4 @@
-"""Rows in NeMo Gym's format become tasks with the same properties as all others."""
+"""RowTasks in NeMo Gym's format become tasks with the same properties as all others."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ import pytest
 
 from nemotron_jax.environments import Task, calling, play
 from nemotron_jax.environments.check import check
-from nemotron_jax.environments.rows import Rows
+from nemotron_jax.environments.rows import RowTasks
 
 
 def row(text: str | list, tools: list | None = None, **rest: object) -> dict:
@@ -41,7 +41,7 @@ def write(path: pathlib.Path, rows: list) -> pathlib.Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_judged_by_its_keys(kind: str, tmp_path: pathlib.Path) -> None:
     one, right, wrong = KINDS[kind]
-    environment = Rows(write(tmp_path / "rows.jsonl", [one]), "mine")
+    environment = RowTasks(write(tmp_path / "rows.jsonl", [one]), "mine")
     split = "train" if environment._drafts["train"] else "held_out"
     task = environment.split(0, split, 0)
     assert play(environment, task, [right]).reward == 1
@@ -52,14 +52,14 @@ def test_a_row_is_judged_by_its_keys(kind: str, tmp_path: pathlib.Path) -> None:
 
 def test_rows_pass_the_check_of_every_environment(tmp_path: pathlib.Path) -> None:
     rows = [row(f"What is {n}+{n}?", expected_answer=str(2 * n)) for n in range(40)]
-    environment = Rows(write(tmp_path / "sums.jsonl", rows))
+    environment = RowTasks(write(tmp_path / "sums.jsonl", rows))
     assert environment.name == "sums" and len(environment) == 40
     assert not check(environment, tasks=8, fuzz=1).faults
 
 
 def test_every_row_of_a_split_comes_once_before_any_comes_again(tmp_path: pathlib.Path) -> None:
     rows = [row(f"{n}?", expected_answer=str(n)) for n in range(40)]
-    environment = Rows(write(tmp_path / "rows.jsonl", rows))
+    environment = RowTasks(write(tmp_path / "rows.jsonl", rows))
     count = len(environment._drafts["train"])
     first = [environment.split(3, "train", index).content_hash for index in range(count)]
     assert len(set(first)) == count < 40
@@ -73,7 +73,7 @@ def test_a_history_in_responses_form_becomes_chat_messages(tmp_path: pathlib.Pat
         {"type": "function_call_output", "call_id": "1", "output": "Norway"},
     ]
     one = row(history, [FLAT_TOOL], expected_answer="Norway")
-    environment = Rows(write(tmp_path / "rows.jsonl", [one]))
+    environment = RowTasks(write(tmp_path / "rows.jsonl", [one]))
     (draft,) = environment._drafts["train"] + environment._drafts["held_out"]
     assert draft.messages == [
         {"role": "user", "content": "Find Oslo"},
@@ -91,8 +91,8 @@ def test_a_row_that_cannot_be_judged_is_named_or_skipped(bad: str, tmp_path: pat
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row("1?", expected_answer="1")) + "\n" + bad, "utf-8")
     with pytest.raises(ValueError, match="rows.jsonl, line 2: .*unsupported='skip'"):
-        Rows(path)
-    environment = Rows(path, unsupported="skip")
+        RowTasks(path)
+    environment = RowTasks(path, unsupported="skip")
     assert len(environment) == 1 and environment.skipped == 1
 
 
@@ -103,12 +103,12 @@ def test_lines_end_at_line_feeds_alone(tmp_path: pathlib.Path) -> None:
     lines = [json.dumps(one, ensure_ascii=False).encode() for one in rows]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\n\n")
-    assert len(Rows(path)) == 2
+    assert len(RowTasks(path)) == 2
     path.write_bytes(b"\n".join([*lines, b'{"a\xe2\x80\xa8b"', b'"\xff"', lines[0]]))
-    environment = Rows(path, unsupported="skip")
+    environment = RowTasks(path, unsupported="skip")
     assert len(environment) == 3 and environment.skipped == 2
     with pytest.raises(ValueError, match="line 3"):
-        Rows(path)
+        RowTasks(path)
 
 
 TWO = [{"A": "Rome"}, {"B": "Paris"}]
@@ -118,7 +118,7 @@ SHAPES = (TWO, {"A": "Rome", "B": "Paris"}, [{"A": "Rome", "B": "Paris"}], ["Rom
           {"label": ["A", "B"], "text": ["Rome", "Paris"]})  # fmt: skip
 
 
-def only(environment: Rows) -> Task:
+def only(environment: RowTasks) -> Task:
     split = "train" if environment._drafts["train"] else "held_out"
     return environment.split(0, split, 0)
 
@@ -126,16 +126,16 @@ def only(environment: Rows) -> Task:
 def test_options_are_read_in_every_shape(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "rows.jsonl"
     for options in SHAPES:
-        environment = Rows(write(path, [row("?", options=options, expected_answer="B")]))
+        environment = RowTasks(write(path, [row("?", options=options, expected_answer="B")]))
         task = only(environment)
         assert task.data["expected"]["options"] == ["Rome", "Paris"], options
         for text, right in (("B) Paris", 1), ("Paris", 1), ("A", 0), ("B) Rome", 0)):
             assert play(environment, task, [f"Answer: {text}"]).reward == right
     many = [{chr(65 + n): f"option {n}"} for n in range(26)]
-    environment = Rows(write(path, [row("?", options=many, expected_answer="Z")]))
+    environment = RowTasks(write(path, [row("?", options=many, expected_answer="Z")]))
     assert play(environment, only(environment), ["\\boxed{\\text{Z}}"]).reward == 1
     mode = {"options": TWO, "expected_answer": "B", "grading_mode": "strict_single_letter_boxed"}
-    environment = Rows(write(path, [row("?", **mode)]))
+    environment = RowTasks(write(path, [row("?", **mode)]))
     task = only(environment)
     assert play(environment, task, ["\\boxed{B}"]).reward == 1
     assert play(environment, task, ["Answer: B"]).reward == 0
@@ -166,14 +166,14 @@ def test_a_row_that_nobody_can_win_is_refused_with_its_reason(tmp_path: pathlib.
     for rest in UNJUDGEABLE:
         write(path, [row("1?", expected_answer="1"), row("?", **rest)])
         with pytest.raises(ValueError, match="rows.jsonl, line 2: .*unsupported='skip'"):
-            Rows(path)
-        environment = Rows(path, unsupported="skip")
+            RowTasks(path)
+        environment = RowTasks(path, unsupported="skip")
         assert len(environment) == 1 and environment.skipped == 1 == len(environment.reasons), rest
 
 
 def test_a_call_may_have_arguments_of_any_name(tmp_path: pathlib.Path) -> None:
     call = {"type": "function_call", "name": "f", "arguments": '{"name": "x", "text": "y"}'}
     history = [{"role": "user", "content": "?"}, call]
-    environment = Rows(write(tmp_path / "rows.jsonl", [row(history, expected_action=call)]))
+    environment = RowTasks(write(tmp_path / "rows.jsonl", [row(history, expected_action=call)]))
     task = only(environment)
     assert play(environment, task, environment.oracle(task)).reward == 1

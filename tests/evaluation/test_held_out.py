@@ -10,7 +10,7 @@ import pytest
 from nemotron_jax.data.corpus import prepare
 from nemotron_jax.data.loader import held_out_batches
 from nemotron_jax.evaluation.held_out import held_out_nats, held_out_probe
-from nemotron_jax.evaluation.samples import PROMPTS, make_sampler
+from nemotron_jax.evaluation.samples import PROMPTS, make_samples
 from nemotron_jax.training.prepared import init_state, prepare_run
 from tests.training.runs import changed, small_run, write_texts
 
@@ -59,10 +59,10 @@ def test_padding_alone_is_an_error(setting):
 
 def test_samples_begin_with_their_prompts_and_repeat(setting):
     _, tokenizer, _, model = setting
-    sample = make_sampler(tokenizer, 8, seed=3)
+    sample = make_samples(tokenizer, 8, seed=3)
     text = sample(model)
     place = 0
     for prompt in PROMPTS:
         place = text.index(prompt, place)
     assert sample(model) == text
-    assert make_sampler(tokenizer, 8, seed=4)(model) != text
+    assert make_samples(tokenizer, 8, seed=4)(model) != text

@@ -24,7 +24,7 @@ def result(run_config):
     model = Nemotron(sizes, rngs=nnx.Rngs(0))
     before = [np.array(leaf) for leaf in jax.tree.leaves(model)]
     serving = ServingSpeed(concurrency=(1, 2), contexts=(8,), new_tokens=12, repetitions=1)
-    found = speed.Speed(config, repetitions=2, new_tokens=16, serving=serving).run(model)
+    found = speed.SpeedTest(config, repetitions=2, new_tokens=16, serving=serving).run(model)
     for leaf, copy in zip(jax.tree.leaves(model), before, strict=True):
         np.testing.assert_array_equal(leaf, copy)  # the step took a copy over, not the model
     return found

@@ -16,7 +16,7 @@ from nemotron_jax.interop.hf_names import hub_tensors
 from nemotron_jax.interop.hf_quantised import Codes, Stored
 from nemotron_jax.interop.hf_recipe import NVFP4, read_recipe
 from nemotron_jax.interop.hub_files import INDEX_FILE
-from nemotron_jax.interop.safetensors_file import DTYPES, SafetensorsFile
+from nemotron_jax.interop.safetensors_file import STORED_DTYPES, SafetensorsFile
 from nemotron_jax.model.parameters import flatten
 from nemotron_jax.sharding import make_mesh
 from tests.golden_cases import GOLDEN
@@ -30,7 +30,7 @@ E4M3 = ml_dtypes.float8_e4m3fn
 
 def write(path, tensors) -> None:
     """A safetensors file; the library's own writer knows no 8-bit floats."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in STORED_DTYPES.items()}
     header, start = {}, 0
     for name, array in tensors.items():
         ends = [start, start := start + array.nbytes]

@@ -32,7 +32,7 @@ def checkpoint_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def test_published_models_have_their_published_counts(build, main, mtp, tensors) -> None:
     count = accounting.parameters(build())
     assert (count.main, count.mtp) == (main, mtp) and count.total == main + mtp
-    assert accounting.hub_tensors(build()) == tensors
+    assert accounting.hub_tensor_counts(build()) == tensors
 
 
 def test_active_parameters_of_the_published_models() -> None:
@@ -53,7 +53,7 @@ def test_counts_equal_those_of_a_checkpoint_file(name: str) -> None:
     count = accounting.parameters(config)
     assert count.mtp == sum(map(math.prod, mtp.values()))
     assert count.total == sum(map(math.prod, shapes.values()))
-    assert accounting.hub_tensors(config) == (len(shapes) - len(mtp), len(mtp))
+    assert accounting.hub_tensor_counts(config) == (len(shapes) - len(mtp), len(mtp))
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,9 @@ def test_a_kind_that_a_table_lacks_is_an_error_and_not_the_last_kind_s(monkeypat
     config = tiny_config("M-")
     monkeypatch.setitem(BLOCK_KINDS, "G", "gated")
     with pytest.raises(ValueError, match="blocks 'G' have no list of tensors"):
-        accounting.hub_tensors(SimpleNamespace(pattern="MG", mtp=None, width=8, mamba=config.mamba))
+        accounting.hub_tensor_counts(
+            SimpleNamespace(pattern="MG", mtp=None, width=8, mamba=config.mamba)
+        )
     model = SimpleNamespace(**dict.fromkeys(BLOCK_KINDS.values()))
     model.gated = SimpleNamespace(mixer=None)
     with pytest.raises(ValueError, match="blocks 'G' .* have no list of matrices"):

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.grouped_matmul import packed, packed_tpu, pallas_tpu, pieces, reference
 from pallas_kernels.testing import assert_close
 
-# The depth is no multiple of the 128 rows that are made together, and no side of a power of two.
+# The depth is not a multiple of the 128 rows that are made together, and no side of a power of two.
 ROWS, DEPTH, WIDTH, EXPERTS = 90, 144, 40, 6
 PATTERNS = {
     "as in decoding, a row or two each": (2, 1, 0, 3, 1, 0),

@@ -89,7 +89,7 @@ def changed(config: RunConfig, **parts: dict) -> RunConfig:
     )
 
 
-def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None) -> loop.Outcome:
+def train(config: RunConfig, workdir: Path, *, data: object = None, samples=None) -> loop.Outcome:
     """What train.py does, without its command line."""
     chunk = config.training.loss_chunk
     data_config = data_of(config.data, config.init_from, RunDirectory(workdir))
@@ -100,7 +100,7 @@ def train(config: RunConfig, workdir: Path, *, data: object = None, sampler=None
             prepare_run(config, RunDirectory(workdir)),
             data=loader if data is None else data(loader),
             probes=[held_out_probe(corpus, config.data, config.logging.evaluate_rows, chunk)],
-            sampler=sampler,
+            samples=samples,
             begin=begin_run,
         )
     finally:

@@ -185,11 +185,11 @@ def test_peaks_are_found_by_the_kind_of_device(monkeypatch):
 def test_an_evaluator_and_a_sampler_see_the_model(texts, tmp_path):
     seen = []
 
-    def sampler(model):
+    def samples(model):
         seen.append(float(model.embedding[...][0, 0]))
         return f"sample {len(seen)}"
 
     config = changed(small_run(texts), training={"steps": 6}, logging={"evaluate_every": 3})
-    outcome = train(config, tmp_path, sampler=sampler)
+    outcome = train(config, tmp_path, samples=samples)
     assert (tmp_path / "samples.txt").read_text() == "step 3\n  sample 1\nstep 6\n  sample 2\n"
     assert seen[0] != seen[1] == float(outcome.model.embedding[...][0, 0])

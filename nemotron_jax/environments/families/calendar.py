@@ -21,7 +21,7 @@ _DAY = 8 * 60, 18 * 60
 _SLOT = 15
 # Events asked for at each turn, by level.
 _TURNS = ((1,), (2,), (1, 2), (2, 2, 2))
-Placed = dict[str, tuple[int, int]]
+Times = dict[str, tuple[int, int]]
 
 
 def clock(minutes: int) -> str:
@@ -35,7 +35,7 @@ def minutes(text: str) -> int | None:
     return int(match[1]) * 60 + int(match[2]) if match else None
 
 
-def read_calendar(text: str) -> Placed | None:
+def read_calendar(text: str) -> Times | None:
     """Events with start and end in minutes; None unless the text is such a list and no more."""
     try:
         value = read_answer(text)
@@ -66,7 +66,7 @@ class CalendarSession(Session):
         return Verdict(float(all(kept)), {"turns_right": sum(kept) / len(kept)})
 
 
-def fits(placed: Placed | None, wanted: list[dict]) -> bool:
+def fits(placed: Times | None, wanted: list[dict]) -> bool:
     """Whether a calendar holds just the events wanted, each in its window, none at once."""
     if placed is None or placed.keys() != {event["event"] for event in wanted}:
         return False

@@ -13,7 +13,7 @@ from nemotron_jax.environments.reading import words_of
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.environments.words import THINGS, ask, coined_names
 
-_STYLE = re.compile(r"[*#`_|]|^[ \t]*[-\u2022]", re.MULTILINE)
+_MARKS = re.compile(r"[*#`_|]|^[ \t]*[-\u2022]", re.MULTILINE)
 _PADDING = (
     "Thank you so much for asking this great question!",
     "I hope that this finds you well.",
@@ -25,7 +25,7 @@ _KINDS = ("price", "weight", "length", "stock")
 
 def style_density(text: str) -> float:
     """Marks of markdown a word."""
-    return len(_STYLE.findall(text)) / max(1, len(text.split()))
+    return len(_MARKS.findall(text)) / max(1, len(text.split()))
 
 
 class PreferenceSession(Session):

@@ -11,7 +11,7 @@ from nemotron_jax.environments.sandbox.runner import (
     divide_budget,
     shared,
 )
-from nemotron_jax.environments.sandbox.sessions import Entry, PythonKernel, Reply, Shell
+from nemotron_jax.environments.sandbox.sessions import FileEntry, Output, PythonKernel, Shell
 from nemotron_jax.environments.sandbox.tiers import UIDS_A_BLOCK as MOST_SLOTS
 from nemotron_jax.environments.sandbox.tiers import SandboxUnavailable
 
@@ -19,10 +19,10 @@ __all__ = [
     "KERNEL_LIMITS",
     "MOST_SLOTS",
     "SHELL_LIMITS",
-    "Entry",
+    "FileEntry",
     "Limits",
     "PythonKernel",
-    "Reply",
+    "Output",
     "Result",
     "Sandbox",
     "SandboxUnavailable",

@@ -11,7 +11,7 @@ MOST_CELL_BYTES = 16 << 10  # of one reply that a model is to read
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class Output:
     """What one cell or command printed, and how it ended."""
 
     output: str
@@ -35,20 +35,20 @@ class PythonKernel(Session):
         limits = dataclasses.replace(limits, output_bytes=min(limits.output_bytes, MOST_CELL_BYTES))
         super().__init__(sandbox, limits=limits, files=files, slot=slot)
 
-    def execute(self, code: str, *, wall_s: float = 10.0) -> Reply:
+    def execute(self, code: str, *, wall_s: float = 10.0) -> Output:
         """Run one cell; a last expression's value is printed, as in a notebook."""
         reply = self.ask({"code": code}, wall_s)
         if reply is None:
-            return Reply("", "died", -1)
+            return Output("", "died", -1)
         text, most = str(reply.get("output", "")), self._limits.output_bytes
         failed = 1 if reply.get("failed") else 0
         if len(text) > most:
-            return Reply(text[:most], "output", failed)
-        return Reply(text, "exit", failed)
+            return Output(text[:most], "output", failed)
+        return Output(text, "exit", failed)
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class FileEntry:
     """One entry of a file tree: kind is "file", "folder", "link" or "other"."""
 
     kind: str
@@ -78,23 +78,23 @@ class Shell(Session):
         limits = dataclasses.replace(limits, output_bytes=min(limits.output_bytes, MOST_CELL_BYTES))
         super().__init__(sandbox, limits=limits, files=files, slot=slot)
 
-    def execute(self, command: str, *, wall_s: float = 10.0) -> Reply:
+    def execute(self, command: str, *, wall_s: float = 10.0) -> Output:
         """Run one command in the folder; every process it leaves is ended."""
         reply = self.ask({"command": command, "timeout_s": wall_s}, wall_s + 10.0)
         if reply is None or "error" in reply:
             self.close()
-            return Reply("", "died", -1)
+            return Output("", "died", -1)
         ended, output = reply.get("ended"), str(reply.get("output", ""))
         if isinstance(ended, int):
-            return Reply(output, "exit", ended)
-        return Reply(output, str(ended), 137)
+            return Output(output, "exit", ended)
+        return Output(output, str(ended), 137)
 
-    def snapshot(self) -> dict[str, Entry] | None:
+    def snapshot(self) -> dict[str, FileEntry] | None:
         """Every entry under the folder by its path; None when there are too many or too large."""
         reply = self.ask({"snapshot": True}, 20.0)
         if reply is None or "entries" not in reply:
             return None
         return {
-            path: Entry(kind, mode, base64.b64decode(text) if kind == "file" else text.encode())
+            path: FileEntry(kind, mode, base64.b64decode(text) if kind == "file" else text.encode())
             for path, (kind, mode, text) in reply["entries"].items()
         }
