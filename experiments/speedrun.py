@@ -183,7 +183,7 @@ def serve(output: Path, quick: bool) -> dict[str, Any]:
     It is a held-out task; the calculator that the model calls is the environment's own.
     """
     from nemotron_jax.environments import registry
-    from nemotron_jax.environments.arithmetic import CalculatorSession
+    from nemotron_jax.environments.families.arithmetic import CalculatorSession
 
     task = registry["arithmetic"].split(0, "held_out", 0, level=1)
     calculator, messages, called = CalculatorSession(task), list(task.messages), []
