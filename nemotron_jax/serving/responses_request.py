@@ -104,8 +104,9 @@ def _message(item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         return {"role": role, "content": item.get("content")}, role != "assistant"
     if kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
-        texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
-        if not isinstance(parts, list) or not all(isinstance(text, str) for text in texts):
+        listed = parts if isinstance(parts, list) else [None]
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in listed]
+        if not all(isinstance(text, str) for text in texts):
             raise ValueError("its content must be a list of texts")
         return {"role": "assistant", "reasoning_content": "".join(texts)}, False
     if kind == "function_call":
