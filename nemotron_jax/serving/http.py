@@ -9,6 +9,7 @@ from typing import Any
 import h11
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -107,6 +108,8 @@ async def read_fields(request: Request, room: Room) -> Fields:
     except TimeoutError:
         reason = f"the body came slower than {BYTES_A_SECOND} bytes a second"
         raise Refusal(reason, status=408) from None
+    except ClientDisconnect:
+        raise Refusal("the client went before all of the body had come", status=499) from None
     finally:
         room.left += taken
 

@@ -277,6 +277,17 @@ def test_who_goes_is_cancelled_and_the_slot_is_free(served: Live) -> None:
     served.generator.pause_s = 0.0
 
 
+def test_who_goes_within_a_body_is_no_fault_of_the_servers(served: Live) -> None:
+    answers = served.driver.metrics.answers
+    for end in (b"", b"0\r\nzz"):  # gone, or no HTTP any more
+        before = answers.get(499, 0)
+        chunked = chat_head(99).replace("Content-Length: 99", "Transfer-Encoding: chunked")
+        with raw(served, chunked, b"2\r\n{}\r\n" + end):
+            pass
+        until(lambda before=before: answers.get(499, 0) == before + 1)
+    assert not answers.get(500)
+
+
 def test_a_client_that_reads_nothing_stops_nobody(served: Live) -> None:
     served.script, served.generator.per_step = "two" * 900, 50
     body = json.dumps({**HELLO, "stream": True, "logprobs": True}).encode()
