@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("nemotron_jax", "pallas_kernels", "configs", "experiments")
-SCRIPTS = ("train.py", "eval.py")
+from tests import where
+from tests.where import FILES, ROOT, TEST_FILES, TREES, imports, source_files
 
 # A part imports itself and parts of lower floors only.
 FLOORS = {
@@ -55,22 +54,6 @@ FORBIDDEN = {
 MAX_FILE, MAX_BODY, MAX_KERNEL_BODY, MAX_POSITIONAL = 400, 50, 120, 6
 
 
-def module_name(path: pathlib.Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def source_files() -> dict[str, pathlib.Path]:
-    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
-    files += [ROOT / script for script in SCRIPTS if (ROOT / script).exists()]
-    return {module_name(file): file for file in files}
-
-
-FILES = source_files()
-TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
-TEST_FILES = {str(file.relative_to(ROOT)): file for file in sorted((ROOT / "tests").rglob("*.py"))}
-
-
 def part_of(module: str) -> str | None:
     """The row of the table that a module belongs to; None for a foreign module."""
     for depth in (2, 1):
@@ -78,19 +61,6 @@ def part_of(module: str) -> str | None:
         if name in FLOORS:
             return name
     return None
-
-
-def imports(tree: ast.Module) -> Iterator[str]:
-    """Modules named by import statements, those inside functions too."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: imports are absolute"
-            for alias in node.names:
-                # `from a import b` names module a.b when there is one, else something in a.
-                inner = f"{node.module}.{alias.name}"
-                yield inner if inner in FILES else node.module
 
 
 def layering_faults(module: str, tree: ast.Module) -> list[str]:
@@ -282,6 +252,19 @@ def test_no_file_imports_itself_through_others() -> None:
         for name, tree in TREES.items()
     }
     assert cycle_in(graph) is None
+
+
+def test_every_module_s_tests_are_found() -> None:
+    """By `python -m tests.where`: at most two imports lie between a module and its tests."""
+    parts = ("nemotron_jax.", "pallas_kernels.")
+    modules = [name for name in FILES if FILES[name].stem != "__init__" and name.startswith(parts)]
+    modules.remove("nemotron_jax.evaluation.lm_eval.tasks.local_data")  # read by lm_eval
+    found = {name: where.tests_of(name) for name in modules}
+    assert not [name for name, tests in found.items() if not tests]
+    assert found["nemotron_jax.training.losses"][0] == "tests/training/test_losses.py"
+    assert "tests/layers/test_expert_axis.py" in found["nemotron_jax.layers.latent_moe"]
+    with pytest.raises(SystemExit, match="no module"):
+        where.main(["nemotron_jax/layers/no_such.py"])
 
 
 def test_files_and_functions_are_small_and_annotated() -> None:
