@@ -32,7 +32,7 @@ EXPECTED = {
 }
 
 
-WITH_RESULTS = ("evaluate", "finetune", "generate", "grpo", "serve")
+WITH_RESULTS = ("evaluate", "finetune", "generate", "grpo", "serve", "speculative")
 
 
 @pytest.mark.slow  # each takes half a minute, or several on a busy machine
