@@ -21,7 +21,7 @@ from pallas_kernels.attention.masks import Masks
 
 # Columns of a product, keys of a block without masks and keys of one with them; measured in
 # docs/performance.md. Longer rows have relatively less work at the diagonal.
-SHORT, LONG, LONG_KEYS = (512, 256, 64), (2048, 512, 256), 2048
+SHORT, LONG, LONG_KEYS = (256, 128, 32), (2048, 512, 256), 2048
 FEWEST_QUERIES = 16  # of a block, however many heads share a kv head
 LOWEST = -1e30  # below every score, and finite: LOWEST - LOWEST is 0 where -inf - -inf is NaN
 
