@@ -45,6 +45,8 @@ def both_ends(
 def _held_out(config: RunConfig, run: RunDirectory, rows: int) -> list[Batch]:
     """Held-out rows of a run's text."""
     model, data = config.model, data_of(config.data, config.init_from, run)
-    options = {"eos_token": model.eos_token, "progress": lambda line: None}
-    _, corpus = prepare(data, model.vocab_size, run.path, **options)
+    silent = lambda line: None
+    _, corpus = prepare(
+        data, model.vocab_size, run.path, eos_token=model.eos_token, progress=silent
+    )
     return held_out_batches(corpus, data, 0, rows)

@@ -83,8 +83,8 @@ def load_pretrained(
     local_path("load_pretrained", "path", path)
     run = RunDirectory.of_model(path, "load_pretrained")
     if run is not None:
-        options = {"drop_mtp": mtp == "drop", "split": split, "experts": experts}
-        return _load_run(run, dtype, mesh, **options)
+        drop = mtp == "drop"
+        return _load_run(run, dtype, mesh, drop_mtp=drop, split=split, experts=experts)
     return load_hub(Path(path), dtype, mtp=mtp, mesh=mesh, experts=experts, split=split)
 
 
@@ -99,18 +99,18 @@ def load_rounded(
 ) -> Nemotron:
     """`load_pretrained`; with `experts="nvfp4"` routed experts that are stored as floats are
     rounded to codes, once they are in `dtype`."""
-    options = {"mtp": mtp, "mesh": mesh, "layout": layout}
-    if experts != "nvfp4":
-        return load_pretrained(path, dtype, experts=experts, **options)
+    stored = experts if experts != "nvfp4" or _holds_codes(path) else "dense"
+    model = load_pretrained(path, dtype, mtp=mtp, mesh=mesh, experts=stored, layout=layout)
+    return pack_experts(model) if experts == "nvfp4" else model
+
+
+def _holds_codes(path: str | os.PathLike) -> bool:
+    """Whether routed experts are stored as NVFP4 codes: a hub model's, or a run's frozen base."""
     run = RunDirectory.of_model(path, "load_pretrained")
     if run is None:
-        held = holds_expert_codes(path)
-    else:
-        lora = run.read().lora
-        held = lora is not None and lora.base_experts == experts
-    return pack_experts(
-        load_pretrained(path, dtype, experts=experts if held else "dense", **options)
-    )
+        return holds_expert_codes(path)
+    lora = run.read().lora
+    return lora is not None and lora.base_experts == "nvfp4"
 
 
 def begin_run(run: Prepared, start: str | None = None) -> TrainState:
@@ -143,8 +143,8 @@ def _start(start: str, lora: LoRAConfig | None, mesh: Mesh | None) -> Nemotron:
     """The model of a directory that a run begins with; adapters that it has become its own."""
     if lora is None:
         return load_pretrained(start, mesh=mesh, layout="training")
-    options = {"mesh": mesh, "experts": lora.base_experts, "layout": "training"}
-    model = load_rounded(start, lora.base_dtype, **options)
+    held = lora.base_experts
+    model = load_rounded(start, lora.base_dtype, mesh=mesh, experts=held, layout="training")
     if not has_adapters(model):
         return model
     merged = as_base(merge_adapters(unpacked(model)), lora)

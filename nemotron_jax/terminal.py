@@ -112,8 +112,9 @@ def _checked(flags: argparse.Namespace) -> Wanted:
         value = getattr(flags, name)
         ok = value is None or bound <= value < 2**31
         check_value("chat", name, value, ok, f"must be from {bound} to {2**31 - 1}")
-    sampling = {"temperature": flags.temperature, "top_p": flags.top_p, "seed": flags.seed}
-    return Wanted(flags.max_tokens, **sampling)
+    return Wanted(
+        flags.max_tokens, temperature=flags.temperature, top_p=flags.top_p, seed=flags.seed
+    )
 
 
 def chat(

@@ -222,8 +222,9 @@ class Lockstep:
             capacity += padded(max(map(len, texts))) + _room(jobs)
         else:
             capacity += bound + padded(bound)
-        sizes = {"rows": len(new), "capacity": capacity, "mtp": self.speculative > 0}
-        cache, hidden = empty_rows(self._weights, **sizes)
+        cache, hidden = empty_rows(
+            self._weights, rows=len(new), capacity=capacity, mtp=self.speculative > 0
+        )
         scored = {texts.index(job.text): job for job in jobs if job.request.wanted.prompt_logprobs}
         cache, hidden = self._read(cache, hidden, new, scored)
         for job in jobs:

@@ -159,8 +159,8 @@ def _with_mtp(
     first = before.length == 0  # nothing stands before the row's first token
     moved = lambda a: jnp.where(first.reshape(-1, *(1,) * (a.ndim - 1)), jnp.roll(a, -1, 1), a)
     count = jnp.maximum(fed.count - first, 0)
-    options = {"cache": before.mtp, "lengths": count, "execution": execution}
-    mtp = model.mtp_step(moved(known), moved(fed.tokens), **options).cache
+    hidden, tokens = moved(known), moved(fed.tokens)
+    mtp = model.mtp_step(hidden, tokens, cache=before.mtp, lengths=count, execution=execution).cache
     last = last_hidden(fed.hidden, fed.count)
     last = jnp.where((fed.count > 0)[:, None], last, before.hidden)
     return dataclasses.replace(after, mtp=mtp, hidden=last)

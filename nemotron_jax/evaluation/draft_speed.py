@@ -61,12 +61,12 @@ def _tokens_per_second(
     model: Nemotron, prompts: Sequence[Sequence[int]], new_tokens: int, seed: int, k: int
 ) -> tuple[float, float]:
     """Of a loop that is compiled already, the prompt's prefill taken off; and the mean length."""
-    options = {"temperature": 1.0, "seed": seed, "speculative": k}
-    generate(model, prompts, new_tokens, **options)  # compiles
+    run = functools.partial(generate, model, prompts, temperature=1.0, seed=seed, speculative=k)
+    run(max_new_tokens=new_tokens)  # compiles
     seconds = []
     for tokens in (1, new_tokens):
         start = time.perf_counter()
-        result = generate(model, prompts, tokens, **options)
+        result = run(max_new_tokens=tokens)
         seconds.append(time.perf_counter() - start)
     length = result.acceptance.mean_length if k else 1.0
     return len(prompts) * (new_tokens - 1) / (seconds[1] - seconds[0]), length

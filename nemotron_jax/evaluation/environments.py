@@ -16,7 +16,13 @@ from nemotron_jax.environments.catalogue import find, task_source
 from nemotron_jax.environments.turns import Turn
 from nemotron_jax.evaluation.answers import Answer, Ask
 from nemotron_jax.evaluation.context import Context
-from nemotron_jax.evaluation.statistics import counts_of, items_of, pass_items, value_over
+from nemotron_jax.evaluation.statistics import (
+    counts_of,
+    items_of,
+    pass_items,
+    pass_values,
+    value_over,
+)
 from nemotron_jax.evaluation.subject import Subject
 from nemotron_jax.evaluation.suite import (
     Plot,
@@ -275,17 +281,14 @@ def summarise(lines: Sequence[Line], options: Options) -> Result:
     if not items_of(lines):
         reasons = sorted({line["reason"] for line in lines})
         raise Unavailable(f"no task could be judged: {'; '.join(reasons[:2])}")
-    share = {"unit": "share"}
-    values = {"reward": value_over(items_of(lines), **share)}
-    for k in sorted({1, options.k}):
-        values[f"pass@{k}"] = value_over(pass_items(lines, k), **share)
-        if k > 1:
-            values[f"pass^{k}"] = value_over(pass_items(lines, k, every=True), **share)
+    values = {"reward": value_over(items_of(lines), unit="share")}
+    values |= pass_values(lines, options.k, unit="share")
     rows, curves = [], {}
     for name, part in groups.items():
         if not (items := items_of(part)):
             continue
-        mean, solved = value_over(items, **share), value_over(pass_items(part, 1), **share)
+        mean = value_over(items, unit="share")
+        solved = value_over(pass_items(part, 1), unit="share")
         values[f"reward/{name}"], values[f"pass@1/{name}"] = mean, solved
         low, high = mean.interval or (None, None)
         environment, level = part[0]["environment"], part[0]["level"]

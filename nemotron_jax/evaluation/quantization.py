@@ -180,14 +180,13 @@ def _compared(form: Form, own: Form, text: Text, pages: Sequence[_Pages]) -> dic
         for n, own_places in enumerate(spoken)
         if own_places.any()
     }
-    share = {"unit": "share", "chance": None}
     return {
         "bits_per_byte": value_over(
             by_document(text.document, bits, text.bytes), unit="bits", better="lower"
         ),
         "kl": value_over(of_documents(kl), unit="nats", better="lower"),
-        "same_token": value_over(of_documents(same.astype(np.float64)), **share),
-        "same_token_of_answers": value_over(answers, **share),
+        "same_token": value_over(of_documents(same.astype(np.float64)), unit="share"),
+        "same_token_of_answers": value_over(answers, unit="share"),
     }
 
 

@@ -169,9 +169,9 @@ def summarise(rows: dict[int, tuple[Sequence[Streamed], float]]) -> Result:
         slowest, longest = float(np.percentile(rates, 1)), float(np.percentile(waits, 99))
         figures = (rate, slowest, whole, wait, longest, "yes" if passes else "no")
         table.append((streams, len(found), len(found) - len(good), *figures))
-        unit = {"unit": "tokens/s", "n": len(good)}
-        values[f"user_of_{streams}_tokens_per_second"] = Value(rate, **unit)
-        values[f"all_of_{streams}_tokens_per_second"] = Value(whole, **unit)
+        users = len(good)
+        values[f"user_of_{streams}_tokens_per_second"] = Value(rate, n=users, unit="tokens/s")
+        values[f"all_of_{streams}_tokens_per_second"] = Value(whole, n=users, unit="tokens/s")
         says.append(
             f"{streams} at a time: {rate:.1f} tokens/s a user, the first after {wait:.2f} s (p99 "
             f"{longest:.2f} s), {len(found) - len(good)} of {len(found)} failed: "

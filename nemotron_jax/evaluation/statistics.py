@@ -13,12 +13,14 @@ NORMAL_95 = 1.959964  # standard deviations on either side of a mean's 95 % inte
 Items = Mapping[str, tuple[float, float]]
 
 
-def value_over(items: Items, **fields: Any) -> Value:
+def value_over(
+    items: Items, *, unit: str = "", chance: float | None = None, better: str = "higher"
+) -> Value:
     """The sum of the items' amounts over the sum of their sizes, with its 95 % interval.
 
     The interval of a ratio of means by linearisation, items being the sample (Cochran, Sampling
     Techniques, section 6.5); Wilson's where every item is 0 or 1 of 1; none for a single item.
-    `fields` are others of `Value`. Raises ValueError without items.
+    The rest are fields of `Value`. Raises ValueError without items.
     """
     if not items:
         raise ValueError("value_over: no item was scored, so there is no mean")
@@ -29,7 +31,7 @@ def value_over(items: Items, **fields: Any) -> Value:
         interval = wilson(int(amounts.sum()), len(amounts))
     else:
         interval = _linearised(amounts, sizes, mean)
-    return Value(mean, interval, len(items), items=dict(items), **fields)
+    return Value(mean, interval, len(items), unit, chance, better=better, items=dict(items))
 
 
 def percent(share: Value) -> Value:
@@ -90,6 +92,19 @@ def pass_items(
         task: (chance(sum(right), len(right), k), 1.0)
         for task, right in found.items()
         if len(right) >= k
+    }
+
+
+def pass_values(
+    lines: Sequence[Mapping[str, Any]], k: int, *, unit: str, chance: float | None = None
+) -> dict[str, Value]:
+    """pass@1, and with several samples a task pass@k and pass^k; those of no task left out."""
+    items = {"pass@1": pass_items(lines, 1)}
+    if k > 1:
+        items[f"pass@{k}"] = pass_items(lines, k)
+        items[f"pass^{k}"] = pass_items(lines, k, every=True)
+    return {
+        name: value_over(found, unit=unit, chance=chance) for name, found in items.items() if found
     }
 
 

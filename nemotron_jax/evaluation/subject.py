@@ -50,6 +50,12 @@ class Subject:
         if self.model is not None and self.model.mtp is None:
             raise Unavailable("this model has no MTP block to draft with")
 
+    def require_tokens(self, *tokens: str, way_out: str = "") -> None:
+        """Raise Unavailable, with a way out, for a tokenizer without these special tokens."""
+        if missing := set(tokens) - set(self.tokenizer.special_tokens):
+            found = f"its tokenizer has no {', '.join(sorted(missing))}: it knows no chat"
+            raise Unavailable(f"{found}; {way_out}" if way_out else found)
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """That of --tokenizer, or the checkpoint's own; ValueError where it has none, Unavailable
@@ -78,6 +84,11 @@ class Subject:
             path = self.tokenizer_path or str(self.checkpoint / TOKENIZER)
             data = dataclasses.replace(data, tokenizer=path)
         model = self.model or config.model
-        options = {"eos_token": model.eos_token, "progress": lambda line: None}
-        made = lambda: prepare(data, model.vocab_size, self.data_directory, **options)
+        made = lambda: prepare(
+            data,
+            model.vocab_size,
+            self.data_directory,
+            eos_token=model.eos_token,
+            progress=lambda line: None,
+        )
         return distributed.first_alone(made)[1]

@@ -83,9 +83,14 @@ def mix(
     order = sort_by_expert(index, num_experts, valid, align=quant.row_alignment(context))
     up, down, *adapters = matrices
     window = quant.window_rows(index.size, devices, context)
-    options = {"cuts": cuts, "codes": codes, "rows": rows, "context": context}
     if window and not adapters and not isinstance(up, Packed):
-        return quant.mix_in_windows(x, weights, up, down, order, window, **options), order.load
-    sorted_rows = quant.expert_mlp(gather_rows(x, order), up, down, order, adapters, **options)
+        mixed = quant.mix_in_windows(
+            x, weights, up, down, order, window, cuts=cuts, codes=codes, rows=rows, context=context
+        )
+        return mixed, order.load
+    x = gather_rows(x, order)
+    sorted_rows = quant.expert_mlp(
+        x, up, down, order, adapters, cuts=cuts, codes=codes, rows=rows, context=context
+    )
     dtype = jnp.float32 if cuts[0].owners else x.dtype
     return combine_rows(sorted_rows, weights, order, dtype), order.load

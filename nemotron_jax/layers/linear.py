@@ -1,7 +1,6 @@
 """A matrix, stored input-first, and its optional bias."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,10 +42,12 @@ class Linear(nnx.Module):
         rows: Rows = Rows(),
         out_dtype: jnp.dtype | None = None,
     ) -> Float[Array, "... Out"]:
-        options = {"role": self.role, "context": context, "rows": rows}
-        y = quant.dot(x, self.matrix(), out_dtype=out_dtype, **options)
+        y = quant.dot(
+            x, self.matrix(), role=self.role, context=context, rows=rows, out_dtype=out_dtype
+        )
         if self.adapter is not None:
-            y = _adapted(y, _dropped(x, self.adapter, options), self.adapter, None, context)
+            x = _dropped(x, self.adapter, self.role, rows)
+            y = _adapted(y, x, self.adapter, None, context)
         return self._biased(y)
 
     def matrix(self) -> Weight:
@@ -70,11 +71,12 @@ def project_together(
 ) -> list[Float[Array, "... _"]]:
     """What several projections of one role make of `x`, each in its dtype."""
     weights = [linear.matrix() for linear in linears]
-    options = {"role": linears[0].role, "context": context, "rows": rows}
-    products = quant.dot_together(x, weights, out_dtypes=out_dtypes, **options)
-    first = linears[0].adapter
+    role, first = linears[0].role, linears[0].adapter
+    products = quant.dot_together(
+        x, weights, role=role, context=context, rows=rows, out_dtypes=out_dtypes
+    )
     if first is not None:
-        x = _dropped(x, first, options)
+        x = _dropped(x, first, role, rows)
         products = [
             _adapted(y, x, linear.adapter, first, context)
             for linear, y in zip(linears, products, strict=True)
@@ -95,13 +97,13 @@ def _adapted(
 
 
 def _dropped(
-    x: Float[Array, "... In"], adapter: LowRank, options: Mapping[str, Any]
+    x: Float[Array, "... In"], adapter: LowRank, role: str, rows: Rows
 ) -> Float[Array, "... In"]:
     """The adapter's inputs with a share of them left out and the rest scaled up, in training: where
     there are random words. Which ones depends on the token's number, not on who computes it."""
-    rows, share = options["rows"], adapter.dropout
+    share = adapter.dropout
     if not share or rows.words is None:
         return x
-    words = nvfp4.fold(rows.words, _DROPOUT + ROLES.index(options["role"]))
+    words = nvfp4.fold(rows.words, _DROPOUT + ROLES.index(role))
     drawn = nvfp4.uniform(words, rows.numbers.reshape(-1), x.shape[-1]).reshape(x.shape)
     return jnp.where(drawn < share, 0, x / (1 - share)).astype(x.dtype)

@@ -103,10 +103,10 @@ def break_even(
     config: ModelConfig, device: Device, drafts: int, *, rows: int, context: int
 ) -> float:
     """The acceptance length at which `drafts` drafts are as fast as none: k c_d + c_v."""
-    options = {"rows": rows, "context": context}
-    step = step_seconds(config, device, **options)
-    verify = step_seconds(config, device, tokens=drafts + 1, **options)
-    return (drafts * draft_seconds(config, device, **options) + verify) / step
+    step = step_seconds(config, device, rows=rows, context=context)
+    verify = step_seconds(config, device, tokens=drafts + 1, rows=rows, context=context)
+    draft = draft_seconds(config, device, rows=rows, context=context)
+    return (drafts * draft + verify) / step
 
 
 def draft_cost(config: ModelConfig) -> float:

@@ -63,10 +63,10 @@ def products_of(config: ModelConfig, letter: str) -> tuple[Product, ...]:
         return (Product("mlp_up", width, hidden), Product("mlp_down", hidden, width))
     moe = config.moe
     inside = moe.latent_width or width
-    each = {"copies": moe.num_experts, "used": moe.experts_per_token}
+    every, used = moe.num_experts, moe.experts_per_token
     found = [
-        Product("expert_up", inside, moe.expert_width, **each),
-        Product("expert_down", moe.expert_width, inside, **each),
+        Product("expert_up", inside, moe.expert_width, copies=every, used=used),
+        Product("expert_down", moe.expert_width, inside, copies=every, used=used),
         Product("shared_up", width, moe.shared_width),
         Product("shared_down", moe.shared_width, width),
     ]

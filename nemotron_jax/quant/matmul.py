@@ -49,8 +49,9 @@ def dot(
     names the matmul for the precision recipe: where that wants a lower format, operands are
     quantised and dequantised, with random bits by the tokens' numbers in `rows`.
     """
-    options = {"role": role, "context": context, "rows": rows}
-    return dot_together(x, [weight], out_dtypes=[out_dtype], **options)[0]
+    return dot_together(x, [weight], role=role, context=context, rows=rows, out_dtypes=[out_dtype])[
+        0
+    ]
 
 
 def dot_together(

@@ -13,8 +13,9 @@ ACTIVATIONS = ("silu", None)
 
 def _definition(x, weight, bias, tail, documents, *, activation):
     """The definition under the signature of an implementation."""
-    options = {"tail": tail, "segment_ids": documents, "activation": activation}
-    return reference.causal_conv1d(x, weight, bias, **options)[0]
+    return reference.causal_conv1d(
+        x, weight, bias, tail=tail, segment_ids=documents, activation=activation
+    )[0]
 
 
 def _xla_gradients(operands, dy, *, activation):

@@ -233,9 +233,8 @@ def _require_package() -> None:
 
 def _ready(subject: Any, options: LmEvalOptions) -> None:
     _require_package()
-    known = subject.tokenizer.special_tokens
-    if options.chat and "<|im_start|>" not in known:
-        raise Unavailable("its tokenizer has no <|im_start|>: it knows no chat; chat=False")
+    if options.chat:
+        subject.require_tokens("<|im_start|>", way_out="chat=False")
 
 
 SUITE = Suite(

@@ -220,9 +220,8 @@ def _template_tokens(tokenizer: Any, options: RulerOptions) -> int:
 
 
 def _ready(subject: Any, options: RulerOptions) -> None:
-    known = subject.tokenizer.special_tokens
-    if options.mode == "chat" and "<|im_start|>" not in known:
-        raise Unavailable("its tokenizer has no <|im_start|>: it knows no chat; mode=completion")
+    if options.mode == "chat":
+        subject.require_tokens("<|im_start|>", way_out="mode=completion")
 
 
 SUITE = Suite(

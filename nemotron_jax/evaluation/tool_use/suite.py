@@ -8,7 +8,7 @@ from nemotron_jax.config.checks import at_least_one, check
 from nemotron_jax.data.chat.tokens import encode_chat
 from nemotron_jax.environments.base import Task, play
 from nemotron_jax.evaluation.answers import Answer, Ask
-from nemotron_jax.evaluation.statistics import counts_of, pass_items, value_over
+from nemotron_jax.evaluation.statistics import counts_of, pass_values
 from nemotron_jax.evaluation.suite import (
     Result,
     Score,
@@ -176,7 +176,7 @@ def summarise(lines: Sequence[Mapping[str, Any]], options: ToolOptions) -> Resul
     for prefix, names in kinds.items():
         some = [line for line in lines if line["gold"]["kind"] in names]
         chance = sum(line["gold"]["kind"] == "irrelevant" for line in some) / max(len(some), 1)
-        found = _passes(some, k, chance)
+        found = pass_values(some, k, unit="share of tasks", chance=chance)
         values |= {prefix + name: value for name, value in found.items()}
         if prefix:
             rows.append(_row(names[0], some, found, options))
@@ -191,15 +191,6 @@ def summarise(lines: Sequence[Mapping[str, Any]], options: ToolOptions) -> Resul
         tables=(Table(title, columns, tuple(rows)),),
         headline=("pass@1",) if k == 1 else ("pass@1", f"pass^{k}"),
     )
-
-
-def _passes(lines: Sequence[Mapping[str, Any]], k: int, chance: float) -> dict[str, Value]:
-    items = {"pass@1": pass_items(lines, 1)}
-    if k > 1:
-        items[f"pass@{k}"] = pass_items(lines, k)
-        items[f"pass^{k}"] = pass_items(lines, k, every=True)
-    fields = {"unit": "share of tasks", "chance": chance}
-    return {name: value_over(found, **fields) for name, found in items.items() if found}
 
 
 def _row(
@@ -224,9 +215,7 @@ def _row(
 def _ready(subject: Any, options: ToolOptions) -> None:
     if subject.url:
         return
-    names = subject.tokenizer.special_tokens
-    if missing := {"<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"} - set(names):
-        raise Unavailable(f"its tokenizer has no {', '.join(sorted(missing))}: it knows no chat")
+    subject.require_tokens("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>")
 
 
 def _longest(subject: Any, options: ToolOptions) -> int:
