@@ -124,11 +124,11 @@ def test_dropout_leaves_out_its_share_by_the_number_of_a_token() -> None:
 def test_dropout_reaches_every_linear_and_no_expert(base, monkeypatch) -> None:
     found, dropped = set(), linear_module._dropped
 
-    def recorded(x, adapter, options):
+    def recorded(x, adapter, role, rows):
         assert adapter.dropout == 0.5
-        assert options["rows"].words is not None and options["rows"].numbers is not None
-        found.add(options["role"])
-        return dropped(x, adapter, options)
+        assert rows.words is not None and rows.numbers is not None
+        found.add(role)
+        return dropped(x, adapter, role, rows)
 
     monkeypatch.setattr(linear_module, "_dropped", recorded)
     targets = tuple(target for target in TARGETS if target != "experts")
