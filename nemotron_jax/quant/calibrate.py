@@ -35,7 +35,7 @@ def nvfp4_codes(
         q = _nearest(matrix)
         steps = jnp.repeat(q.scales.astype(jnp.float32), xla.BLOCK, axis=1)
         numbers = xla.values(nvfp4.unpack(q.codes, implementation="xla"))
-        return q.codes, q.scales, _settled(matrix, numbers, steps, q.amax / 2688)
+        return q.codes, q.scales, _settled(matrix, numbers, steps, q.factor)
     return _searched(matrix, method)
 
 

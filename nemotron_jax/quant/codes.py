@@ -34,7 +34,7 @@ class Codes:
         *leading, rows, columns = steps.shape
         wide = (*leading, rows, BLOCK, columns, BLOCK)
         steps = jnp.broadcast_to(steps[..., :, None, :, None], wide)
-        return numbers * steps.reshape(numbers.shape), self.amax / 2688
+        return numbers * steps.reshape(numbers.shape), self.amax / xla.REACH
 
 
 def is_kept(role: str, precision: PrecisionConfig) -> bool:

@@ -82,7 +82,7 @@ def quantize_experts(
 
     def one(matrix: Float[Array, "K N"]) -> tuple[Array, Array, Array]:
         q = nvfp4.quantize(matrix.T, block=(1, BLOCK), implementation=implementation)
-        return nvfp4.unpack(q.codes, implementation="xla").T, q.scales.T, q.amax / 2688
+        return nvfp4.unpack(q.codes, implementation="xla").T, q.scales.T, q.factor
 
     return pack_experts(*jax.lax.map(one, matrices))
 

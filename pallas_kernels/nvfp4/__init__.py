@@ -1,6 +1,7 @@
 """NVFP4 and MXFP8: emulated quantisation, packed codes, and the Hadamard transform."""
 
 from pallas_kernels.nvfp4.op import (
+    REACH,
     Quantized,
     dequantize,
     hadamard,
@@ -15,6 +16,7 @@ from pallas_kernels.nvfp4.op import (
 from pallas_kernels.nvfp4.random import fold, key_words, uniform
 
 __all__ = [
+    "REACH",
     "Quantized",
     "dequantize",
     "fold",

@@ -1,7 +1,7 @@
 """NVFP4 quantisation: contract, checks, padding, random numbers.
 
 An element is one of 16 codes (E2M1); a block of 16 shares a float8 scale (E4M3), and the tensor one
-float32 scale, its largest magnitude / 2688. Nothing here has a derivative: what trains through a
+float32 scale, its largest magnitude / REACH. Nothing here has a derivative: what trains through a
 quantiser passes gradients on unchanged and says so where it does.
 """
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels import dispatch
 from pallas_kernels.nvfp4 import pallas_tpu, random, reference, tpu_codes, xla
 
+REACH = xla.REACH  # a matrix whose largest magnitude is this has the factor 1
 BLOCKS = ((1, 16), (16, 1), (16, 16))
 MXFP8_BLOCKS = ((1, 32), (32, 1))
 
@@ -30,6 +31,11 @@ class Quantized:
     amax: Float[Array, ""]
     block: tuple[int, int] = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})  # without its padding
+
+    @property
+    def factor(self) -> Float[Array, ""]:
+        """The float32 scale of the whole matrix: an element is code times block scale times it."""
+        return self.amax / REACH
 
 
 def _drawn(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +70,7 @@ def _reference_round_trip(x, block, numbers, amax, *, hadamard):
     x = reference.hadamard(x).T if hadamard else x
     amax = jnp.repeat(amax, 16, axis=0) if amax.ndim and block[0] == 1 else amax
     codes, scales, _ = reference.quantize(x, block, numbers, amax)
-    return reference.dequantize(codes, scales, 2688, block)
+    return reference.dequantize(codes, scales, REACH, block)
 
 
 # Operands: (x, words, rows, amax); without words rounding is to the nearest.
@@ -163,7 +169,7 @@ def quantize(
 def dequantize(q: Quantized) -> Float[Array, "R C"]:
     """The float32 matrix that codes and scales stand for."""
     scale = xla.spread(q.scales.astype(jnp.float32), q.block)
-    value = xla.values(unpack(q.codes)) * scale * (q.amax / 2688)
+    value = xla.values(unpack(q.codes)) * scale * q.factor
     return value[: q.shape[0], : q.shape[1]]
 
 
@@ -179,10 +185,10 @@ def round_trip(
     implementation: str | None = None,
     target: str | None = None,
 ) -> Float[Array, "R C"]:
-    """`dequantize(quantize(x)) / (amax / 2688)` in float32, without making the codes.
+    """`dequantize(quantize(x)) / (amax / REACH)` in float32, without making the codes.
 
     Every element is an E2M1 number times its block's scale, exact in bfloat16, so a product of two
-    such matrices in bfloat16 with float32 sums is NVFP4's own; the two factors amax / 2688 belong
+    such matrices in bfloat16 with float32 sums is NVFP4's own; the two factors amax / REACH belong
     to the result. `amax` is the tensor's (x's own by default), or one for each 16 rows [R/16, 1]
     where several tensors lie one after another. `rows` are the numbers by which rows draw their
     random bits, 0, 1, … by default. With `hadamard` it is `hadamard_rows(x)` that is quantised, and

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0..7; bit 3 is the sign
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # of the Hadamard transform
 LARGEST = 3.4028235e38
+REACH = 2688  # the largest code, 6, times the largest scale of a block, 448
 
 
 def quantize(
@@ -23,7 +24,7 @@ def quantize(
     height, width = block
     tiles = x.reshape(x.shape[0] // height, height, x.shape[1] // width, width)
     amax = jnp.max(jnp.abs(x)) if amax is None else amax
-    encode = jnp.minimum(2688 / amax, LARGEST)
+    encode = jnp.minimum(REACH / amax, LARGEST)
     encode = jnp.where((amax == 0) | (encode == 0), 1.0, encode)
     # The product with the rounded sixth is TransformerEngine's; dividing by six rounds elsewhere.
     scales = jnp.max(jnp.abs(tiles), (1, 3)) * (encode * jnp.float32(1 / 6))
@@ -42,7 +43,7 @@ def dequantize(
     magnitude = jnp.array(MAGNITUDES)[codes % 8]
     value = jnp.where(codes >= 8, -magnitude, magnitude)
     scale = jnp.repeat(jnp.repeat(scales.astype(jnp.float32), block[0], 0), block[1], 1)
-    return value * scale * (amax / 2688)
+    return value * scale * (amax / REACH)
 
 
 def nearest(magnitude: Float[Array, "..."]) -> Float[Array, "..."]:

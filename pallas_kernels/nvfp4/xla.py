@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 BLOCK = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # of the Hadamard transform
 LARGEST = 3.4028235e38
+REACH = 2688  # the largest code, 6, times the largest scale of a block, 448
 ROUNDING = 1.5 * 2**23  # floats of this size are one apart, and so they are down to its negative
 
 
@@ -47,7 +48,7 @@ def round_trip(
     *,
     hadamard: bool,
 ) -> Float[Array, "R C"]:
-    """What quantising and dequantising leaves of x, but for the factor amax / 2688: float32.
+    """What quantising and dequantising leaves of x, but for the factor amax / REACH: float32.
 
     Each element is an E2M1 number times a block scale: exact in bfloat16, as are its products.
     `amax` is one number, or one for each 16 rows [R/16, 1].
@@ -89,7 +90,7 @@ def nearest_e4m3(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def encoding(amax: Array) -> Array:
     """The factor that brings a tensor of this largest magnitude within the format's 6 times 448."""
-    encode = jnp.minimum(2688 / amax, LARGEST)
+    encode = jnp.minimum(REACH / amax, LARGEST)
     return jnp.where((amax == 0) | (encode == 0), 1.0, encode)
 
 
