@@ -39,7 +39,7 @@ class Reporter:
         self._probes, self._samples = probes, samples
         self.log = MetricsLog(directory.metrics, step, writer=directory.writer)
         writes_samples = samples is not None and directory.writer
-        self._samples = SamplesLog(directory.samples, step) if writes_samples else None
+        self._samples_log = SamplesLog(directory.samples, step) if writes_samples else None
         self._board = tensorboardX.SummaryWriter(
             str(directory.tensorboard),
             purge_step=step + 1 if step else None,
@@ -138,5 +138,5 @@ class Reporter:
         if self._samples is not None:
             text = self._samples(model)
             self._board.add_text("sample", text, step)
-            if self._samples is not None:
-                self._samples.append(step, text)
+            if self._samples_log is not None:
+                self._samples_log.append(step, text)
