@@ -55,6 +55,10 @@ MICROSCALED = {
 }
 
 
+def states(model, tokens, execution):
+    return model(tokens, execution=execution, key=KEY).hidden
+
+
 def loss(model, tokens, execution, key=KEY):
     output = model(tokens, execution=execution, key=key)
     mtp = model.mtp(output.hidden, tokens, 1, execution=execution).hidden
@@ -134,13 +138,22 @@ def test_supers_map_has_the_published_counts():
     assert UnitTable.parse(pattern).runs(88) == [slice(0, 40)]
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
-def test_a_scan_over_runs_of_layers_equals_the_layers_one_by_one(remat):
+@pytest.mark.parametrize(
+    ("function", "remat"),
+    [
+        (states, "none"),
+        pytest.param(jax.value_and_grad(loss), "full", marks=pytest.mark.more),
+        pytest.param(jax.value_and_grad(loss), "none", marks=pytest.mark.slow),
+    ],
+    ids=["states", "gradients-full", "gradients-none"],
+)
+def test_a_scan_over_runs_of_layers_equals_the_layers_one_by_one(function, remat):
     model, tokens = tiny_model(PATTERN, "*E"), random_tokens(0, 2, 17)
-    compiled = quick_jit(jax.value_and_grad(loss), static_argnums=2)
+    compiled = quick_jit(function, static_argnums=2)
+    scan = execution(layers="scan", remat=remat)
     plain, one, scanned = (
         compiled(model, tokens, chosen)
-        for chosen in (nj.Execution(), execution(layers="unrolled"), execution(remat=remat))
+        for chosen in (nj.Execution(), execution(layers="unrolled"), scan)
     )
     # Where float32 sums in another order a code may flip. That is little beside what quantising
     # does; another stream of random numbers, or another layer's format, is as much.
