@@ -83,7 +83,7 @@ def mix(
     order = sort_by_expert(index, num_experts, valid, align=quant.row_alignment(context))
     up, down, *adapters = matrices
     window = quant.window_rows(index.size, devices, context)
-    if window and not adapters and not isinstance(up, Packed):
+    if window and not adapters:
         mixed = quant.mix_in_windows(
             x, weights, up, down, order, window, cuts=cuts, codes=codes, rows=rows, context=context
         )

@@ -113,7 +113,7 @@ def expert_mlp(
     x, sizes = x.astype(context.dtype), order.group_sizes
     kernel = {"implementation": context.kernel("grouped_matmul"), "target": context.target}
     if isinstance(up, Packed):
-        _check_high(up, context)
+        check_high(up, context)
         if not adapters:
             hidden = packed.product(x, up, sizes, cuts[0], kernel, activation="relu2")
             return packed.product(hidden, down, sizes, cuts[1], kernel)
@@ -161,7 +161,8 @@ def row_numbers(
     return jnp.where(order.holds, entries, ~fillers)
 
 
-def _check_high(up: Packed, context: Context) -> None:
+def check_high(up: Packed, context: Context) -> None:
+    """Raise ValueError where a recipe would quantise what is codes already."""
     if any(context.format(role) != HIGH for role in EXPERT_ROLES):
         raise ValueError(
             f"{up.name} are NVFP4 codes, and the precision recipe would quantise them again; use "

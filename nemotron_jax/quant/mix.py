@@ -8,12 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nemotron_jax.config.precision import HIGH
-from nemotron_jax.quant import mix_emulated, observe, windows
+from nemotron_jax.quant import mix_emulated, mix_packed, observe, windows
 from nemotron_jax.quant.codes import Codes
-from nemotron_jax.quant.matmul import EXPERT_ROLES, row_alignment, row_numbers, spec_of, words_of
+from nemotron_jax.quant.matmul import (
+    EXPERT_ROLES,
+    check_high,
+    row_alignment,
+    row_numbers,
+    spec_of,
+    words_of,
+)
 from nemotron_jax.quant.windows import Loop, Window
 from nemotron_jax.sharding.weights import Cuts, scattered, whole
-from nemotron_jax.types import Context, Rows
+from nemotron_jax.types import Context, Packed, Rows
 from pallas_kernels import ExpertOrder, grouped_mlp, grouped_mlp_gradients
 
 
@@ -32,8 +39,8 @@ def window_rows(entries: int, devices: int, context: Context) -> int | None:
 def mix_in_windows(
     x: Float[Array, "N L"],
     weights: Float[Array, "N R"],
-    up: Float[Array, "_ _ _"],
-    down: Float[Array, "_ _ _"],
+    up: Float[Array, "_ _ _"] | Packed,
+    down: Float[Array, "_ _ _"] | Packed,
     order: ExpertOrder,
     window: int,
     *,
@@ -48,9 +55,13 @@ def mix_in_windows(
     time, as many times as this device's own load needs: one with every token takes longer, none
     needs more memory, and nothing is dropped. No device waits for another inside of a loop. Groups
     of `order` are aligned as the formats want; `up` and `down` are this device's parts, cut as
-    `cuts` say; `rows` are the N tokens'.
+    `cuts` say; `rows` are the N tokens'. Raises ValueError as `expert_mlp` does.
     """
     x = x.astype(context.dtype)
+    if isinstance(up, Packed):
+        check_high(up, context)
+        kernel = {"implementation": context.kernel("grouped_matmul"), "target": context.target}
+        return mix_packed.mix(x, weights, (up, down), order, window, cuts=cuts, kernel=kernel)
     if context.format(EXPERT_ROLES[0]) == HIGH:
         settings = Settings(window, cuts, context.kernel("grouped_matmul"), context.target)
         return _mix(settings, x, weights, up, down, order)
@@ -97,11 +108,11 @@ def _mix_forward(settings: Settings, *arrays: Array) -> tuple[Array, tuple]:
 
 def _mix_backward(settings: Settings, arrays: tuple, dout: Array) -> tuple:
     x, weights, up, down, order = arrays
-    matrices = _matrices(settings, x, up, down)
+    matrices, dout = _matrices(settings, x, up, down), windows.as_it_came(dout, x)
 
     def add(window: Window, totals: tuple) -> tuple:
         dx, products, dup, ddown = totals
-        rows, given = window.of(x), window.of(dout)
+        rows, given = window.of(x), window.of(dout).astype(jnp.float32)
         y = grouped_mlp(rows, *matrices, window.sizes, **settings.kernel)  # kept by nobody
         dy = (given * window.weight[:, None]).astype(x.dtype)
         drows, *more = grouped_mlp_gradients(rows, *matrices, window.sizes, dy, **settings.kernel)

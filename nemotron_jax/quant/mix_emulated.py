@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nemotron_jax.quant import windows
 from nemotron_jax.quant.codes import Codes
 from nemotron_jax.quant.emulated import GroupedRows, Spec, expert_operand, with_whole_experts
 from nemotron_jax.quant.operands import DGRAD, FPROP, GRADIENT, INPUT, WEIGHT, WGRAD, treatments
@@ -162,6 +163,7 @@ def _mix_backward(settings: Settings, given: Given, dout: Array) -> tuple[Given]
     own = _experts(settings, given)
     specs, matrices = (settings.up, settings.down), (given.up, given.down)
     turned = map(_turned, specs, matrices, (own.up, own.down))
+    dout = windows.as_it_came(dout, own.x)
     back = _Backward(own, dout, own.largest_of_x(), *turned)
     of_down, held = back.look()
     of_up, held = back.look_further(of_down, held)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def product(
     gradient is asked for through them: at all, or of themselves where they are a base.
     """
     settings = Settings(packed.name, packed.is_base, activation, **kernel)
-    return _product(settings, x, _whole(packed.value, cuts), sizes)
+    return _product(settings, x, whole(packed.value, cuts), sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,13 +59,8 @@ def _product(settings: Settings, x: Array, experts: PackedExperts, sizes: Array)
 
 
 def _forward(settings: Settings, x, experts, sizes) -> tuple:
-    moved = any(leaf.perturbed for leaf in jax.tree.leaves(experts, is_leaf=_is_primal))
-    if moved or not settings.is_base:
-        raise ValueError(
-            f"{settings.name} are NVFP4 codes, through which no gradient is computed; train "
-            "adapters beside them, or unpacked(model)"
-        )
-    x, experts, sizes = jax.tree.map(lambda p: p.value, (x, experts, sizes), is_leaf=_is_primal)
+    experts = without_gradient(settings, experts)
+    x, sizes = values((x, sizes))
     y = grouped_matmul_packed(x, experts, sizes, **settings.kernel)
     if settings.activation is None:
         return y, (experts, sizes, None)
@@ -83,11 +79,28 @@ def _backward(settings: Settings, residuals: tuple, dy: Array | SymbolicZero) ->
 _product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def without_gradient(settings: Settings, experts: Any) -> PackedExperts:
+    """The codes that a product's forward pass is given with symbolic zeros. Raises ValueError where
+    a gradient is asked for that they do not give."""
+    moved = any(leaf.perturbed for leaf in jax.tree.leaves(experts, is_leaf=_is_primal))
+    if moved or not settings.is_base:
+        raise ValueError(
+            f"{settings.name} are NVFP4 codes, through which no gradient is computed; train "
+            "adapters beside them, or unpacked(model)"
+        )
+    return values(experts)
+
+
+def values(given: Any) -> Any:
+    """A forward pass's arrays, as it is given them with symbolic zeros."""
+    return jax.tree.map(lambda primal: primal.value, given, is_leaf=_is_primal)
+
+
 def _is_primal(node: object) -> bool:
     return hasattr(node, "perturbed")
 
 
-def _whole(experts: PackedExperts, cuts: Cuts) -> PackedExperts:
+def whole(experts: PackedExperts, cuts: Cuts) -> PackedExperts:
     """All own experts' codes from this device's part of them, as they travel: bits."""
 
     def joined(part: Array) -> Array:

@@ -12,6 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import ExpertOrder
 
 STEP = 8  # rows that a window is a multiple of: a tile of float32 on a TPU
+# Rows whose values are added up at one time. They are copied in float32 for it, by token: of a
+# whole window that would be the most that any product of the backward pass holds.
+ADDED_ROWS = 8192
 
 
 def window_rows(entries: int, devices: int, factor: float, align: int = 1) -> int | None:
@@ -23,6 +26,12 @@ def window_rows(entries: int, devices: int, factor: float, align: int = 1) -> in
     step = math.lcm(STEP, align)
     rows = step * math.ceil(factor * entries / devices / step)
     return rows if rows < entries else None
+
+
+def as_it_came(dout: Float[Array, "N L"], x: Float[Array, "N L"]) -> Float[Array, "N L"]:
+    """The gradient of float32 sums in the dtype of their tokens, in which it travelled to the
+    experts: the same numbers, and not a float32 array of all devices' tokens."""
+    return dout.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -51,9 +60,21 @@ class Window:
 
         Sorted by token, so that sums have one order and neighbours share what they write to.
         """
-        by_token = jnp.argsort(self.token)
-        values = jnp.where(self.holds[:, None], values, 0).astype(jnp.float32)[by_token]
-        return total.at[self.token[by_token]].add(values, indices_are_sorted=True)
+        by_token, rows = jnp.argsort(self.token), self.token.shape[0]
+        height = min(ADDED_ROWS, rows)
+
+        def piece(i: Array, total: Array) -> Array:
+            start = jnp.minimum(i * height, rows - height)
+            row = jax.lax.dynamic_slice(by_token, (start,), (height,))
+            fresh = start + jnp.arange(height) >= i * height  # the last piece may reach back
+            kept = (self.holds[row] & fresh)[:, None]
+            added = jnp.where(kept, values[row], 0).astype(jnp.float32)
+            return total.at[self.token[row]].add(added, indices_are_sorted=True)
+
+        count = -(-rows // height)
+        return (
+            piece(jnp.int32(0), total) if count == 1 else jax.lax.fori_loop(0, count, piece, total)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from nemotron_jax.config.run import MeshConfig
 from nemotron_jax.layers.init import Init
 from nemotron_jax.layers.latent_moe import LatentMoE
 from nemotron_jax.layers.low_rank import LowRank
-from nemotron_jax.quant import mix_emulated
+from nemotron_jax.layers.packed import PackedMatrix
+from nemotron_jax.quant import mix_emulated, windows
 from nemotron_jax.quant.matmul import EXPERT_ROLES
 from nemotron_jax.sharding import make_mesh
 from nemotron_jax.sharding.weights import cuts_of
@@ -75,6 +76,8 @@ def assert_close(got: dict, expected: dict) -> None:
     [
         ((1, 1, 4), 0.3, "crowded"),
         ((1, 1, 4), 0.3, "crowded nvfp4"),
+        ((1, 1, 4), 0.3, "crowded packed"),
+        pytest.param((1, 2, 2), 0.3, "crowded packed", marks=pytest.mark.more),
         *(
             pytest.param(sizes, factor, variant, marks=pytest.mark.more)
             for sizes, factor in WINDOWS
@@ -154,6 +157,18 @@ def test_a_window_is_a_share_of_a_balanced_load_or_there_is_none():
         context(0)
 
 
+@pytest.mark.parametrize("rows", [7, 12, 24])
+def test_a_windows_rows_are_added_piece_by_piece(monkeypatch, rows):
+    monkeypatch.setattr(windows, "ADDED_ROWS", rows)
+    rng = np.random.default_rng(0)
+    token, holds = rng.integers(0, 5, 24), rng.random(24) < 0.8
+    values, total = rng.standard_normal((24, 3)), rng.standard_normal((5, 3))
+    window = windows.Window(jnp.int32(0), jnp.asarray(token), None, jnp.asarray(holds), None, None)
+    found = jax.jit(lambda total, values: window.add(total, values))(total, values)
+    np.add.at(total, token[holds], values[holds])
+    np.testing.assert_allclose(found, total, rtol=1e-5, atol=1e-6)
+
+
 def test_experts_stay_where_they_are_and_other_parts_travel():
     weight = Weight(jnp.zeros((8, 32, 48)), ("experts", "latent", "expert_hidden"))
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, fsdp=2), jax.devices())):
@@ -173,10 +188,13 @@ def on_mesh(
     mesh = MeshConfig(*sizes)
     layer, x, cotangent = layer_of(variant), *normal(0, 2, rows, LENGTH, WIDTH)
     with jax.set_mesh(make_mesh(mesh, jax.devices())):
-        run = gradient(formats_of(variant), factor)
+        packed = "packed" in variant  # its codes have no gradient
+        run = gradient(formats_of(variant), factor, (1,) if packed else (0, 1))
         words = jnp.array([1, 2], jnp.uint32)
-        (of_layer, of_x), (y, metrics) = jax.device_get(run(layer, x, cotangent, words))
-    found = by_name(of_layer) | {"x": of_x, "y": y, "aux_loss": metrics.aux_loss}
+        found, (y, metrics) = jax.device_get(run(layer, x, cotangent, words))
+    *of_layer, of_x = found
+    found = by_name(of_layer[0]) if of_layer else {}
+    found |= {"x": of_x, "y": y, "aux_loss": metrics.aux_loss}
     return found, metrics.load
 
 
@@ -186,9 +204,9 @@ def by_name(layer: LatentMoE) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def gradient(formats: tuple, factor: float):
-    """Of the sum of outputs times a cotangent, and of the balance loss."""
-    return quick_jit(jax.grad(functools.partial(loss, formats, factor), (0, 1), has_aux=True))
+def gradient(formats: tuple, factor: float, by: tuple[int, ...] = (0, 1)):
+    """Of the sum of outputs times a cotangent, and of the balance loss, by the layer and x."""
+    return quick_jit(jax.grad(functools.partial(loss, formats, factor), by, has_aux=True))
 
 
 def formats_of(variant: str) -> tuple[tuple[str, str], ...]:
@@ -230,6 +248,11 @@ def layer_of(variant: str) -> LatentMoE:
     if "crowded" in variant:
         bias = jnp.where(jnp.arange(8) == 5, 10.0, 0.0)  # every token's first choice
         layer.router.selection_bias[...] = bias
+    if "packed" in variant:
+        for name in ("up", "down"):
+            matrices = PackedMatrix.of(getattr(layer.experts, name))
+            matrices.is_base = True
+            setattr(layer.experts, name, matrices)
     if variant == "adapters":
         experts = layer.experts
         for name, matrix in (("up_adapter", experts.up), ("down_adapter", experts.down)):
