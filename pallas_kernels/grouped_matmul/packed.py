@@ -164,6 +164,11 @@ TRANSPOSED = dispatch.Op(
     {
         "reference": dispatch.Implementation(dispatch.keeping_operands(_reference_transposed)),
         "xla": dispatch.Implementation(dispatch.keeping_operands(_xla_transposed)),
+        "pallas_tpu": dispatch.Implementation(
+            dispatch.keeping_operands(packed_tpu.matmul_transposed),
+            unsupported=packed_tpu.unsupported,
+            platforms=("tpu",),
+        ),
     },
 )
 
@@ -206,17 +211,14 @@ def grouped_matmul_packed_transposed(
     target: str | None = None,
 ) -> Float[Array, "rows K"]:
     """The rows times the transpose of their expert's matrix: what `grouped_matmul_packed` hands
-    back to its rows. One form serves all platforms; no kernel has been written.
+    back to its rows.
 
-    A named implementation of the forward product that this one lacks is taken for None. Raises
-    ValueError for shapes that disagree.
+    Raises ValueError for shapes that disagree and for an implementation that cannot run.
     """
     op = "grouped_matmul_packed_transposed"
     shapes = {"words": (packed.words, "E 2 B N"), "scales": (packed.scales, "E B N")}
     lines = {"factor": (packed.factor, "E"), "group_sizes": (group_sizes, "E")}
     dispatch.expect_shape(op, {}, lhs=(lhs, "rows N"), **shapes, **lines)
-    if implementation not in TRANSPOSED.implementations:
-        implementation = None
     operands = packed.words, packed.scales, packed.factor, group_sizes
     return TRANSPOSED(
         *(lhs, *operands), depth=packed.depth, implementation=implementation, target=target

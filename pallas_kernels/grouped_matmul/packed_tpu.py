@@ -3,7 +3,8 @@
 Grid and visits are `pallas_tpu`'s. The words of an expert's matrix are fetched once for all tiles
 of its group, and the first visit that has rows makes bfloat16 of them, which stays for the next
 visits of the same expert. Its rows are in an order of their own: in each 128, those that are first
-in their block of 16, then the second, and so on; lhs is put into it before the kernel.
+in their block of 16, then the second, and so on; lhs is put into it before the kernel, and what a
+transposed product makes is put back after it.
 """
 
 import functools
@@ -39,25 +40,60 @@ def matmul(
     interpret: Interpret = False,
 ) -> Float[Array, "rows N"]:
     """Rows times their expert's matrix, its factor and the activation; zeros past the groups."""
-    rows, width, depth = lhs.shape[0], words.shape[3], words.shape[2] * BLOCK
+    rows, depth = lhs.shape[0], words.shape[2] * BLOCK
     lhs = jnp.pad(lhs, [(0, 0), (0, depth - lhs.shape[1])])
     lhs = lhs.reshape(rows, -1, SUBLANES, BLOCK).swapaxes(2, 3).reshape(rows, depth)
+    experts = words, scales, factor
+    return _product(lhs, experts, group_sizes, activation=activation, interpret=interpret)
+
+
+def matmul_transposed(
+    lhs: Float[Array, "rows N"],
+    words: Float[Array, "E 2 B N"],
+    scales: Float[Array, "E B N"],
+    factor: Float[Array, "E"],
+    group_sizes: Int[Array, "E"],
+    *,
+    depth: int,
+    interpret: Interpret = False,
+) -> Float[Array, "rows K"]:
+    """Rows times the transpose of their expert's matrix, and its factor; K is `depth`."""
+    experts, rows = (words, scales, factor), lhs.shape[0]
+    out = _product(lhs, experts, group_sizes, transpose_rhs=True, interpret=interpret)
+    out = out.reshape(rows, -1, BLOCK, SUBLANES).swapaxes(2, 3)
+    return out.reshape(rows, -1)[:, :depth]
+
+
+def _product(
+    lhs: Float[Array, "rows _"],
+    experts: tuple[Array, Array, Array],
+    group_sizes: Int[Array, "E"],
+    *,
+    transpose_rhs: bool = False,
+    activation: str | None = None,
+    interpret: Interpret,
+) -> Float[Array, "rows _"]:
+    """A product with the matrices as they are made, whose rows are in an order of their own."""
+    words, scales, factor = experts
+    rows, width, depth = lhs.shape[0], words.shape[3], words.shape[2] * BLOCK
+    given, made = (width, depth) if transpose_rhs else (depth, width)
     height = tile_rows(rows, lhs.dtype.itemsize, depth, width)
     visits = by_tile(group_sizes, rows, height)
+    options = {"transpose_rhs": transpose_rhs, "activation": activation}
     call = pallas_tpu.over_visits(
-        functools.partial(_kernel, bound=visits.bound, activation=activation),
+        functools.partial(_kernel, bound=visits.bound, **options),
         visits,
         scalars=1,
-        inputs=[tile_block(height, depth), matrix_block(words.shape), matrix_block(scales.shape)],
-        outputs=[tile_block(height, width)],
-        shapes=[jax.ShapeDtypeStruct((rows, width), lhs.dtype)],
+        inputs=[tile_block(height, given), matrix_block(words.shape), matrix_block(scales.shape)],
+        outputs=[tile_block(height, made)],
+        shapes=[jax.ShapeDtypeStruct((rows, made), lhs.dtype)],
         scratch=[
             pltpu.VMEM((depth, width), jnp.bfloat16),  # the matrix
             pltpu.VMEM((depth // BLOCK, width), jnp.float32),  # its scales
             pltpu.SMEM((1,), jnp.int32),  # whose it is
         ],
         cost=(2 * rows * depth * width, lhs.nbytes + words.nbytes + scales.nbytes),
-        name="grouped_matmul_packed",
+        name="grouped_matmul_packed" + "_transposed" * transpose_rhs,
         interpret=interpret,
     )
     return call(*visits.tables(), factor, lhs, words, scales)[0]
@@ -85,14 +121,14 @@ def unsupported(lhs: Array, words: Array, *_: Any, **options: Any) -> str | None
 def _kernel(
     expert_ref, tile_ref, low_ref, high_ref, first_ref,
     factor_ref,  # [E] float32
-    lhs_ref,  # [height, K]
+    lhs_ref,  # [height, K], or [height, N]
     words_ref,  # [2, B, N] float32, as bits
     scales_ref,  # [B, N] float8
-    out_ref,  # [height, N]
+    out_ref,  # [height, N], or [height, K]
     matrix_ref,  # [K, N] bfloat16
     floats_ref,  # [B, N] float32
     holds_ref,  # [1] int32
-    *, bound, activation,
+    *, bound, transpose_rhs, activation,
 ):  # fmt: skip
     """Makes the visit's matrix unless it is there, and multiplies the visit's rows by it."""
     visit = pl.program_id(0) * bound + pl.program_id(1)
@@ -113,7 +149,7 @@ def _kernel(
     pallas_tpu.multiply_visit(
         *(tables, lhs_ref, matrix_ref, out_ref),
         bound=bound,
-        transpose_rhs=False,
+        transpose_rhs=transpose_rhs,
         activation=activation,
     )
 

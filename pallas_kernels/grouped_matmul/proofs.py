@@ -36,6 +36,7 @@ def proofs() -> Iterator[Proof]:
         yield _outer(name, narrow, wide, groups, sizes)
         yield _hidden(name, (narrow, up, down, groups, narrow), sizes)
         yield from _packed(name, routing)
+        yield _packed_rows(name, wide, routing.latent, sizes)
 
 
 def _skewed(rows: int, experts: int) -> np.ndarray:
@@ -121,12 +122,8 @@ def _packed(name: str, routing: specs.Routing) -> Iterator[Proof]:
         ("decode, up", routing.latent, routing.hidden, "relu2"),
         ("decode, down", routing.hidden, routing.latent, None),
     ):
-        blocks = -(-depth // packed_tpu.DEPTH) * packed_tpu.SUBLANES
-        experts = (
-            shape((routing.experts, 2, blocks, width), F32),
-            shape((routing.experts, blocks, width), jnp.float8_e4m3fn),
-            shape((routing.experts,), F32),
-        )
+        experts = _codes(routing.experts, depth, width)
+        blocks = experts[1].shape[1]
         lhs, out = shape((index.size, depth), BF16), shape((index.size, width), BF16)
         height = packed_tpu.tile_rows(index.size, 2, blocks * packed_tpu.BLOCK, width)
         visits = _visits(sizes, index.size, height)
@@ -148,6 +145,43 @@ def _packed(name: str, routing: specs.Routing) -> Iterator[Proof]:
             multiplied_flops=2 * _multiplied_rows(visits, height) * lhs.shape[1] * width,
             plain=functools.partial(run, implementation="xla"),
         )
+
+
+def _packed_rows(name: str, dout: jax.ShapeDtypeStruct, depth: int, sizes: np.ndarray) -> Proof:
+    """The gradient of training's rows through up's codes."""
+    rows, width = dout.shape
+    experts, count = _codes(len(sizes), depth, width), len(sizes)
+    blocks = experts[1].shape[1]
+    made = blocks * packed_tpu.BLOCK
+    visits = _visits(sizes, rows, height := packed_tpu.tile_rows(rows, 2, made, width))
+    branches = _branches(visits, height, len({tile for tile, _, _ in visits}), (made,))
+    matrices = count, blocks // packed_tpu.SUBLANES, width // pieces.column_width(width)
+    run = functools.partial(packed.TRANSPOSED, depth=depth)
+    out = jax.ShapeDtypeStruct((rows, depth), BF16)
+    return Proof(
+        kernel="grouped_matmul_packed_transposed",
+        direction="of rows",
+        shape=name,
+        run=functools.partial(run, implementation="pallas_tpu"),
+        operands=(dout, *experts, jax.ShapeDtypeStruct(sizes.shape, I32)),
+        flops=2 * dout.size * depth,
+        bytes=nbytes(dout, *experts, out),
+        steps=len(visits),
+        branches=(matrices, *branches),
+        multiplied_flops=2 * _multiplied_rows(visits, height) * width * made,
+        plain=functools.partial(run, implementation="xla"),
+    )
+
+
+def _codes(experts: int, depth: int, width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Words, scales and factors of packed experts."""
+    blocks = -(-depth // packed_tpu.DEPTH) * packed_tpu.SUBLANES
+    shape = jax.ShapeDtypeStruct
+    return (
+        shape((experts, 2, blocks, width), F32),
+        shape((experts, blocks, width), jnp.float8_e4m3fn),
+        shape((experts,), F32),
+    )
 
 
 def _visits(sizes: np.ndarray, rows: int, height: int) -> list[tuple[int, int, int]]:

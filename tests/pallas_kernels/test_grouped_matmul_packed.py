@@ -128,11 +128,17 @@ def test_what_cannot_be_packed_or_run_says_so():
         packed.grouped_matmul_packed(lhs, experts, sizes, activation="relu")
 
 
-def test_transposed_products_equal_the_definition():
+def kernel_transposed(lhs, experts, sizes):
+    tables = experts.words, experts.scales, experts.factor, sizes
+    return packed_tpu.matmul_transposed(lhs, *tables, depth=DEPTH, interpret=True)
+
+
+@pytest.mark.parametrize("form", [packed.grouped_matmul_packed_transposed, kernel_transposed])
+def test_transposed_products_equal_the_definition(form):
     _, given = operands()
     experts = packed.pack_experts(*given)
     lhs = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, WIDTH)), jnp.float32)
-    run = jax.jit(packed.grouped_matmul_packed_transposed)
+    run = jax.jit(form)
     matrices = jnp.swapaxes(reference.dequantized(*given[:2]), 1, 2)
     for name, sizes in PATTERNS.items():
         out = run(lhs, experts, jnp.asarray(sizes, jnp.int32))
