@@ -38,6 +38,8 @@ from pallas_kernels.devices import DEVICES, slice_of
 if TYPE_CHECKING:
     import jax  # for main, only once it has read how many devices to show
 
+    from nemotron_jax.training.losses import Objective
+
 GB = 1e9
 
 
@@ -142,10 +144,10 @@ def plan(config: RunConfig, target: str) -> dict:
     check_count(config, target, len(devices))
     mesh = make_mesh(config.mesh, devices)
     begin = time.monotonic()
-    program, why, state = compile_step(config, mesh)
+    program, why, state, given = compile_step(config, mesh)
     seconds = time.monotonic() - begin
     found = compiled.collectives(program.as_text()) if program else []
-    parameters, optimizer = part_bytes(state.model), part_bytes(state.optimizer)
+    parameters, optimizer = part_bytes((state.model, given)), part_bytes(state.optimizer)
     if program is None:
         used = _bytes_used(why)
         total, temporaries = used, max(0, used - parameters - optimizer)
@@ -179,7 +181,8 @@ def plan(config: RunConfig, target: str) -> dict:
 
 
 def compile_step(config: RunConfig, mesh: "jax.sharding.Mesh") -> tuple:
-    """The compiled step, or None and the compiler's sentence why not; and the abstract state."""
+    """The compiled step, or None and the compiler's sentence why not; the abstract state, and what
+    the step is given beside it and the batch."""
     import jax
 
     from nemotron_jax.training.prepared import abstract_state, prepare_run
@@ -187,14 +190,31 @@ def compile_step(config: RunConfig, mesh: "jax.sharding.Mesh") -> tuple:
 
     run = prepare_run(config)
     state = abstract_state(run, mesh)
+    objective = _objective(config, mesh)
+    given = objective.given if objective else ()
     with jax.set_mesh(mesh):
-        lowered = make_train_step(run).lower(state, _abstract_batch(config, mesh))
+        step = make_train_step(run, objective)
+        lowered = step.lower(state, _abstract_batch(config, mesh), *given)
     try:
-        return lowered.compile(), "", state
+        return lowered.compile(), "", state, given
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None, " ".join(str(error).splitlines()[0].split()), state
+        return None, " ".join(str(error).splitlines()[0].split()), state, given
+
+
+def _objective(config: RunConfig, mesh: "jax.sharding.Mesh") -> "Objective | None":
+    """What a student's step minimises, its teacher in shapes alone; None for other stages, whose
+    run knows it."""
+    from nemotron_jax.model.beside import model_beside
+    from nemotron_jax.model.parameters import abstract_model, abstract_on
+    from nemotron_jax.training.distillation import distill_objective
+
+    if config.stage != "distill":
+        return None
+    beside = model_beside(config)
+    teacher = abstract_on(abstract_model(beside.model, beside.dtype), mesh)
+    return distill_objective(config.training, config.distill, teacher, config.execution)
 
 
 def table(report: dict) -> str:

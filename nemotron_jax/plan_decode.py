@@ -17,7 +17,7 @@ from nemotron_jax.decoding.rules import Asked, Free
 from nemotron_jax.decoding.store import DecodeRows, FlatModel, Store, decode
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.model.packing import pack_experts
-from nemotron_jax.model.parameters import abstract_model, flatten, model_shardings, unflatten
+from nemotron_jax.model.parameters import abstract_model, abstract_on
 from nemotron_jax.planning.targets import check_count, devices_of, memory_of_program, part_bytes
 from nemotron_jax.sharding import make_mesh
 
@@ -112,13 +112,7 @@ def abstract_for_decoding(config: ModelConfig, mesh: Mesh, experts: str = "dense
     """Shapes and placement of a model as decoding has it."""
     held = pack_experts if experts == "nvfp4" else lambda model: model
     made = lambda model: held(model).split_layers()
-    model = jax.eval_shape(made, abstract_model(config, _DTYPE))
-    places = model_shardings(model, mesh)
-    placed = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
-        for name, leaf in flatten(model).items()
-    }
-    return unflatten(model, placed)
+    return abstract_on(jax.eval_shape(made, abstract_model(config, _DTYPE)), mesh)
 
 
 def abstract_store(model: Nemotron, engine: EngineConfig) -> Store:

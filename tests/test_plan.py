@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from configs import models, pretrain_tiny
+from configs import models, pretrain_tiny, qad_tiny
 from nemotron_jax.compiled import collectives, overlap, summary
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.model import ModelConfig
+from nemotron_jax.config.precision import PrecisionConfig
 from nemotron_jax.config.run import MeshConfig, RunConfig
 from nemotron_jax.model import accounting
 from nemotron_jax.model.parameters import flatten
@@ -259,6 +260,23 @@ def test_a_loop_whose_end_is_not_a_constant_counts_once() -> None:
         assert summary(collectives(text))["reduce-scatter"]["count"] == 1
 
 
+@pytest.mark.more
+def test_a_students_step_is_given_its_teacher(tmp_path: Path) -> None:
+    config = from_config_dict(RunConfig, qad_tiny.get_config())
+    config = changed(
+        config,
+        model={"pattern": "M", "vocab_size": 512, "width": 64},
+        mesh={"data": 1},
+        data={"sequence_length": 64},
+        execution={"precision": PrecisionConfig()},
+        distill={"teacher": str(tmp_path)},
+    )
+    size = plan(config, "cpu:1")["bytes_per_device"]
+    count = accounting.parameters(config.model)
+    assert size["parameters"] == 4 * (count.total + count.main)
+    assert size["total"] > size["parameters"] + size["optimizer"]
+
+
 @pytest.mark.prove_tpu
 def test_on_v5p_weights_are_gathered_in_bfloat16_and_gradients_scattered_in_float32() -> None:
     config = from_config_dict(RunConfig, pretrain_tiny.get_config())
@@ -270,7 +288,7 @@ def test_on_v5p_weights_are_gathered_in_bfloat16_and_gradients_scattered_in_floa
         training={"mtp_depths": 0, "micro_batches": 2},
     )
     mesh = make_mesh(config.mesh, absent.tpu_devices("v5p:2x2x1"))
-    program, _, state = compile_step(config, mesh)
+    program, _, state, _ = compile_step(config, mesh)
     found = collectives(program.as_text())
     gathers, scatters, sums = (
         [one for one in found if one.kind == kind]

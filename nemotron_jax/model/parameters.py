@@ -86,6 +86,16 @@ def model_shardings(model: Nemotron, mesh: Mesh) -> dict[str, NamedSharding]:
     }
 
 
+def abstract_on(model: Nemotron, mesh: Mesh) -> Nemotron:
+    """The model's shapes with where each lies on a mesh."""
+    places = model_shardings(model, mesh)
+    placed = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, leaf in flatten(model).items()
+    }
+    return unflatten(model, placed)
+
+
 def mesh_of(model: Nemotron) -> Mesh | None:
     """The mesh that is set, or else the one that the model is spread over, if it is of our axes."""
     return own_mesh(model) if current_mesh() is None else current_mesh()

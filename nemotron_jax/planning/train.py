@@ -12,6 +12,7 @@ from nemotron_jax.config.execution import Execution
 from nemotron_jax.config.precision import HIGH
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model import accounting
+from nemotron_jax.model.beside import model_beside
 from nemotron_jax.planning import kernels
 from nemotron_jax.planning.layers import Product, blocks_of, products_of
 from nemotron_jax.planning.network import AXES, Layout, layouts, received
@@ -64,6 +65,8 @@ class Planner:
         self._trained = 0 if scores else trained_parameters(config)
         self._total = accounting.parameters(config.model).total
         self._held, self._copied = _weights(config)
+        beside = model_beside(config)
+        self._beside = beside.bytes if beside else 0
         tokens = config.data.batch_size * config.data.sequence_length / place.size
         self._products, self._memory = _work(config, self._parts, place, tokens)
 
@@ -110,7 +113,7 @@ class Planner:
         blocks = sum(part.count for part in self._parts)
         kept, working, more = _held(self.config, blocks, tokens, expert)
         size = {
-            "parameters": self._held / shares,
+            "parameters": (self._held + self._beside) / shares,
             "optimizer": 2 * FLOAT32 * self._trained / shares,
             "activations": kept,
             "kv": 0,

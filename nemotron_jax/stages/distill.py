@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from nemotron_jax.config.execution import Execution
-from nemotron_jax.config.model import ModelConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.data.messages import is_conversations
 from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.evaluation.held_out import token_nats
 from nemotron_jax.evaluation.statistics import NORMAL_95
+from nemotron_jax.model.beside import teacher_model
 from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.posttraining.result_file import read_values, write_values
 from nemotron_jax.pretrained import begin_run, load_pretrained, load_tokenizer
@@ -46,9 +46,7 @@ def run(config: RunConfig, directory: RunDirectory, mesh: Mesh) -> int:
 
 def check_teacher(config: RunConfig) -> None:
     """Raise ValueError in one line unless the teacher is there and has the student's vocabulary."""
-    path = config.distill.teacher
-    run = RunDirectory.of_model(path, f"DistillConfig.teacher={path!r}")
-    teacher = ModelConfig.from_hf(path) if run is None else run.read().model
+    path, teacher = config.distill.teacher, teacher_model(config.distill)
     if teacher.vocab_size != config.model.vocab_size:
         raise ValueError(
             f"DistillConfig.teacher={path!r}: its vocabulary has {teacher.vocab_size} tokens and "

@@ -11,6 +11,7 @@ from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.precision import PrecisionConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.model.accounting import parameters
+from nemotron_jax.model.beside import model_beside
 from nemotron_jax.model.parameters import abstract_model
 
 # Which devices a kernel's name asks for, as jax calls their platforms.
@@ -42,8 +43,9 @@ def check_kernels(config: RunConfig) -> None:
 def check_memory(config: RunConfig) -> None:
     """Raise ValueError where the least that a step needs is more than there is.
 
-    The least are parameters with moments and gradient, and the hidden state of each token that is
-    kept before every layer. A step that passes may still need more.
+    The least are parameters with moments and gradient, those of a teacher or reference, and the
+    hidden state of each token that is kept before every layer. A step that passes may still need
+    more.
     """
     devices, mesh = jax.devices(), config.mesh
     on_cpu = devices[0].platform == "cpu"
@@ -52,7 +54,9 @@ def check_memory(config: RunConfig) -> None:
         (mesh.fsdp * mesh.expert * mesh.tensor, 1) if not on_cpu else (1, mesh.row_shards)
     )
     words = 4 if config.training.trains == "all" else 1  # weight, two moments, gradient
-    weights = int(words * _weight_bytes(config.lora) * parameters(config.model).total) // shards
+    weights = int(words * _weight_bytes(config.lora) * parameters(config.model).total)
+    beside = model_beside(config)
+    weights = (weights + (beside.bytes if beside else 0)) // shards
     rows = config.data.batch_size // config.training.micro_batches // mesh.row_shards * sharing
     layers, width = config.model.num_layers, config.model.width
     half = 2 if config.execution.compute_dtype == "bfloat16" else 4
@@ -63,14 +67,20 @@ def check_memory(config: RunConfig) -> None:
     told = f"at least {(weights + hidden) / 1e9:,.0f} GB, and {limit / 1e9:,.0f} GB are there"
     if weights > limit:
         raise ValueError(
-            f"RunConfig.model: its weights, moments and gradient take {told}; train a smaller "
-            "model, or share it by mesh.fsdp or mesh.expert among more devices"
+            f"RunConfig.model: its weights, moments and gradient{_named(config)} take {told}; "
+            "train a smaller model, or share it by mesh.fsdp or mesh.expert among more devices"
         )
     raise ValueError(
         f"RunConfig.data.batch_size={config.data.batch_size}: a step of rows of "
         f"{config.data.sequence_length} tokens takes {told}; lower data.batch_size or "
         "data.sequence_length, or raise training.micro_batches"
     )
+
+
+def _named(config: RunConfig) -> str:
+    """How an error names the weights of a model beside the run's own."""
+    names = {"distill": " with its teacher", "grpo": " with its reference"}
+    return names[config.stage] if model_beside(config) else ""
 
 
 def _weight_bytes(lora: LoRAConfig | None) -> float:

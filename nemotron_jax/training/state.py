@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
+from nemotron_jax.model.parameters import abstract_on, model_shardings
 from nemotron_jax.sharding import replicated
 
 
@@ -35,12 +35,6 @@ def placed(state: TrainState, mesh: Mesh) -> TrainState:
         sharding = replicated(mesh) if name is None else shardings[name]
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    model = unflatten(
-        state.model,
-        {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
-            for name, leaf in flatten(state.model).items()
-        },
-    )
+    model = abstract_on(state.model, mesh)
     rest = dataclasses.replace(state, model=None)
     return dataclasses.replace(jax.tree_util.tree_map_with_path(place, rest), model=model)

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from configs import models, nano, pretrain_super_phase1, rlvr_super, sft_nano, sft_super
+from configs import (
+    models,
+    nano,
+    pretrain_super_phase1,
+    qad_tiny,
+    rlhf_super,
+    rlvr_super,
+    sft_nano,
+    sft_super,
+)
 from nemotron_jax.config.convert import from_config_dict
 from nemotron_jax.config.precision import PrecisionConfig
 from nemotron_jax.config.run import RunConfig
+from nemotron_jax.model import accounting
 from nemotron_jax.planning import slices, text
 from nemotron_jax.planning.estimate import Question, estimate, over_slices
 from nemotron_jax.planning.train import Planner
@@ -69,6 +79,26 @@ def test_the_base_of_adapters_is_counted_in_its_own_format() -> None:
     # Float32 is cast to compute with, and the cast is kept; bfloat16 is what is computed with.
     kept = size["float32",]["temporaries"] - size["bfloat16",]["temporaries"]
     assert kept == pytest.approx(half, abs=2)
+
+
+def test_a_teacher_and_a_reference_are_counted_beside_the_run() -> None:
+    """A teacher that is not here is taken to be like the student, without its drafts."""
+    student = from_config_dict(RunConfig, qad_tiny.get_config())
+    alone = dataclasses.replace(student, stage="pretrain")
+    parameters = lambda config: of(config, {"fsdp": 8}, target="v6e:2x4")["bytes_per_device"][
+        "parameters"
+    ]
+    main = accounting.parameters(student.model).main
+    assert parameters(student) - parameters(alone) == pytest.approx(4 * main / 8, abs=2)
+    half = dataclasses.replace(student.distill, dtype="bfloat16")
+    half = parameters(dataclasses.replace(student, distill=half)) - parameters(alone)
+    assert half == pytest.approx(2 * main / 8, abs=2)
+
+    config = from_config_dict(RunConfig, rlhf_super.get_config())
+    objective = dataclasses.replace(config.rl.objective, kl_weight=0.0)
+    without = dataclasses.replace(config, rl=dataclasses.replace(config.rl, objective=objective))
+    sizes = [Planner(one, V5P).size(ALONG_FSDP, 1)["parameters"] for one in (config, without)]
+    assert sizes[0] == 2 * sizes[1]
 
 
 def test_super_moves_over_links_what_its_compiled_step_gathers_and_scatters() -> None:

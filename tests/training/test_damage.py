@@ -10,6 +10,7 @@ import pytest
 
 import nemotron_jax as nj
 from nemotron_jax.config.convert import from_config_dict, to_config_dict
+from nemotron_jax.config.distill import DistillConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training import limits, loop, report
@@ -181,3 +182,9 @@ def test_what_cannot_fit_is_refused_by_the_field_that_is_too_large(finished_run,
     )
     with pytest.raises(ValueError, match="RunConfig.model: its weights"):
         limits.check_memory(changed(config, model={"vocab_size": 100_000}))
+    # 0.98 MB of weights with moments and gradient, 0.13 of hidden states; the teacher has 0.20.
+    monkeypatch.setattr(limits, "_host_memory", lambda: 1_150_000)
+    limits.check_memory(config)
+    student = {"stage": "distill", "distill": DistillConfig(teacher="elsewhere")}
+    with pytest.raises(ValueError, match="its weights, moments and gradient with its teacher"):
+        limits.check_memory(dataclasses.replace(config, **student))
