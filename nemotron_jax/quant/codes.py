@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from nemotron_jax.config.precision import NVFP4, PrecisionConfig
+from pallas_kernels import nvfp4
 from pallas_kernels.nvfp4 import xla
 
 BLOCK = 16
@@ -57,10 +58,10 @@ def _quantized(weight: Array, amax: Array, leading: int) -> Codes:
     weight = jnp.pad(weight, [(0, 0)] * leading + fill)
 
     def one(matrix: Array, amax: Array) -> tuple[Array, Array]:
-        codes, scales = xla.quantize(matrix, (BLOCK, BLOCK), None, amax)
-        pairs = codes.reshape(codes.shape[0], -1, 2)
-        return pairs[..., 0] | (pairs[..., 1] << 4), scales
+        return xla.quantize(matrix, (BLOCK, BLOCK), None, amax)
 
     for _ in range(leading):
         one = jax.vmap(one)
-    return Codes(*one(weight, amax), amax)
+    codes, scales = one(weight, amax)
+    # Devices may share the columns, and no kernel takes a part of an array.
+    return Codes(nvfp4.pack(codes, implementation="xla"), scales, amax)

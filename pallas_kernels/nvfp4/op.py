@@ -57,6 +57,17 @@ def _packing(quantize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _pack(codes: UInt8[Array, "... C"]) -> UInt8[Array, "... C/2"]:
+    # On a CPU every second byte is fetched by itself, in four times the time of the rounding before
+    # it; a sum of neighbours is not.
+    return jax.lax.platform_dependent(codes, cpu=_summed_pairs, default=_joined_pairs)
+
+
+def _summed_pairs(codes: Array) -> Array:
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return jnp.sum(pairs * jnp.array([1, 16], jnp.uint8), axis=-1, dtype=jnp.uint8)
+
+
+def _joined_pairs(codes: Array) -> Array:
     pairs = codes.reshape(*codes.shape[:-1], -1, 2)
     return pairs[..., 0] | (pairs[..., 1] << 4)
 

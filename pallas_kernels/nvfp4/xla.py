@@ -12,6 +12,7 @@ BLOCK = 16
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # of the Hadamard transform
 LARGEST = 3.4028235e38
 REACH = 2688  # the largest code, 6, times the largest scale of a block, 448
+ONE_BIT = -(1 << 22)  # of a float32 keeps sign, exponent and the mantissa's first bit
 ROUNDING = 1.5 * 2**23  # floats of this size are one apart, and so they are down to its negative
 
 
@@ -143,11 +144,11 @@ def stochastic(scaled: Array, random: Array) -> Array:
     magnitude = jnp.minimum(jnp.abs(scaled), 6)
     step = jnp.where(magnitude < 2, 0.5, jnp.where(magnitude < 4, 1.0, 2.0))
     raised = magnitude + random * step
-    # Down to the grid: the step may have grown on the way up, so it is looked up again. Its inverse
-    # too: a device's division need not be exact.
-    step = jnp.where(raised < 2, 0.5, jnp.where(raised < 4, 1.0, 2.0))
-    inverse = jnp.where(raised < 2, 2.0, jnp.where(raised < 4, 1.0, 0.5))
-    return jnp.copysign(jnp.minimum(jnp.floor(raised * inverse) * step, 6), scaled)
+    # Down to the grid, which from 1 on has one bit of mantissa and below it only 0.5.
+    bits = jax.lax.bitcast_convert_type(raised, jnp.int32) & ONE_BIT
+    value = jnp.minimum(jax.lax.bitcast_convert_type(bits, jnp.float32), 6)
+    value = jnp.where(raised < 1, jnp.where(raised < 0.5, 0.0, 0.5), value)
+    return jnp.copysign(value, scaled)
 
 
 def _butterfly(blocks: Float[Array, "n 16 C"]) -> Float[Array, "n 16 C"]:
