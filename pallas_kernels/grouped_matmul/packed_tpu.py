@@ -79,9 +79,11 @@ def _product(
     given, made = (width, depth) if transpose_rhs else (depth, width)
     height = tile_rows(rows, lhs.dtype.itemsize, depth, width)
     visits = by_tile(group_sizes, rows, height)
-    options = {"transpose_rhs": transpose_rhs, "activation": activation}
+    kernel = functools.partial(
+        _kernel, bound=visits.bound, transpose_rhs=transpose_rhs, activation=activation
+    )
     call = pallas_tpu.over_visits(
-        functools.partial(_kernel, bound=visits.bound, **options),
+        kernel,
         visits,
         scalars=1,
         inputs=[tile_block(height, given), matrix_block(words.shape), matrix_block(scales.shape)],
