@@ -84,7 +84,10 @@ def make_app(
         lag.cancel()
         await driver.stop()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    # No redirects: they would go to whatever host a client names.
+    app = FastAPI(
+        lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     endpoints = _Endpoints(driver, max_body)
     for path, method, endpoint in (
         ("/v1/chat/completions", "POST", endpoints.chat),
@@ -99,7 +102,8 @@ def make_app(
         ("/metrics", "GET", endpoints.metrics),
         ("/", "GET", endpoints.page),
     ):
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+        methods = [method, "HEAD"] if method == "GET" else [method]  # as balancers ask for /health
+        app.add_api_route(path, endpoint, methods=methods, response_model=None)
     app.add_exception_handler(HTTPException, _no_such_path)
     app.add_middleware(_Guarded, keys=keys, driver=driver)
     return app

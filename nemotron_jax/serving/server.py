@@ -9,7 +9,7 @@ import uvicorn
 from nemotron_jax.serving.app import make_app
 from nemotron_jax.serving.driver import Driver
 from nemotron_jax.serving.http import HEAD_BYTES, Connection
-from nemotron_jax.serving.log import log_to_stderr
+from nemotron_jax.serving.log import LOG, log_to_stderr
 
 # Seconds that clients have to read the rest of their answers once all are written.
 _GRACE_S = 30
@@ -34,6 +34,7 @@ def run(
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     with log_to_stderr():
+        LOG.info("loading %s; until it is ready /health answers 503", name)
         app = make_app(
             driver,
             on_ready=lambda: print(f"serving {name} on http://{host}:{port}", flush=True),

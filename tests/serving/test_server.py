@@ -169,7 +169,11 @@ def test_unknown_paths_methods_and_models(served: Live) -> None:
     for path in ("/v1/../../etc/passwd", "/nothing", "/v1/engines", "/static/%2e%2e/%2e%2e/a"):
         answer = served.client.get(path)
         assert answer.status_code == 404 and "error" in answer.json()
+    answer = served.client.post(CHAT + "/", headers={"Host": "evil.example"})
+    assert answer.status_code == 404 and "location" not in answer.headers
     assert served.client.get(CHAT).status_code == 405
+    head = served.client.head("/health")
+    assert head.status_code == 200 and not head.content
     answer = served.post(model="other")
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
     assert served.client.get("/v1/models").json()["data"][0]["id"] == "tiny"
