@@ -29,7 +29,6 @@ _OVERLAP = (
     "--xla_tpu_overlap_compute_collective_tc=true",
 )
 _ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # CUDA, ROCm, TPU, TPU
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
@@ -108,22 +107,8 @@ def feeds_accelerator(devices: Path = Path("/dev")) -> bool:
 def give_back_freed_memory() -> None:
     """Return to the system what was freed so far, once; a compiler leaves hundreds of megabytes.
 
-    Does nothing without glibc.
+    It takes some tens of milliseconds, in which other threads of Python's run. Does nothing without
+    glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def give_back_large_blocks() -> None:
-    """From now on return to the system what is freed in blocks of 256 KB or more, at once.
-
-    Without this glibc takes the largest block that was freed for its measure: after a text of 5 MB
-    each thread that reads texts keeps tens of megabytes for good, in a heap of its own. A user's
-    own MALLOC_ variables and GLIBC_TUNABLES win. Does nothing without glibc.
-    """
-    if any(name.startswith("MALLOC_") or name == _TUNABLES for name in os.environ):
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(_MMAP_THRESHOLD, 256 << 10)
-        library.mallopt(_TRIM_THRESHOLD, 512 << 10)

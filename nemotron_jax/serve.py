@@ -68,7 +68,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _told(str(error), 2)
     sys.setswitchinterval(SWITCH_S)
-    host.give_back_large_blocks()
     driver = Driver(lambda: _made(plan), most=plan.engine.slots + flags.max_waiting)
     server.run(driver, listener, plan.name, max_body=plan.max_body, keys=plan.keys)
     status = 0 if driver.error is None else _failed(driver.error)
@@ -149,6 +148,7 @@ def _made(plan: _Plan) -> tuple[Engine, Served]:
     # takes a third of a second, in which no other thread runs: no collection does it any more.
     gc.collect()
     gc.freeze()
+    host.give_back_freed_memory()
     return engine, served
 
 

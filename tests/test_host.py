@@ -108,31 +108,3 @@ def test_a_notebook_keeps_compiled_programs_though_it_imports_jax_first(tmp_path
     folder = tmp_path / "nemotron_jax" / "jax"
     assert cached() == str(folder) and any(folder.glob("jit_cos*"))
     assert cached(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own")) == str(tmp_path / "own")
-
-
-HELD = """
-import pathlib, re, threading
-from nemotron_jax import host
-host.give_back_large_blocks()
-together = threading.Barrier(8)
-def resident():
-    return int(re.search(r"VmRSS:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-def read():
-    for _ in range(3):
-        text = b"a" * 5_000_000
-        together.wait()
-        del text
-        together.wait()
-before, threads = resident(), [threading.Thread(target=read) for _ in range(8)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-print(resident() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_what_threads_freed_goes_back_to_the_system():
-    clean = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "XLA_FLAGS")}
-    command = [sys.executable, "-c", HELD]
-    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 5_000  # KB; 40,000 without it

@@ -1,6 +1,7 @@
 """What the endpoints do with a connection: bodies within bounds, keys, events, departures."""
 
 import asyncio
+import concurrent.futures
 import hmac
 import json
 from collections.abc import AsyncIterator, Coroutine
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from nemotron_jax.host import give_back_freed_memory
 from nemotron_jax.serving.answers import Answer
 from nemotron_jax.serving.driver import Stream
 from nemotron_jax.serving.fields import Fields
@@ -29,6 +31,7 @@ HEAD_BYTES = 32 << 10  # of a request's head
 # Of bodies that are read or parsed at the same time: the large ones share room for so many of the
 # largest, whatever else a small one finds a place.
 _LARGE_BODIES, _SMALL_BODY = 32, 64 << 10
+_TIDY_S = 1.0  # seconds after a large body until freed memory is given back, that of others too
 _BEGAN = "nemotron_jax.began"  # of a scope: when the request began, by the loop's clock
 
 
@@ -74,10 +77,53 @@ def _event(value: dict[str, Any]) -> bytes:
 
 
 class Room:
-    """Bytes that are left for large bodies, of at most `most` bytes each; for the loop's thread."""
+    """Bytes that are left for large bodies, of at most `most` bytes each, and the thread that
+    parses them; for the loop's thread.
+
+    They have one thread, as they would take turns in any case, and glibc keeps for each thread that
+    frees large blocks tens of megabytes. What it keeps for all goes back to the system soon.
+    """
 
     def __init__(self, most: int) -> None:
-        self.most, self.left = most, _LARGE_BODIES * most
+        self.most, self._left = most, _LARGE_BODIES * most
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "large")
+        self._tidying: asyncio.Task[None] | None = None
+
+    def take(self, bytes_: int) -> None:
+        """Some more of a large body; Refusal where no room is left for it."""
+        if bytes_ > self._left:
+            reason = "too many large bodies come at the same time; try again later"
+            raise Refusal(reason, status=429, code="queue_full")
+        self._left -= bytes_
+
+    def free(self, taken: int) -> None:
+        """A body is done with that took so many."""
+        self._left += taken
+        if taken and (self._tidying is None or self._tidying.done()):
+            self._tidying = asyncio.create_task(self._tidy())
+
+    async def parsed(self, body: bytes) -> Fields:
+        """What a body says."""
+        threads = self._thread if len(body) > _SMALL_BODY else None
+        found = await asyncio.get_running_loop().run_in_executor(threads, _parsed, body)
+        del body
+        if isinstance(found, Refusal):
+            raise found
+        return found
+
+    async def _tidy(self) -> None:
+        await asyncio.sleep(_TIDY_S)
+        await asyncio.to_thread(give_back_freed_memory)
+
+
+def _parsed(body: bytes) -> Fields | Refusal:
+    """What a body says, or why it says nothing: without the frames in which that was found, which
+    hold all of the body, and go when the collector comes."""
+    try:
+        return Fields.of(body)
+    except Refusal as refusal:
+        refusal.__context__ = None
+        return refusal.with_traceback(None)
 
 
 async def read_fields(request: Request, room: Room) -> Fields:
@@ -99,19 +145,18 @@ async def read_fields(request: Request, room: Room) -> Fields:
                 if len(body) > most:
                     raise too_large
                 more = max(len(body) - _SMALL_BODY - taken, 0)
-                if more > room.left:
-                    reason = "too many large bodies come at the same time; try again later"
-                    raise Refusal(reason, status=429, code="queue_full")
-                room.left, taken = room.left - more, taken + more
+                room.take(more)
+                taken += more
                 limit.reschedule(end + len(body) / BYTES_A_SECOND)
-        return await asyncio.to_thread(Fields.of, bytes(body))
+        return await room.parsed(bytes(body))
     except TimeoutError:
         reason = f"the body came slower than {BYTES_A_SECOND} bytes a second"
         raise Refusal(reason, status=408) from None
     except ClientDisconnect:
         raise Refusal("the client went before all of the body had come", status=499) from None
     finally:
-        room.left += taken
+        body.clear()  # a refusal's frames hold it too
+        room.free(taken)
 
 
 def check_key(request: Request, keys: tuple[str, ...]) -> None:

@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import contextlib
+import gc
 import json
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -374,3 +376,15 @@ def test_metrics_count_under_the_fields_names(served: Live) -> None:
         assert float(lines[name]) >= 0
     assert served.driver.metrics.first_token._sum > before
     assert ids_of("four") == TOKENIZER.encode("four")
+
+
+def test_nothing_holds_a_body_that_was_refused() -> None:
+    """No collector is needed for it: large ones would stay for long."""
+    body = b'{"a": ["b", ' + b"[" * (100 + len(TEXT))
+    gc.disable()
+    try:
+        before = sys.getrefcount(body)
+        refusal = http._parsed(body)
+        assert isinstance(refusal, Refusal) and sys.getrefcount(body) == before
+    finally:
+        gc.enable()
