@@ -43,7 +43,10 @@ def backward(
 
     def row(sums: Any, operands: Any) -> Any:
         x, tail, documents, dy = operands
-        inputs = list(shifts(x, tail, documents, weight.shape[0]))
+        # Made once with what was before the row: shifts are then slices, where each pad was made.
+        before = jnp.zeros((weight.shape[0] - 1, x.shape[1]), x.dtype) if tail is None else tail
+        joined = jax.lax.optimization_barrier(jnp.concatenate([before, x]))
+        inputs = list(windows(joined, documents, weight.shape[0]))
         dpre = dy.astype(jnp.float32)
         if activation == "silu":
             pre = preactivation(inputs, weight, bias)
@@ -67,19 +70,31 @@ def shifts(
     width: int,
 ) -> Iterator[Float[Array, "*B T channels"]]:
     """The float32 input under each tap, at every token; 0 where it is another document's."""
-    tokens = x.shape[-2]
-    joined = None if tail is None else jnp.concatenate([tail, x], axis=-2)
+    if tail is not None:
+        yield from windows(jnp.concatenate([tail, x], axis=-2), documents, width)
+        return
     for back in reversed(range(width)):
-        if joined is None:
-            shifted = shift(x, back, axis=-2)
-        else:
-            start = width - 1 - back
-            shifted = joined[..., start : start + tokens, :]
-        shifted = shifted.astype(jnp.float32)
-        if documents is not None:
-            same = shift(documents, back, axis=-1) == documents
-            shifted = jnp.where(same[..., None], shifted, 0.0)
-        yield shifted
+        yield _of_document(shift(x, back, axis=-2), documents, back)
+
+
+def windows(
+    joined: Float[Array, "*B W-1+T channels"], documents: Int[Array, "*B T"] | None, width: int
+) -> Iterator[Float[Array, "*B T channels"]]:
+    """What `shifts` yields, of a row behind the W - 1 inputs before it."""
+    tokens = joined.shape[-2] - (width - 1)
+    for start in range(width):
+        window = joined[..., start : start + tokens, :]
+        yield _of_document(window, documents, width - 1 - start)
+
+
+def _of_document(
+    shifted: Float[Array, "*B T channels"], documents: Int[Array, "*B T"] | None, back: int
+) -> Float[Array, "*B T channels"]:
+    shifted = shifted.astype(jnp.float32)
+    if documents is None:
+        return shifted
+    same = shift(documents, back, axis=-1) == documents
+    return jnp.where(same[..., None], shifted, 0.0)
 
 
 def preactivation(
