@@ -24,7 +24,7 @@ from nemotron_jax.config.precision import (
 from nemotron_jax.config.run import MeshConfig, RunConfig
 
 STEPS, SEEDS = 300, (0, 1, 2, 3, 4)
-FEWER = 3  # seeds of the arms beside the main pair and its noise
+FEWER = 3  # seeds of the arms beside the main pair, its noise and the control
 LAST_HIGH = 1  # of the tiny model's seven layers: 15 %
 SWITCHED = 0.85  # share of the steps before the last ones in high precision
 
@@ -66,7 +66,7 @@ def experiment(
     steps: int = STEPS, seeds: tuple[int, ...] = SEEDS, name: str = "nvfp4"
 ) -> Experiment:
     """All arms, of so many steps."""
-    every = ("float32", "float32_reordered", "nvfp4")
+    every = ("float32", "float32_reordered", "nvfp4", "all_layers")
     arms = {
         arm: Arm(
             pretraining.arm(functools.partial(config_of, arm, steps)),
