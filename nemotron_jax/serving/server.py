@@ -52,7 +52,6 @@ def run(
             access_log=False,
             server_header=False,
             backlog=2048,
-            timeout_graceful_shutdown=_GRACE_S,
             h11_max_incomplete_event_size=HEAD_BYTES,
         )
         server = _Server(config, driver)
@@ -76,15 +75,21 @@ class _Server(uvicorn.Server):
         self._driver.draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let what runs end, or cut its clients off, as if they had gone; then end the application,
-        which else would be found still running, and shown with a traceback."""
+        """Let what runs end, for as long as it may take; then end the application, which else would
+        be found still running, and shown with a traceback."""
+        late = asyncio.get_running_loop().call_later(_GRACE_S, self._cut_off)
         await super().shutdown(sockets)
+        late.cancel()
         if self.force_exit:
-            for connection in list(self.server_state.connections):
-                connection.transport.abort()
+            self._cut_off()
             if tasks := set(self.server_state.tasks):
                 await asyncio.wait(tasks, timeout=_FORCED_S)
             await self.lifespan.shutdown()
+
+    def _cut_off(self) -> None:
+        """Let all clients be gone."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; whether to end."""

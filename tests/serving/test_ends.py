@@ -2,6 +2,7 @@
 then."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -11,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
-from nemotron_jax.serving import log
+from nemotron_jax.serving import log, server
 from tests.serving.live import CHAT, TOKENIZER, live
-from tests.serving.test_server import HELLO, raw, until
+from tests.serving.test_server import HELLO, chat_head, raw, until
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The server's command around a generator that never ends a step, or one that is never made.
@@ -77,6 +79,34 @@ def test_a_second_signal_ends_what_runs(tmp_path: pathlib.Path) -> None:
             with contextlib.suppress(httpx.HTTPError):
                 assert "[DONE]" not in b"".join(chunks).decode()
         assert "Traceback" not in one.stderr.read()
+
+
+def test_who_never_reads_holds_up_no_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bound = server.bound
+
+    def small(*address: Any) -> socket.socket:
+        """A socket whose connections hold little that nobody has read."""
+        listener = bound(*address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(server, "bound", small)
+    monkeypatch.setattr(server, "_GRACE_S", 0.3)
+    with live(script="</think>" + "two" * 900) as one:
+        one.generator.per_step = 50
+        wanted = {"n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}
+        body = json.dumps({**HELLO, **wanted}).encode()  # the answer has many megabytes
+        head = chat_head(len(body)).replace("\n", "\r\n")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(one.address)
+            client.sendall(head.encode() + body)
+            until(lambda: len(one.generator.seen) == 8 and not one.driver.in_flight)
+            one.driver.draining = True
+            until(lambda: not one.driver.busy)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_log_that_nobody_reads_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
