@@ -16,7 +16,7 @@ from nemotron_jax.model.nemotron import Nemotron
 from nemotron_jax.sharding import place_batch, shard
 
 PREFILL_CHUNK = 1024  # tokens of one prefill call; memory of a long prompt is a chunk's
-_SMALLEST_CHUNK = 16
+_SMALLEST_CHUNK = 16  # shorter prompts are padded to it: one program for all of them
 # Batches of up to 16 rows are powers of two, and larger ones multiples of 16, so that few programs
 # are compiled.
 _ROWS_STEP = 16

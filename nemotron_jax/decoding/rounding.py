@@ -9,7 +9,7 @@ from pallas_kernels import nvfp4
 
 _WORDS = (0x5353_4D00, 0x9E37_79B9)  # any two: those of this use, and of no other
 _SMALLEST_EXPONENT = -14  # of float16's normal numbers; the steps below are those at it
-_FRACTION_BITS = 10
+_FRACTION_BITS = 10  # of float16: so many below the leading one
 
 
 def stochastic_float16(x: Float[Array, "*A"], uniform: Float[Array, "*A"]) -> Float[Array, "*A"]:

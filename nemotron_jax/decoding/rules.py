@@ -14,7 +14,7 @@ from nemotron_jax.decoding.sampling import Sampling
 from nemotron_jax.decoding.wanted import MOST_BIASES, MOST_STOP_TOKENS
 
 _BITS = 32  # tokens in one word of a grammar's mask
-NO_BUDGET = -1
+NO_BUDGET = -1  # 0 is a budget: one that is used up
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from nemotron_jax.decoding.sampling import checked_sampling
 MOST_STOP_TOKENS, MOST_BIASES, MOST_TOP = 16, 300, 20
 MOST_NEW_TOKENS = 2**24  # 16 times the context that the family was trained for
 LOGPROBS = ("model", "drawn")
-_SEEDS = 2**32
+_SEEDS = 2**32  # a seed is one word of a key
 # Halves of surrogate pairs, which stand for special tokens: decoded text holds none.
 FIRST_HALF, LAST_HALF = 0xD800, 0xDFFF
 

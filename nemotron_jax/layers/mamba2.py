@@ -240,7 +240,7 @@ class Mamba2(nnx.Module):
             u,
             context,
             rows,
-            (None,) * 4 + (jnp.float32,),
+            (None,) * 4 + (jnp.float32,),  # dt: logs of decays, dt A, add up over tokens
         )
         inputs = (x, b, c)
         x, x_tail = self.x_conv(x, rows, tails[0], context)
@@ -274,6 +274,7 @@ class Mamba2(nnx.Module):
         dt = jax.nn.softplus(raw + self.dt_bias[...])
         low, high = self.config.time_step_limit
         high = math.inf if high > float(jnp.finfo(jnp.float32).max) else high
+        # softplus is above 0 already: limits of 0 and infinity, those published, clip nothing.
         return dt if (low, high) == (0.0, math.inf) else jnp.clip(dt, low, high)
 
     def _scan(
@@ -281,7 +282,7 @@ class Mamba2(nnx.Module):
     ) -> tuple[Array, Array]:
         def scan(*operands: Array | None) -> tuple[Array, Array]:
             *operands, ssm, documents, lengths = operands
-            if ssm is not None and operands[0].shape[1] == 1:
+            if ssm is not None and operands[0].shape[1] == 1:  # decoding: one token a row
                 return ssd_step(*operands, ssm, lengths=lengths, every_state=False)
             return ssd_scan(
                 *operands,

@@ -35,21 +35,18 @@ class Router(nnx.Module):
 
     def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... E"]:
         """float32 logits of every expert, at the model's full width."""
+        # In bfloat16 logits near one another would tie, and rounding would choose the expert.
         weight = gather_parameter(self.weight[...].astype(jnp.float32), self.weight.axes)
         return jnp.dot(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
-
-    def __call__(
-        self, x: Float[Array, "N D"]
-    ) -> tuple[Int[Array, "N R"], Float[Array, "N R"], Float[Array, "N E"]]:
-        """Chosen experts, their float32 weights, and the float32 scores of all experts."""
-        return choose(self.logits(x), self.selection_bias[...], self.config)
 
 
 def choose(
     logits: Float[Array, "N E"], bias: Float[Array, "E"], config: MoEConfig
 ) -> tuple[Int[Array, "N R"], Float[Array, "N R"], Float[Array, "N E"]]:
-    """Chosen experts, their weights and all scores; `bias` counts for the choice alone."""
+    """Chosen experts, their float32 weights, and the float32 scores of all experts; `bias` counts
+    for the choice alone."""
     scores = jax.nn.sigmoid(logits)
+    # The bias moves by load, outside of the loss; weights are the scores without it.
     choice = jax.lax.stop_gradient(scores + bias)
     _, index = jax.lax.top_k(_within_best_groups(choice, config), config.experts_per_token)
     weights = _take_chosen(scores, index)
@@ -72,6 +69,7 @@ def balance_loss(
     moe_utils.py (sequence auxiliary loss).
     """
     best = jax.lax.top_k(jax.lax.stop_gradient(scores), experts_per_token)[1]
+    # f counts hits and has no gradient: the loss moves scores through P alone.
     weight = jnp.ones(scores.shape[:2]) if valid is None else valid.astype(jnp.float32)
     share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20) * weight[..., None]
     if documents is None:

@@ -11,6 +11,7 @@ import math
 from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.model import BLOCK_KINDS, ModelConfig, MoEConfig
 
+# Of an element, by the dtypes that states of decoding may have.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 

@@ -47,6 +47,7 @@ class MTPBlock(nnx.Module):
         halves = [self.embedding_norm(embedded), self.hidden_norm(hidden.astype(embedded.dtype))]
         x = self.project(jnp.concatenate(halves, axis=-1), context)
         new_states, metrics = [], []
+        # These blocks are in no stack, so the trunk's scan and its rematerialisation pass them by.
         remat = states is None and context.execution.remat != "none"
         for number, block in enumerate(self.blocks):
             state = None if states is None else states[number]

@@ -31,6 +31,8 @@ _TELL_EVERY_S = 10.0  # between lines about plays, of which there may be hours
 
 # Keeps the tasks of episodes apart from those that fine-tuning with the same seed has seen.
 _TASK_SEED = 1_000_003
+# Multiples of it, modulo 1, are spread evenly however many one takes: so shares are kept at any
+# point of a run, without a random draw.
 _GOLDEN = (5**0.5 - 1) / 2
 
 

@@ -17,7 +17,7 @@ _BOUND = {"max": 448.0, "mse": 448.0, "four_over_six": 256.0}
 # Scales that MSE tries beside the largest magnitude's, in steps of E4M3's codes: eight to a binade,
 # so from half as large to a third larger. Fewer find less; beyond them no block of 16 gains.
 _STEPS = (-1, 1, -2, 2, -3, 3, -4, -5, -6, -7, -8)
-_CODE_OF_448 = 0x7E
+_CODE_OF_448 = 0x7E  # E4M3's largest number; the code above it is NaN
 _ULPS = (0, 1, -1, 2, -2)  # units in the last place: two roundings lie between a factor and itself
 
 

@@ -13,7 +13,7 @@ from nemotron_jax.config.precision import NVFP4, PrecisionConfig
 from pallas_kernels import nvfp4
 from pallas_kernels.nvfp4 import xla
 
-BLOCK = 16
+BLOCK = 16  # rows and columns that share a scale: square, so that the transpose has the same
 
 
 @jax.tree_util.register_dataclass

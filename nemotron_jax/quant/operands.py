@@ -15,6 +15,7 @@ from pallas_kernels import nvfp4
 
 FPROP, DGRAD, WGRAD = "fprop", "dgrad", "wgrad"
 INPUT, WEIGHT, GRADIENT = "input", "weight", "gradient"
+# Random streams by product; an operand's is twice that, and one more for a gradient.
 _STREAMS = {FPROP: 0, DGRAD: 1, WGRAD: 2}
 
 

@@ -26,7 +26,7 @@ from nemotron_jax.types import Batch
 
 DRAFTS = 5  # of a round
 NEW_TOKENS = 64  # of each continuation
-TEMPERATURES = (0.0, 1.0)
+TEMPERATURES = (0.0, 1.0)  # greedy, where drafts are easiest, and the model's own
 
 
 @dataclasses.dataclass(frozen=True)

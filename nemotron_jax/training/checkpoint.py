@@ -35,10 +35,11 @@ from nemotron_jax.model.parameters import flatten, model_shardings, unflatten
 from nemotron_jax.run_directory import RunDirectory
 from nemotron_jax.training.state import TrainState
 
-FORMAT_VERSION = 1
-STATE, ARRAYS = "state.json", "arrays"
-MODEL, OPTIMIZER = "model", "optimizer"
+FORMAT_VERSION = 1  # of state.json; raise it where an older reader would go on wrongly
+STATE, ARRAYS = "state.json", "arrays"  # in a step's folder
+MODEL, OPTIMIZER = "model", "optimizer"  # the two trees inside ARRAYS
 _COUNTERS = ("step", "skipped", "skipped_in_a_row")
+# What a kill leaves of a folder that was being written, or taken away.
 _LEFTOVER = re.compile(r"step_\d{8,}\.(partial|removed)")
 
 Table = dict[str, jax.Array]

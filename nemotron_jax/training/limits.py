@@ -16,6 +16,7 @@ from nemotron_jax.model.parameters import abstract_model
 
 # Which devices a kernel's name asks for, as jax calls their platforms.
 _PLATFORMS = {"pallas_tpu": ("tpu",), "pallas_gpu": ("gpu", "cuda", "rocm")}
+# A container's limit, where there is one: the machine may have more than the run is given.
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 

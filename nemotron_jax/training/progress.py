@@ -10,6 +10,7 @@ import tqdm
 
 from nemotron_jax import distributed
 
+# Between lines where there is no terminal for a bar: a log of a day has 8,640 of them.
 LINE_EVERY_S = 10.0
 # Readings of the speed that the time left is reckoned from: fewer make it jump, more make it lag.
 READINGS = 5

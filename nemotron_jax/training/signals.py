@@ -11,7 +11,7 @@ from nemotron_jax import distributed
 from nemotron_jax.run_directory import RunDirectory
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_LOCK_FILE = ".lock"
+_LOCK_FILE = ".lock"  # in a run's directory, held while a session of it runs
 
 
 class StopSignal:

@@ -57,6 +57,7 @@ def train_step(
     gradients, sums = _gradients(state, batch, run, objective)
     loads = sums.pop("router_load", {}), sums.pop("mtp_router_load", {})
     norm = optax.tree.norm(gradients)
+    # The norm is finite only where every gradient is: one number stands for all of them.
     finite = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
 
     rate = learning_rate(training.schedule, state.step, run.tokens_per_step)
@@ -69,6 +70,7 @@ def train_step(
         if name in run.trained.biases
     }
     parameters = table | parameters | biases
+    # A step that is not finite leaves moments and biases as they were, too.
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, 1)
     new_state = TrainState(

@@ -7,11 +7,13 @@ from flax import nnx
 
 from nemotron_jax.config.model import MoEConfig
 from nemotron_jax.layers.init import Init
-from nemotron_jax.layers.router import Router, balance_loss, count_sequences
+from nemotron_jax.layers.router import Router, balance_loss, choose, count_sequences
 from tests.tiny_models import quick_jit
 
 EXPERTS, CHOSEN, WIDTH = 12, 3, 8
-route = quick_jit(lambda router, x: router(x))
+route = quick_jit(
+    lambda router, x: choose(router.logits(x), router.selection_bias[...], router.config)
+)
 
 
 def mean_loss(scores, chosen, documents, valid):
