@@ -64,8 +64,8 @@ def test_sigterm_finishes_the_step_saves_and_goes_on_later(finished_run, tmp_pat
 
 def test_records_and_samples_after_the_checkpoint_are_made_anew(finished_run, tmp_path):
     config, _, whole = finished_run
-    samples = lambda model: "a text\nstep 99\nwith a trap"
-    train(changed(config, training={"steps": 6}), tmp_path, samples=samples)
+    text = lambda model: "a text\nstep 99\nwith a trap"
+    train(changed(config, training={"steps": 6}), tmp_path, samples=text)
     log, samples = tmp_path / "metrics.jsonl", tmp_path / "samples.txt"
     kept = samples.read_text()
     assert kept == "step 6\n  a text\n  step 99\n  with a trap\n"
@@ -74,7 +74,7 @@ def test_records_and_samples_after_the_checkpoint_are_made_anew(finished_run, tm
         log.open("a").write(json.dumps(ahead[0] | {"step": step}) + "\n")
     log.open("a").write('{"step": 9, "lo')
     samples.open("a").write("step 8\n  never kept\n")
-    train(config, tmp_path, samples=samples)
+    train(config, tmp_path, samples=text)
     assert comparable(read_log(tmp_path)) == comparable(whole.records)
     assert samples.read_text() == kept + kept.replace("step 6", "step 12")
 
