@@ -50,7 +50,7 @@ VALUES = {
     "preemption": {"FLAGS": FEW, "SECONDS_TO_LIVE": "5"},
     "quantise": {"MODEL": "tiny", "FLAGS": "--calibration=own"},
     "evaluate": {"MODEL": "run", "OTHER": "run", "SUITES": "perplexity:rows=2"},
-    "watch": {"FLAGS": FEW},
+    "watch": {"FLAGS": FEW, "DRAFTS": "acceptance:k=(1,):prompts=2:new_tokens=4"},
     "settings": {"MODEL": "tiny", "FLAGS": FEW},
     "python": {"MODEL": "tiny"},
 }
