@@ -28,14 +28,15 @@ EXPECTED = {
         "exit status 0",
     ),
     "evaluate": ("checkpoints after", "bits_per_byte: ", "untrained", "perplexity, bits_per_byte"),
+    "nvfp4": ("4.50 bits a number", "louder by", "after 3 steps: float32", "as codes"),
     "finetune": ("180 conversations", "in 3 steps", "31 blue? ->", "adapter/adapter_model"),
 }
 
 
-WITH_RESULTS = ("evaluate", "finetune", "generate", "grpo", "serve", "speculative")
+WITH_RESULTS = ("evaluate", "finetune", "generate", "grpo", "nvfp4", "serve", "speculative")
 
 
-@pytest.mark.slow  # each takes half a minute, or several on a busy machine
+@pytest.mark.more  # half a minute each, which notebooks cannot rot without
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SHORT.items():

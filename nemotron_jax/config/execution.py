@@ -28,8 +28,8 @@ class Execution:
     sequence (as published), or each document. `precision`: which weight matmuls run in an emulated
     low-precision format. `expert_rows`: rows that a device makes room for in a layer of experts, as
     a multiple of a balanced load; where its router sends it more, it takes them in several windows.
-    (With packed experts, with adapters, and where only one of their two matrices is in a lower
-    format, there is room for all rows.)
+    (With adapters on experts, and where only one of their two matrices is in a lower format, there
+    is room for all rows.)
     """
 
     compute_dtype: str = "auto"
