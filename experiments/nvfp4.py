@@ -24,7 +24,7 @@ from nemotron_jax.config.precision import (
 from nemotron_jax.config.run import MeshConfig, RunConfig
 
 STEPS, SEEDS = 300, (0, 1, 2, 3, 4)
-FEWER = 3  # seeds of the arms beside the main pair, its noise and the control
+FEWER = 3  # seeds of the arms beside the main pair, its noise and the controls
 LAST_HIGH = 1  # of the tiny model's seven layers: 15 %
 SWITCHED = 0.85  # share of the steps before the last ones in high precision
 
@@ -46,6 +46,10 @@ def recipes(steps: int) -> dict[str, PrecisionConfig]:
         "weights_1d": _changed(weight_block="1x16"),
         "stochastic_activations": _changed(activation_rounding="stochastic"),
         "all_layers": PrecisionConfig(nvfp4_roles=ROLES),
+        "unprotected": PrecisionConfig(
+            nvfp4_roles=ROLES,
+            nvfp4=NVFP4Config(gradient_rounding="nearest", hadamard=False, weight_block="1x16"),
+        ),
         "last_15_bf16": dataclasses.replace(
             _RECIPE,
             switch_step=round(SWITCHED * steps),
@@ -66,7 +70,7 @@ def experiment(
     steps: int = STEPS, seeds: tuple[int, ...] = SEEDS, name: str = "nvfp4"
 ) -> Experiment:
     """All arms, of so many steps."""
-    every = ("float32", "float32_reordered", "nvfp4", "all_layers")
+    every = ("float32", "float32_reordered", "nvfp4", "all_layers", "unprotected")
     arms = {
         arm: Arm(
             pretraining.arm(functools.partial(config_of, arm, steps)),

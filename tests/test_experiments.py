@@ -221,7 +221,7 @@ def test_arms_of_nvfp4_differ_from_the_recipe_in_one_thing() -> None:
         "stochastic_activations": {"activation_rounding"},
         "last_15_bf16": {"switch_step", "switch_roles"},
     }
-    arms = {"float32", "float32_reordered", "all_layers", *changed}
+    arms = {"float32", "float32_reordered", "all_layers", "unprotected", *changed}
     assert set(nvfp4.experiment().arms) == arms
     configs = {arm: nvfp4.config_of(arm, 300, 2) for arm in arms}
 
