@@ -29,6 +29,7 @@ _OVERLAP = (
     "--xla_tpu_overlap_compute_collective_tc=true",
 )
 _ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # CUDA, ROCm, TPU, TPU
+_M_ARENA_MAX = -8  # mallopt's number of the setting, in malloc.h
 _HUGE_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
@@ -102,6 +103,17 @@ def feeds_accelerator(devices: Path = Path("/dev")) -> bool:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
     return any(any(devices.glob(name)) for name in _ACCELERATORS)
+
+
+def share_one_heap() -> None:
+    """Let the threads that this process begins from now on allocate from one heap.
+
+    glibc gives each one of its own, up to eight a core, and keeps in each what was freed there; a
+    server's threads mostly wait for the interpreter, not for a heap. A user's own GLIBC_TUNABLES
+    win. Does nothing without glibc.
+    """
+    if _TUNABLES not in os.environ and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").mallopt(_M_ARENA_MAX, 1)
 
 
 def give_back_freed_memory() -> None:

@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         listener = server.bound(flags.host, flags.port)
     except (ValueError, OSError) as error:
         return _told(str(error), 2)
+    host.share_one_heap()
     sys.setswitchinterval(SWITCH_S)
     driver = Driver(lambda: _made(plan), most=plan.engine.slots + flags.max_waiting)
     server.run(driver, listener, plan.name, max_body=plan.max_body, keys=plan.keys)

@@ -47,6 +47,32 @@ def test_a_program_starts_once_more_with_huge_pages():
     assert run() == ["began", "began", tunables, flags]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@pytest.mark.parametrize(("first", "heaps"), [("host.share_one_heap()", "1"), ("", "5")])
+def test_threads_that_begin_later_share_one_heap(first: str, heaps: str):
+    program = f"""
+import ctypes, os, tempfile, threading
+from nemotron_jax import host
+{first}
+library, all_there = ctypes.CDLL("libc.so.6"), threading.Barrier(4)
+library.malloc.restype = library.fopen.restype = ctypes.c_void_p
+def allocate():
+    library.malloc(5000)
+    all_there.wait()
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+with tempfile.NamedTemporaryFile("r") as file:
+    stream = ctypes.c_void_p(library.fopen(file.name.encode(), b"w"))
+    library.malloc_info(0, stream)
+    library.fclose(stream)
+    print(file.read().count("<heap nr="))
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, cwd=ROOT, env=clean, text=True).strip() == heaps
+
+
 def test_the_users_own_settings_win():
     own = "--xla_force_host_platform_device_count=5"
     tunables, flags = "glibc.malloc.check=0", f"{own},--xla_cpu_parallel_codegen_split_count=3"

@@ -102,8 +102,9 @@ def server(checkpoint: pathlib.Path, opened: pathlib.Path) -> Iterator[Process]:
         line = process.stdout.readline()
         url = re.fullmatch(r"serving \S+ on (http://\S+)\n", line)[1]
         one = Process(process.pid, url, time.monotonic())
-        # What is read at first use is read now.
+        # What is read at first use is read now, and what as many connections take is taken.
         asyncio.run(load.play(one.address, 400, connections=32, seed=1))
+        asyncio.run(load.play(one.address, 1000, connections=256, seed=2))
         one.ready = time.monotonic()
         yield one
         process.send_signal(signal.SIGTERM)
