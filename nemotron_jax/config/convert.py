@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
+from nemotron_jax.config.checks import check_value
 from nemotron_jax.config.run import RunConfig
 
 Config = TypeVar("Config")
@@ -73,6 +74,8 @@ def from_config_dict(cls: type[Config], values: ConfigDict | Mapping) -> Config:
     unknown key (naming the nearest valid one), an ill-typed value, a None that is not allowed and a
     missing key, and whatever the dataclass's own checks raise.
     """
+    if cls is RunConfig:
+        _check_followed(values)
     return _build(cls, values, cls.__name__)
 
 
@@ -110,6 +113,15 @@ def from_json(text: str) -> RunConfig:
     for step in range(version, FORMAT_VERSION):
         values = MIGRATIONS[step](values)
     return _build(RunConfig, _decoded(values), "RunConfig")
+
+
+def _check_followed(values: ConfigDict | Mapping) -> None:
+    """Name a wrong number that the schedule follows, before the tokens that it leads to."""
+    for part, field in (("training", "steps"), ("data", "batch_size"), ("data", "sequence_length")):
+        kept = values.get(part) if isinstance(values, ConfigDict | Mapping) else None
+        value = kept.get(field) if isinstance(kept, ConfigDict | Mapping) else None
+        owner, ok = f"{part.capitalize()}Config", type(value) is not int or value >= 1
+        check_value(owner, field, value, ok, "must be at least 1")
 
 
 def _following_steps(config: ConfigDict) -> ConfigDict:

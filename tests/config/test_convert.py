@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs import models
+from configs import models, pretrain_tiny
 from nemotron_jax.config import convert
 from nemotron_jax.config.convert import from_config_dict, from_json, to_config_dict, to_json
 from nemotron_jax.config.model import MLPConfig, ModelConfig
@@ -123,6 +123,18 @@ def test_a_bad_entry_is_named_with_its_path(path: str, value: object, message: s
         from_config_dict(RunConfig, values)
     with pytest.raises(ValueError, match=message):
         from_config_dict(RunConfig, ConfigDict(values))
+
+
+@pytest.mark.parametrize("wrong", [0, -3])
+@pytest.mark.parametrize("name", ["training.steps", "data.batch_size", "data.sequence_length"])
+def test_a_wrong_number_is_named_and_not_the_schedule_that_follows_it(
+    name: str, wrong: int
+) -> None:
+    values = pretrain_tiny.get_config()
+    part, field = name.split(".")
+    values[part][field] = wrong
+    with pytest.raises(ValueError, match=rf"^\w+Config\.{field}={wrong}: must be at least 1$"):
+        from_config_dict(RunConfig, values)
 
 
 def test_a_missing_required_key_is_named() -> None:
