@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from nemotron_jax.sharding import staying
+from nemotron_jax.sharding import on_owners, shard_parameter, staying
 from nemotron_jax.types import Array, Packed
 from pallas_kernels import PackedExperts, quantize_experts
 
@@ -33,13 +33,14 @@ class PackedMatrix(nnx.Module):
 
     @classmethod
     def of(cls, matrices: nnx.Param) -> "PackedMatrix":
-        """Each matrix rounded to the nearest NVFP4 numbers, under its own largest magnitude."""
-        values = matrices[...]
-        *leading, depth, width = values.shape
-        packed = jax.jit(quantize_experts)(values.reshape(-1, depth, width))
-        shaped = lambda array: array.reshape(*leading, *array.shape[1:])
-        arrays = map(shaped, (packed.words, packed.scales, packed.factor))
-        return cls(*arrays, depth=depth, axes=matrices.axes)
+        """Each matrix rounded to the nearest NVFP4 numbers, under its own largest magnitude.
+
+        On the mesh at hand each device rounds, and then holds, whole matrices of its own.
+        """
+        owned = (matrices.axes[0], None, None)
+        packed = jax.jit(lambda values: on_owners(_rounded, values, owned))(matrices[...])
+        factor = shard_parameter(packed.factor, owned[:1])  # a vector is whole everywhere
+        return cls(packed.words, packed.scales, factor, depth=packed.depth, axes=matrices.axes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,3 +65,9 @@ class PackedMatrix(nnx.Module):
     def _experts(self) -> str:
         """The axis of the experts: another one in a model whose weights stay where they are."""
         return self.words.axes[0]
+
+
+def _rounded(matrices: Float[Array, "... E K N"]) -> PackedExperts:
+    *leading, depth, width = matrices.shape
+    packed = quantize_experts(matrices.reshape(-1, depth, width))
+    return jax.tree.map(lambda array: array.reshape(*leading, *array.shape[1:]), packed)

@@ -9,7 +9,8 @@ from nemotron_jax.config.model import BLOCK_KINDS
 from nemotron_jax.layers.experts import Experts
 from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.model.nemotron import Nemotron
-from nemotron_jax.model.parameters import flatten
+from nemotron_jax.model.parameters import flatten, mesh_of
+from nemotron_jax.sharding import on_mesh
 
 
 def pack_experts(model: Nemotron, *, mtp: bool = True) -> Nemotron:
@@ -33,7 +34,9 @@ def pack_experts(model: Nemotron, *, mtp: bool = True) -> Nemotron:
         matrix = getattr(experts, name)
         return matrix if isinstance(matrix, PackedMatrix) else PackedMatrix.of(matrix)
 
-    return _replaced(model, packed, mtp=mtp)
+    is_traced = isinstance(model.embedding[...], jax.core.Tracer)
+    with on_mesh(None if is_traced else mesh_of(model)):
+        return _replaced(model, packed, mtp=mtp)
 
 
 def unpacked(model: Nemotron) -> Nemotron:

@@ -248,6 +248,19 @@ def local(
     return run
 
 
+def on_owners(function: Callable[[jax.Array], Any], x: jax.Array, owned: Axes) -> Any:
+    """`function` of `x`, each device computing of what it owns, as `owned` lays a parameter out.
+
+    `owned` names one axis, the first of those that it has an entry for. The results' axes up to it
+    are those of `x`, and lie likewise.
+    """
+    sizes = axis_sizes()
+    if math.prod(sizes.values()) == 1:
+        return function(x)
+    spec = PartitionSpec(*parameter_spec(owned, x.shape, sizes)[: x.ndim - len(owned) + 1])
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
 def parts(name: str, units: int) -> int:
     """Parts that devices cut a logical axis of an activation into, one of so many units."""
     sizes = axis_sizes()

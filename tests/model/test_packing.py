@@ -1,5 +1,7 @@
 """Experts held as NVFP4 codes compute what their floats compute, in fewer bytes."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,13 @@ from flax import nnx
 import nemotron_jax as nj
 from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.precision import nemotron3_nvfp4
-from nemotron_jax.config.run import ScheduleConfig, TrainingConfig
+from nemotron_jax.config.run import MeshConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
 from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.model.adapters import add_adapters, merge_adapters
 from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.pretrained import load_rounded
 from nemotron_jax.training.losses import pretrain_objective
 from nemotron_jax.types import Batch, Rows
 from tests.golden_cases import GOLDEN
@@ -68,6 +71,20 @@ def test_unpacked_codes_are_the_dequantised_floats(dense, stored) -> None:
 def test_rounding_what_codes_stand_for_gives_their_values_back(dense) -> None:
     once = nj.unpacked(pack_experts(dense))
     assert_same(nj.unpacked(pack_experts(pack_experts(once))), nj.unpacked(pack_experts(once)))
+
+
+@pytest.mark.parametrize("layout", ["decoding", "training"])
+@pytest.mark.parametrize("axes", [{"expert": 2}, {"fsdp": 2}, {"tensor": 2, "fsdp": 2}], ids=str)
+def test_on_a_mesh_each_device_rounds_its_own_experts(dense, tmp_path, axes, layout) -> None:
+    nj.save_pretrained(dense, tmp_path, dtype="float32")
+    found = load_rounded(tmp_path, mesh=MeshConfig(**axes), experts="nvfp4", layout=layout)
+    codes = pack_experts(dense)
+    wanted = flatten(codes.split_layers() if layout == "decoding" else codes)
+    for name, leaf in flatten(found).items():
+        if ".experts." in name:
+            np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
+            parts = leaf.size // leaf.addressable_shards[0].data.size
+            assert parts == (1 if name.endswith("factor") else math.prod(axes.values())), name
 
 
 def test_a_layer_of_codes_computes_what_its_floats_compute(stored, dense) -> None:
