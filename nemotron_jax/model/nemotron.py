@@ -68,8 +68,9 @@ class Nemotron(nnx.Module):
         `lengths` marks padding at row ends otherwise: padded tokens change no state and no router
         load. A cache's rows are one document each, so it excludes `segment_ids`; it must have room
         for all T tokens of the call, padding included. `key` (jax.random.key, or two words uint32
-        [2]) feeds stochastic rounding, which the training recipes in `execution.precision` need;
-        the bits of a token are those of its number, by `numbers` or as it stands in the batch.
+        [2]) feeds stochastic rounding, which the training recipes in `execution.precision` need for
+        gradients; without one the forward pass rounds to the nearest alone. The bits of a token
+        are those of its number, by `numbers` or as it stands in the batch.
         Raises ValueError for a token outside the vocabulary where `tokens` are at hand.
         """
         _check_tokens(tokens, self.config.vocab_size)

@@ -294,9 +294,12 @@ def _draw(
 ) -> Draw | None:
     """The random bits of an operand that is rounded stochastically; None for another.
 
-    `number` tells the weights of one product apart.
+    Without words the forward product rounds to the nearest, as evaluation and decoding do: what
+    learns needs them all the same. `number` tells the weights of one product apart.
     """
     if treatments(spec.format, spec.options)[product, side].rounding != "stochastic":
+        return None
+    if words is None and product == FPROP:
         return None
     if words is None:
         raise ValueError(

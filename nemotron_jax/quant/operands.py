@@ -125,9 +125,9 @@ def quantized(
     """The operand, exact in bfloat16, and the factor that belongs to the product: a number, or one
     for each group.
 
-    Sizes are multiples of `alignment`. `amax` is the largest magnitude to scale by: that of `x`, or
-    of each group, unless given. It is all devices' together, inside `local` too, but for groups
-    that are not `shared`.
+    Sizes are multiples of `alignment`. Without `draw` it is rounded to the nearest. `amax` is the
+    largest magnitude to scale by: that of `x`, or of each group, unless given. It is all devices'
+    together, inside `local` too, but for groups that are not `shared`.
     """
     if treatment.format == MXFP8:
         ones = jnp.ones(() if groups is None else groups.count, jnp.float32)
@@ -142,7 +142,7 @@ def quantized(
     operand = nvfp4.round_trip(
         x,
         block=treatment.block,
-        rounding=treatment.rounding,
+        rounding="nearest" if draw is None else treatment.rounding,
         amax=of_strips,
         hadamard=treatment.hadamard,
         implementation=None if is_local() else "xla",

@@ -107,6 +107,21 @@ def test_a_stochastic_gradient_without_a_key_is_an_error():
         jax.eval_shape(jax.grad(run), model)
 
 
+def test_activations_are_rounded_by_chance_where_a_model_learns_alone():
+    model, tokens = tiny_model("M-E", seed=1), random_tokens(0, 1, 4)
+    nearest = nemotron3_nvfp4(0)
+    options = dataclasses.replace(
+        nearest.nvfp4, activation_rounding="stochastic", gradient_rounding="nearest"
+    )
+    chance = dataclasses.replace(nearest, nvfp4=options)
+    hidden = lambda way, **key: model(tokens, execution=execution(way), **key).hidden
+    np.testing.assert_array_equal(hidden(chance), hidden(nearest))
+    assert jnp.any(hidden(chance, key=jax.random.key(0)) != hidden(nearest))
+    run = lambda m: jnp.sum(m(tokens, execution=execution(chance)).hidden)
+    with pytest.raises(ValueError, match="rounded stochastically; pass key="):
+        jax.eval_shape(jax.grad(run), model)
+
+
 def test_supers_map_has_the_published_counts():
     pattern = models.SUPER_PATTERN
     formats = {
