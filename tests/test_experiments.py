@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,6 +30,7 @@ from nemotron_jax.config.rl import RolloutConfig
 from nemotron_jax.config.run import RunConfig
 from nemotron_jax.environments import play, registry
 from nemotron_jax.environments.base import Verdict
+from nemotron_jax.model.parameters import abstract_model
 from nemotron_jax.playing.rollout import Episode
 from nemotron_jax.posttraining.curriculum import held_out_tasks
 from nemotron_jax.run_directory import RunDirectory
@@ -238,6 +241,16 @@ def test_arms_of_nvfp4_differ_from_the_recipe_in_one_thing() -> None:
     at = lambda step: configs["last_15_bf16"].execution.at_step(step).precision.emulated
     assert at(254) and not at(255)
     assert configs["float32_reordered"].mesh.data == 2 and configs["float32"].mesh.size == 1
+
+
+def test_every_arm_of_nvfp4_can_be_evaluated() -> None:
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    for arm in nvfp4.experiment().arms:
+        config = nvfp4.config_of(arm, 300, 0)
+        model = abstract_model(config.model)
+        for step in (0, 299):
+            way = config.execution.at_step(step)
+            jax.eval_shape(lambda model, way=way: model(tokens, execution=way).hidden, model)
 
 
 def test_latent_experts_cost_what_their_twin_costs() -> None:
