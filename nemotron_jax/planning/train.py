@@ -350,8 +350,11 @@ def _held(config: RunConfig, blocks: int, tokens: int, expert: int) -> tuple[flo
         working = matrix * (word + FLOAT32 * learns)
         if execution.precision.formats:  # what quantisation holds of matrices and gradients
             more += 3 * FLOAT32 * matrix
-        hidden = tokens * moe.experts_per_token * moe.expert_width * word
-        more += 2 * (1 + training.mtp_depths) * hidden
+        rows, latent = tokens * moe.experts_per_token, moe.latent_width or model.width
+        more += 2 * (1 + training.mtp_depths) * rows * moe.expert_width * word
+        if expert > 1:  # a group's tokens and their sums, both ways, and what a window gives
+            more += 2 * expert * tokens * latent * (word + FLOAT32)
+            more += execution.expert_rows * rows * latent * FLOAT32
     return kept, working, more
 
 

@@ -30,6 +30,7 @@ from pallas_kernels.devices import slice_of
 from tests.planning import test_compiled_experts
 
 ROOT = Path(__file__).parents[2]
+EVIDENCE = ROOT / "docs/evidence"
 SUPER = from_config_dict(RunConfig, pretrain_super_phase1.get_config())
 BF16 = dataclasses.replace(
     SUPER, execution=dataclasses.replace(SUPER.execution, precision=PrecisionConfig())
@@ -61,6 +62,24 @@ def test_bytes_are_near_those_of_the_compiled_step(build, target, mesh, gigabyte
     assert size["total"] / 1e9 == pytest.approx(gigabytes, rel=0.2)
     parts = [n for name, n in size.items() if name not in ("total", "available")]
     assert sum(parts) == size["total"] and report["fits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "rows"),
+    [
+        ("lora_nano_v6e", "dense", 1.25),
+        ("lora_nano_v6e_one_load", "dense", 1.0),
+        ("lora_nano_packed_v6e", "nvfp4", 1.25),
+    ],
+)
+def test_what_experts_exchange_is_counted_in_bytes(name: str, experts: str, rows: float) -> None:
+    compiled = json.loads((EVIDENCE / f"{name}.json").read_text())
+    values = sft_nano.get_config()
+    values.mesh.update(compiled["mesh"])
+    values.data.batch_size, values.execution.expert_rows = compiled["rows"], rows
+    config = with_base(from_config_dict(RunConfig, values), "bfloat16", experts)
+    found = of(config, compiled["mesh"], target=compiled["target"])["bytes_per_device"]["total"]
+    assert found == pytest.approx(compiled["bytes_per_device"]["total"], rel=0.1)
 
 
 def with_base(config: RunConfig, dtype: str, experts: str = "dense") -> RunConfig:
