@@ -43,3 +43,22 @@ def test_its_bytes_and_seconds_are_the_estimates(run: str) -> None:
         assert float(seconds) == pytest.approx(total, rel=CLOSE), f"{target}: {total:.3g} s a step"
         found = report["bytes_per_device"]["total"] / 1e9
         assert float(gigabytes) == pytest.approx(found, rel=CLOSE), f"{target}: {found:.0f} GB"
+
+
+SLICES = re.findall(
+    r"^\| `(\w+:[\dx]+)` \| (.+?) \| (\d+) of \d+ \| (.+?) \| \S+ \| (.+?) \| (\d+) of \d+ \|",
+    (Path(__file__).parents[2] / "docs" / "sharding.md").read_text("utf-8"),
+    re.M,
+)
+
+
+@pytest.mark.parametrize("run", ["pretrain_super_phase1", "nano"])
+def test_the_table_of_slices_is_the_estimates(run: str) -> None:
+    config = from_config_dict(RunConfig, importlib.import_module(f"configs.{run}").get_config())
+    assert len(SLICES) > 15
+    for target, super_mesh, super_gb, super_step, nano_mesh, nano_gb in SLICES:
+        report = estimate(Question(config), slice_of(target))
+        found = report["bytes_per_device"]["total"] / 1e9
+        mesh, size = (nano_mesh, nano_gb) if run == "nano" else (super_mesh, super_gb)
+        assert (mesh != "–") == report["fits"] == (run == "nano" or super_step != "does not fit")
+        assert float(size) == pytest.approx(found, rel=CLOSE), f"{target}: {found:.0f} GB"
