@@ -104,10 +104,10 @@ class Encoder:
         words, scales, factor = (
             self._arrays[f"{matrix}.{part}"][tensor.index] for part in ("words", "scales", "factor")
         )
-        columns = self._shapes[matrix][-2]
-        codes = np.ascontiguousarray(words.transpose(2, 1, 0)).view(np.uint8)
-        codes = codes.reshape(len(codes), -1)[:, : columns // 2]
-        return codes, scales.T[:, : columns // BLOCK], factor
+        columns, rows = self._shapes[matrix][-2:]  # the hub's matrices are turned
+        codes = np.ascontiguousarray(words[..., :rows].transpose(2, 1, 0)).view(np.uint8)
+        codes = codes.reshape(rows, -1)[:, : columns // 2]
+        return codes, scales.T[:rows, : columns // BLOCK], factor
 
 
 def module_of(tensor: HubTensor) -> str:

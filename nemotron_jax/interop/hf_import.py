@@ -181,8 +181,9 @@ def _with_codes(
 def _write_codes(into: dict[str, Destination], tensor: HubTensor, codes: Codes) -> None:
     """The parts of a matrix of experts, in the order of `PackedExperts`."""
     (matrix,) = tensor.parameters
-    words, scales, factor = codes.packed()
-    into[f"{matrix}.words"].write(tensor.index, words)
+    held = into[f"{matrix}.words"]
+    words, scales, factor = codes.packed(held.shape[-1])
+    held.write(tensor.index, words)
     into[f"{matrix}.scales"].write(tensor.index, scales)
     into[f"{matrix}.factor"].write(tensor.index, factor)
 

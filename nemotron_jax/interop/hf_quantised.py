@@ -81,9 +81,10 @@ class Codes:
             values[start : start + rows] = piece
         return values
 
-    def packed(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Words [2, B, N], scales [B, N] and factor [] of `PackedExperts`: the same bits.
+    def packed(self, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Words [2, B, C], scales [B, C] and factor [] of `PackedExperts`: the same bits.
 
+        It has C `columns`; those beyond the matrix's own are zeros.
         A divisor becomes its reciprocal. Raises ValueError as `read` does.
         """
         scales, factor = self._nvfp4_scales()
@@ -93,9 +94,8 @@ class Codes:
             raise self.codes.wrong("holds NaN or infinity once multiplied by its scales")
         rows, blocks = scales.shape
         words = self.codes.read().view("<f4").reshape(rows, blocks, 2).transpose(2, 1, 0)
-        filling = -blocks % PACKED_BLOCKS
-        words = np.pad(words, [(0, 0), (0, filling), (0, 0)])
-        return words, np.pad(scales.T, [(0, filling), (0, 0)]), factor
+        filling = [(0, -blocks % PACKED_BLOCKS), (0, columns - rows)]
+        return np.pad(words, [(0, 0), *filling]), np.pad(scales.T, filling), factor
 
     def _nvfp4_scales(self) -> tuple[np.ndarray, np.float32]:
         scales, factor = self.scale.read(), self._scalar(self.factor)

@@ -49,7 +49,7 @@ class Destination:
     def __init__(
         self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None = None
     ) -> None:
-        self._shape, self.dtype, self._sharding = shape, dtype, sharding
+        self.shape, self.dtype, self._sharding = shape, dtype, sharding
         self._parts: dict[tuple, Part] = {}
         self._owners: list[tuple[jax.Device | None, tuple]] = []
         places = {None: (slice(None),) * len(shape)}
@@ -81,7 +81,7 @@ class Destination:
             jax.device_put(self._parts[ranges].values, device, may_alias=True)
             for device, ranges in self._owners
         ]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, placed)
+        return jax.make_array_from_single_device_arrays(self.shape, self._sharding, placed)
 
 
 class Spread:

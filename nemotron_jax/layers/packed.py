@@ -16,18 +16,19 @@ class PackedMatrix(nnx.Module):
 
     def __init__(
         self,
-        words: Float[Array, "... E 2 B N"],
-        scales: Float[Array, "... E B N"],
+        words: Float[Array, "... E 2 B C"],
+        scales: Float[Array, "... E B C"],
         factor: Float[Array, "... E"],
         *,
         depth: int,
+        width: int,
         axes: tuple[str, ...],
     ) -> None:
         experts = axes[0]  # devices share whole experts
         self.words = nnx.Param(words, axes=(experts, None, None, None))
         self.scales = nnx.Param(scales, axes=(experts, None, None))
         self.factor = nnx.Param(factor, axes=(experts,))
-        self.depth = depth  # K
+        self.depth, self.width = depth, width  # K, N
         self.axes = axes  # of the matrices
         self.is_base = False  # whether adapters train beside it, somewhere in its model
 
@@ -40,16 +41,18 @@ class PackedMatrix(nnx.Module):
         owned = (matrices.axes[0], None, None)
         packed = jax.jit(lambda values: on_owners(_rounded, values, owned))(matrices[...])
         factor = shard_parameter(packed.factor, owned[:1])  # a vector is whole everywhere
-        return cls(packed.words, packed.scales, factor, depth=packed.depth, axes=matrices.axes)
+        sizes = {"depth": packed.depth, "width": packed.width}
+        return cls(packed.words, packed.scales, factor, **sizes, axes=matrices.axes)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrices that the codes stand for, any axes of layers first."""
-        return (*self.factor.shape, self.depth, self.words.shape[-1])
+        return (*self.factor.shape, self.depth, self.width)
 
     def weight(self, name: str) -> Packed:
         """The matrices as their product takes them; `name` says in errors whose they are."""
-        value = PackedExperts(self.words[...], self.scales[...], self.factor[...], self.depth)
+        arrays = self.words[...], self.scales[...], self.factor[...]
+        value = PackedExperts(*arrays, self.depth, self.width)
         return Packed(value, name, self.is_base, self._experts)
 
     def unpacked(self, dtype: jnp.dtype) -> nnx.Param:
@@ -57,7 +60,7 @@ class PackedMatrix(nnx.Module):
         leading = self.factor.shape
         arrays = [self.words[...], self.scales[...], self.factor[...]]
         flat = (array.reshape(-1, *array.shape[len(leading) :]) for array in arrays)
-        values = PackedExperts(*flat, self.depth).matrices(dtype)
+        values = PackedExperts(*flat, self.depth, self.width).matrices(dtype)
         axes = self.axes if self.axes[0] == self._experts else staying(self.axes)
         return nnx.Param(values.reshape(*leading, *values.shape[1:]), axes=axes)
 

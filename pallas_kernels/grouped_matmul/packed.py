@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch, nvfp4
 from pallas_kernels.grouped_matmul import packed_tpu, reference, xla
+from pallas_kernels.grouped_matmul.lanes import LANES
 from pallas_kernels.grouped_matmul.packed_tpu import BLOCK, DEPTH
 from pallas_kernels.nvfp4.xla import values
 
@@ -23,21 +24,23 @@ WORD = 8  # codes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedExperts:
-    """Matrices [E, K, N] in NVFP4: B blocks of 16 along K, filled up to a multiple of 8.
+    """Matrices [E, K, N] in NVFP4: B blocks of 16 along K, filled up to a multiple of 8, and C
+    columns, N as `filled_columns` fills them up.
 
     Word (h, b, n) of an expert holds the codes of rows 16 b + 8 h + j of column n, j = 0 in the
     lowest four bits. Words are bits, and no number: float32 is what they are kept in, for with an
     integer among its parameters `jax.grad` refuses a model before anyone can say which and why.
     """
 
-    words: Float[Array, "E 2 B N"]  # float32
-    scales: Float[Array, "E B N"]  # float8_e4m3fn, one for each block
+    words: Float[Array, "E 2 B C"]  # float32
+    scales: Float[Array, "E B C"]  # float8_e4m3fn, one for each block
     factor: Float[Array, "E"]  # float32, one for each expert
     depth: int = dataclasses.field(metadata={"static": True})  # K
+    width: int = dataclasses.field(metadata={"static": True})  # N
 
     def codes(self) -> UInt8[Array, "E K N"]:
         """What `pack_experts` put together."""
-        return jax.vmap(lambda words: unpacked(words)[: self.depth])(self.words)
+        return jax.vmap(lambda words: unpacked(words)[: self.depth, : self.width])(self.words)
 
     def matrices(self, dtype: jnp.dtype) -> Float[Array, "E K N"]:
         """The floats that they stand for, one expert's after the other, each rounded once.
@@ -46,6 +49,17 @@ class PackedExperts:
         of the tools that write checkpoints.
         """
         return _matrices(self, jnp.dtype(dtype))
+
+
+def filled_columns(width: int) -> int:
+    """Columns that words of matrices of so many have: whole lanes, where that adds little.
+
+    XLA keeps a parameter of a TPU with an axis of whole lanes last, where there is one, and every
+    program would turn the words round for the kernel. Lanes that are not filled are lost in any
+    case; what other devices would lose too is a sixteenth at the most.
+    """
+    filling = -width % LANES
+    return width + filling if 16 * filling <= width else width
 
 
 def pack_experts(
@@ -63,13 +77,15 @@ def pack_experts(
     sizes = {"K/16": depth // BLOCK}
     shapes = {"codes": (codes, "E K N"), "scales": (scales, "E K/16 N"), "factor": (factor, "E")}
     dispatch.expect_shape("pack_experts", sizes, **shapes)
-    filling = -depth % DEPTH
-    codes = jnp.pad(codes, [(0, 0), (0, filling), (0, 0)])
-    scales = jnp.pad(scales, [(0, 0), (0, filling // BLOCK), (0, 0)])
+    width, filling = codes.shape[2], -depth % DEPTH
+    columns = (0, filled_columns(width) - width)
+    codes = jnp.pad(codes, [(0, 0), (0, filling), columns])
+    scales = jnp.pad(scales, [(0, 0), (0, filling // BLOCK), columns])
     blocks = codes.reshape(codes.shape[0], -1, 2, WORD, codes.shape[2])
     shifted = (blocks[:, :, :, j].astype(jnp.uint32) << (4 * j) for j in range(WORD))
     words = jax.lax.bitcast_convert_type(sum(shifted), jnp.float32)
-    return PackedExperts(jnp.swapaxes(words, 1, 2), scales, factor.astype(jnp.float32), depth)
+    words, factor = jnp.swapaxes(words, 1, 2), factor.astype(jnp.float32)
+    return PackedExperts(words, scales, factor, depth, width)
 
 
 def quantize_experts(
@@ -92,7 +108,7 @@ def _matrices(packed: PackedExperts, dtype: jnp.dtype) -> Float[Array, "E K N"]:
     def one(expert: tuple[Array, Array, Array]) -> Float[Array, "K N"]:
         words, scales, factor = expert
         steps = jnp.repeat(scales.astype(jnp.float32) * factor, BLOCK, axis=0)
-        return (values(unpacked(words)) * steps)[: packed.depth].astype(dtype)
+        return (values(unpacked(words)) * steps)[: packed.depth, : packed.width].astype(dtype)
 
     return jax.lax.map(one, (packed.words, packed.scales, packed.factor))
 
@@ -191,15 +207,16 @@ def grouped_matmul_packed(
     """
     op = "grouped_matmul_packed"
     sizes: dict[str, int] = {"K": packed.depth}
-    shapes = {"words": (packed.words, "E 2 B N"), "scales": (packed.scales, "E B N")}
+    shapes = {"words": (packed.words, "E 2 B C"), "scales": (packed.scales, "E B C")}
     lines = {"factor": (packed.factor, "E"), "group_sizes": (group_sizes, "E")}
     dispatch.expect_shape(op, sizes, lhs=(lhs, "rows K"), **shapes, **lines)
     if activation not in (None, "relu2"):
         raise ValueError(f"{op}: activation={activation!r} is neither None nor 'relu2'")
     operands = packed.words, packed.scales, packed.factor, group_sizes
-    return PACKED(
+    out = PACKED(
         *(lhs, *operands), activation=activation, implementation=implementation, target=target
     )
+    return out[:, : packed.width]
 
 
 def grouped_matmul_packed_transposed(
@@ -216,9 +233,10 @@ def grouped_matmul_packed_transposed(
     Raises ValueError for shapes that disagree and for an implementation that cannot run.
     """
     op = "grouped_matmul_packed_transposed"
-    shapes = {"words": (packed.words, "E 2 B N"), "scales": (packed.scales, "E B N")}
+    shapes = {"words": (packed.words, "E 2 B C"), "scales": (packed.scales, "E B C")}
     lines = {"factor": (packed.factor, "E"), "group_sizes": (group_sizes, "E")}
-    dispatch.expect_shape(op, {}, lhs=(lhs, "rows N"), **shapes, **lines)
+    dispatch.expect_shape(op, {"N": packed.width}, lhs=(lhs, "rows N"), **shapes, **lines)
+    lhs = jnp.pad(lhs, [(0, 0), (0, packed.words.shape[3] - packed.width)])
     operands = packed.words, packed.scales, packed.factor, group_sizes
     return TRANSPOSED(
         *(lhs, *operands), depth=packed.depth, implementation=implementation, target=target

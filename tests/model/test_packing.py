@@ -1,5 +1,6 @@
 """Experts held as NVFP4 codes compute what their floats compute, in fewer bytes."""
 
+import dataclasses
 import math
 
 import jax
@@ -16,12 +17,12 @@ from nemotron_jax.interop.safetensors_file import SafetensorsFile
 from nemotron_jax.layers.packed import PackedMatrix
 from nemotron_jax.model.adapters import add_adapters, merge_adapters
 from nemotron_jax.model.packing import pack_experts
-from nemotron_jax.model.parameters import flatten, unflatten
+from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
 from nemotron_jax.pretrained import load_rounded
 from nemotron_jax.training.losses import pretrain_objective
 from nemotron_jax.types import Batch, Rows
 from tests.golden_cases import GOLDEN
-from tests.tiny_models import quick_jit
+from tests.tiny_models import quick_jit, randomised, tiny_config
 
 SUPER = GOLDEN.parent / "quantised" / "super_nvfp4"
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 144, (2, 9)))
@@ -85,6 +86,27 @@ def test_on_a_mesh_each_device_rounds_its_own_experts(dense, tmp_path, axes, lay
             np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
             parts = leaf.size // leaf.addressable_shards[0].data.size
             assert parts == (1 if name.endswith("factor") else math.prod(axes.values())), name
+
+
+def test_filled_columns_are_of_no_matter(tmp_path) -> None:
+    """Up's 496 columns lie as 512: bytes, values and tokens are the same."""
+    small = tiny_config("ME")
+    moe = dataclasses.replace(small.moe, expert_width=496, shared_width=32, latent_width=32)
+    config = dataclasses.replace(small, width=32, moe=moe)
+    nj.save_pretrained(
+        randomised(abstract_model(config), 0), tmp_path / "first", quantization="nvfp4"
+    )
+    held, plain = (nj.load_pretrained(tmp_path / "first", experts=e) for e in ("nvfp4", "dense"))
+    up = held.moe.mixer.experts.up
+    assert up.words.shape[-1] == up.scales.shape[-1] == 512 and up.shape[-1] == 496
+    assert_same(nj.unpacked(held), plain)
+    hidden = [model(TOKENS % 50).hidden for model in (held, plain)]
+    np.testing.assert_allclose(*hidden, atol=1e-5)
+    shared = nj.load_pretrained(tmp_path / "first", experts="nvfp4", mesh=MeshConfig(expert=2))
+    np.testing.assert_array_equal(shared.moe[0].mixer.experts.up.words, up.words[0])
+    nj.save_pretrained(held, tmp_path / "again", quantization="nvfp4")
+    for file in (tmp_path / "first").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
 def test_a_layer_of_codes_computes_what_its_floats_compute(stored, dense) -> None:

@@ -82,6 +82,37 @@ def test_products_equal_the_definition(form, dtype):
         assert_close(out, expected.astype(dtype), TOLERANCE[dtype], name)
 
 
+@pytest.mark.parametrize("width", [250, 300])  # six columns fill its lanes; 84 would be too many
+def test_columns_are_filled_where_few_are_missing(width):
+    rng = np.random.default_rng(width)
+    codes = jnp.asarray(rng.integers(0, 16, (EXPERTS, DEPTH, width)), jnp.uint8)
+    scales = jnp.asarray(rng.uniform(0.5, 2, (EXPERTS, DEPTH // 16, width)), jnp.float8_e4m3fn)
+    factor = jnp.asarray(rng.uniform(0.5, 2, EXPERTS), jnp.float32)
+    experts = packed.pack_experts(codes, scales, factor)
+    assert experts.words.shape[3] == experts.scales.shape[2] == {250: 256, 300: 300}[width]
+    np.testing.assert_array_equal(experts.codes(), codes)
+    matrices = reference.dequantized(codes, scales)
+    steps = scales.astype(jnp.float32) * factor[:, None, None]
+    whole = experts.matrices(jnp.float32)
+    np.testing.assert_array_equal(whole, reference.dequantized(codes, steps))
+    sizes = jnp.asarray(PATTERNS["rows past the sum"], jnp.int32)
+    lhs = jnp.asarray(rng.standard_normal((ROWS, DEPTH)), jnp.float32)
+    back = jnp.asarray(rng.standard_normal((ROWS, width)), jnp.float32)
+    products = (
+        (packed.grouped_matmul_packed, lhs, matrices),
+        (
+            packed.grouped_matmul_packed_transposed,
+            back,
+            jnp.swapaxes(matrices, 1, 2),
+        ),
+    )
+    for product, rows, given in products:
+        expected = reference.grouped_matmul(rows, given, sizes, factor)
+        for form in ("xla", "reference"):
+            out = product(rows, experts, sizes, implementation=form)
+            assert_close(out, expected, 1e-5, f"{product.__name__} {form}")
+
+
 def test_every_code_is_its_number_exactly():
     codes = jnp.arange(16, dtype=jnp.uint8)[None, :, None] * jnp.ones((1, 1, 8), jnp.uint8)
     scales = jnp.asarray([0, 2.0**-9, 0.013671875, 0.875, 1, 3.25, 15, 448], jnp.float8_e4m3fn)
