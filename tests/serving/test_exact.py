@@ -259,6 +259,6 @@ def test_random_conversations_are_exact_and_leave_nothing(
             engine.asked.clear()
             if not start % 1000:
                 print(f"{checked} turns, {cancelled} cancelled, {ties} near ties, {wrong} differ")
-    assert checked > 0.95 * turns and not wrong and ties < 0.001 * turns
+    assert checked > 0.95 * turns and not wrong and ties <= 0.001 * turns
     empty(engine)
     assert LENGTH % PAGE == 0
