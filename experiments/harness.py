@@ -75,6 +75,7 @@ class Experiment:
     relative: bool = False  # whether differences are divided by the value of `against`
     noise_floor: str = ""  # an arm that differs from `against` by chance alone
     positive_control: str = ""  # an arm whose difference must be seen
+    also_against: str = ""  # another arm that the others are compared with
 
 
 def main(
@@ -237,29 +238,20 @@ def read_runs(experiment: Experiment, output: Path) -> dict[tuple[str, int], dic
 def write_evidence(experiment: Experiment, output: Path) -> None:
     """evidence.json and the picture of what is finished."""
     runs = read_runs(experiment, output)
-    _write(_evidence(output), evidence(experiment, list(runs.values())))
+    found, file = evidence(experiment, list(runs.values())), _evidence(output)
+    before = _read(file)
+    if before.get("runs") == found["runs"]:  # another commit made none of them
+        found["commit"] = before.get("commit", found["commit"])
+    _write(file, found)
     draw(experiment, list(runs.values()), _plot(output, experiment))
 
 
 def evidence(experiment: Experiment, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What finished runs show: each arm against the one that it is compared with, seed by seed."""
-    finals = {(run["arm"], run["seed"]): run["final"] for run in runs}
-    compared = {}
-    for arm in experiment.arms:
-        seeds = [s for name, s in finals if name == arm and (experiment.against, s) in finals]
-        if arm == experiment.against or not seeds:
-            continue
-        base = [finals[experiment.against, seed] for seed in seeds]
-        gaps = [finals[arm, seed] - value for seed, value in zip(seeds, base, strict=True)]
-        if experiment.relative:
-            gaps = [gap / value for gap, value in zip(gaps, base, strict=True)]
-        compared[arm] = _mean_and_interval(gaps)
-    entries = [
-        {"arm": arm, "against": experiment.against, "metric": experiment.metric}
-        | {"relative": experiment.relative, **found}
-        | {"level": LEVEL, "unit": "seed", "paired": True}
-        for arm, found in compared.items()
-    ]
+    entries = _comparisons(experiment, runs, experiment.against)
+    compared = {
+        entry["arm"]: {name: entry[name] for name in ("mean", "interval", "n")} for entry in entries
+    }
     floor, control = experiment.noise_floor, compared.get(experiment.positive_control)
     interval = control and control["interval"]
     return {
@@ -274,12 +266,41 @@ def evidence(experiment: Experiment, runs: Sequence[Mapping[str, Any]]) -> dict[
         "cpu_seconds": sum(run["cpu_seconds"] for run in runs),
         "runs": [dict(run) for run in runs],
         "comparisons": entries,
+        **_also_compared(experiment, runs),
         "noise_floor": {"arm": floor, **compared[floor]} if floor in compared else None,
         "positive_control": {
             "arm": experiment.positive_control,
             "detected": bool(interval and (interval[0] > 0 or interval[1] < 0)),
         },
     }
+
+
+def _also_compared(experiment: Experiment, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The arms against the second one, for an experiment that has it."""
+    other = experiment.also_against
+    return {"also_compared": _comparisons(experiment, runs, other)} if other else {}
+
+
+def _comparisons(
+    experiment: Experiment, runs: Sequence[Mapping[str, Any]], against: str
+) -> list[dict[str, Any]]:
+    """Every other arm against this one, over the seeds that both have."""
+    finals = {(run["arm"], run["seed"]): run["final"] for run in runs}
+    entries = []
+    for arm in experiment.arms:
+        seeds = [s for name, s in finals if name == arm and (against, s) in finals]
+        if arm == against or not seeds:
+            continue
+        base = [finals[against, seed] for seed in seeds]
+        gaps = [finals[arm, seed] - value for seed, value in zip(seeds, base, strict=True)]
+        if experiment.relative:
+            gaps = [gap / value for gap, value in zip(gaps, base, strict=True)]
+        entries.append(
+            {"arm": arm, "against": against, "metric": experiment.metric}
+            | {"relative": experiment.relative, **_mean_and_interval(gaps)}
+            | {"level": LEVEL, "unit": "seed", "paired": True}
+        )
+    return entries
 
 
 def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -294,26 +315,53 @@ def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def draw(experiment: Experiment, runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The runs' curves, the seeds of an arm in one colour, and the numbers beside them."""
+    """The runs' curves, the seeds of an arm in one colour, and how far the arms end from the one
+    that they are compared with."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    for number, arm in enumerate(experiment.arms):
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    curves, differences = figure.subplots(1, 2, width_ratios=(3, 2))
+    colors = {arm: f"C{number}" for number, arm in enumerate(experiment.arms)}
+    for arm, color in colors.items():
         of_arm = [run for run in runs if run["arm"] == arm]
         for place, run in enumerate(of_arm):
             label = f"{arm.replace('_', ' ')} (n={len(of_arm)})" if place == 0 else None
-            axes.plot(*zip(*run["curve"], strict=True), "o-", color=f"C{number}", label=label)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(experiment.metric.replace("_", " "))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+            points = zip(*run["curve"], strict=True)
+            curves.plot(*points, "o-", color=color, label=label, markersize=3, linewidth=1)
+    curves.set_xlabel("optimizer steps")
+    curves.set_ylabel(experiment.metric.replace("_", " "))
+    curves.grid(alpha=0.3)
+    if curves.lines:
+        curves.legend()
+    _draw_differences(differences, experiment, runs, colors)
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
     with atomic_writer(path) as out:
         out.write(image.getvalue())
+
+
+def _draw_differences(
+    axes: Any,
+    experiment: Experiment,
+    runs: Sequence[Mapping[str, Any]],
+    colors: Mapping[str, str],
+) -> None:
+    """Each arm's mean difference with its interval, from the top in the arms' order."""
+    found = _comparisons(experiment, runs, experiment.against)
+    unit = 100 if experiment.relative else 1  # in per cent
+    for place, entry in enumerate(found):
+        mean = unit * entry["mean"]
+        low, high = (unit * bound for bound in entry["interval"] or (entry["mean"],) * 2)
+        error = [[mean - low], [high - mean]]
+        axes.errorbar(mean, place, xerr=error, fmt="o", color=colors[entry["arm"]], capsize=4)
+    axes.set_yticks(range(len(found)), [entry["arm"].replace("_", " ") for entry in found])
+    axes.set_ylim(max(len(found), 1) - 0.5, -0.5)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.grid(alpha=0.3, axis="x")
+    against = experiment.against.replace("_", " ")
+    share = " in %" if experiment.relative else ""
+    axes.set_xlabel(f"difference from {against}{share}, {LEVEL:.0%} interval over seeds")
 
 
 def _evidence(output: Path) -> Path:

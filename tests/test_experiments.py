@@ -179,6 +179,31 @@ def test_relative_differences_are_of_the_arm_that_they_are_compared_with() -> No
     assert found["mean"] == 0.25 and found["relative"]
 
 
+def test_arms_are_compared_with_a_second_one_where_it_is_named() -> None:
+    run = {"cpu_seconds": 1.0, "device": "", "versions": {}, "seed": 0}
+    finals = {"base": 4.0, "better": 5.0, "same": 4.0}
+    runs = [run | {"arm": arm, "final": final} for arm, final in finals.items()]
+    experiment = Made().experiment()
+    assert "also_compared" not in harness.evidence(experiment, runs)
+    experiment = dataclasses.replace(experiment, also_against="better")
+    found = harness.evidence(experiment, runs)
+    assert [entry["against"] for entry in found["comparisons"]] == ["base", "base"]
+    gaps = {entry["arm"]: (entry["against"], entry["mean"]) for entry in found["also_compared"]}
+    assert gaps == {"base": ("better", -1.0), "same": ("better", -1.0)}
+
+
+def test_evidence_names_the_commit_that_made_its_runs(tmp_path, made, monkeypatch) -> None:
+    flags = [f"--output={tmp_path}"]
+    for commit, arms, named in (
+        ("a", "base", "a"),
+        ("b", "base", "a"),
+        ("c", "base,better", "c"),
+    ):
+        monkeypatch.setattr(harness, "_commit", lambda commit=commit: commit)
+        assert harness.main(made.experiment(), arguments=[*flags, f"--arms={arms}"]) == 0
+        assert evidence(tmp_path)["commit"] == named
+
+
 @pytest.mark.parametrize("name", ["file", "file/below", "of", "plotted", "\0", "/proc/x"])
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, made, capsys, name) -> None:
     (tmp_path / "file").touch()
