@@ -249,10 +249,11 @@ def local(
 
 
 def on_owners(function: Callable[[jax.Array], Any], x: jax.Array, owned: Axes) -> Any:
-    """`function` of `x`, each device computing of what it owns, as `owned` lays a parameter out.
+    """`function` on each device's own part of `x`, which is cut along one axis; the function itself
+    without a mesh.
 
-    `owned` names one axis, the first of those that it has an entry for. The results' axes up to it
-    are those of `x`, and lie likewise.
+    `owned` are logical axes of a parameter, of the last axes of `x`; the first names one, and the
+    others are None. Results have the axes of `x` up to that one, and are cut likewise.
     """
     sizes = axis_sizes()
     if math.prod(sizes.values()) == 1:
