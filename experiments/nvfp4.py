@@ -3,8 +3,8 @@
 Every arm of a seed begins with the same parameters and reads the same text in the same order. What
 the recipe of Nemotron 3 Super costs is the difference of its held-out loss from float32's, relative
 to that. How much of a difference is chance says float32 on two devices, which adds up in another
-order. Whether a run of this size can tell formats apart say two controls: every matmul in NVFP4, and
-that without any of the recipe's protections.
+order. Two controls say whether a run of this size can tell formats apart: every matmul in NVFP4,
+and that without any of the recipe's protections.
 
 Products are of float32 numbers, rounded to NVFP4 and MXFP8 where the recipe says so: an emulation,
 whose speed says nothing about chips. What the recipe keeps in high precision is float32.
