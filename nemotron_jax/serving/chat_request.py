@@ -9,12 +9,14 @@ from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, calls_of, te
 from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
 from nemotron_jax.decoding.wanted import MOST_TOP, Budget
 from nemotron_jax.serving.fields import Fields, characters, check_parts
+from nemotron_jax.serving.formats import with_format
 from nemotron_jax.serving.grammars import Format, calls_of_tools
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.wishes import (
     Job,
     apart,
+    check_lacking,
     check_size,
     checked_format,
     job_of,
@@ -26,6 +28,8 @@ from nemotron_jax.serving.wishes import (
 
 MOST_MESSAGES, MOST_TOOLS = 10_000, 512
 _THOUGHTS = ("reasoning_content", "reasoning")  # of past turns, which the template leaves out
+# Fields of vLLM's that change what is rendered.
+_LACKING = ("chat_template", "continue_final_message", "documents", "echo")
 _ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 
 
@@ -77,11 +81,13 @@ class ChatRequest:
     nonempty: bool
     parallel: bool
     logprobs: bool
+    reasons: bool = True  # the reasoning is shown
     held: bool = False  # calls come as a grammar has them
 
 
 def read_chat(fields: Fields, served: Served) -> ChatRequest:
     """The request of a body; Refusal names the field that is wrong."""
+    fields = with_format(fields)
     prompt = read_prompt(fields, served)
     logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, 0, MOST_TOP)
@@ -103,6 +109,7 @@ def read_chat(fields: Fields, served: Served) -> ChatRequest:
         nonempty=prompt.nonempty,
         parallel=fields.flag("parallel_tool_calls", True),
         logprobs=logprobs,
+        reasons=fields.flag("include_reasoning", True),
         held=held,
     )
 
@@ -110,6 +117,9 @@ def read_chat(fields: Fields, served: Served) -> ChatRequest:
 def read_prompt(fields: Fields, served: Served) -> ChatPrompt:
     """Messages, tools and switches of a body; refused before they are read where no prompt that
     fits could hold them."""
+    check_lacking(fields, _LACKING)
+    if not fields.flag("add_generation_prompt", True):
+        raise fields.refuse("add_generation_prompt", "is always written; leave it out")
     tools, messages = characters(fields.get("tools")), characters(fields.get("messages"), _THOUGHTS)
     check_size(served, tools, "tools")
     check_size(served, tools + messages, "messages")
@@ -125,9 +135,9 @@ def read_prompt(fields: Fields, served: Served) -> ChatPrompt:
         except ValueError as error:
             where = f"messages[{number}]"
             raise Refusal(f"{where}: {str(error).removeprefix('chat: ')[:300]}", where) from None
-    tools = _tools(fields)
-    must_call, named = _must_call(fields, tools)
-    tools = [] if fields.get("tool_choice") == "none" else tools
+    choice, tools = _allowed(fields, _tools(fields))
+    must_call, named = _must_call(fields, choice, tools)
+    tools = [] if choice == "none" else tools
     switches = fields.part("chat_template_kwargs").values()
     nonempty = switches.pop("force_nonempty_content", False)
     effort = fields.text("reasoning_effort")
@@ -147,7 +157,7 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
     role = given.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"role={shown(role)[:40]}: must be one of {', '.join(_ROLES)}")
-    message: dict[str, Any] = {"role": _ROLES[role], "content": text_of(given)}
+    message: dict[str, Any] = {"role": _ROLES[role], "content": text_of(_spoken(given))}
     if role != "assistant":
         return message
     thought = given.get("reasoning_content") or given.get("reasoning")
@@ -160,6 +170,16 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
         for name, arguments in calls_of(given)
     ]
     return message | ({"tool_calls": calls} if calls else {})
+
+
+def _spoken(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its refusals, which clients keep apart, as the texts that they are."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    refused = lambda part: isinstance(part, Mapping) and part.get("type") == "refusal"
+    spoken = [{"text": part.get("refusal")} if refused(part) else part for part in content]
+    return {**message, "content": spoken}
 
 
 def _arguments(calls: Any) -> Iterator[str]:
@@ -175,7 +195,7 @@ def _tools(fields: Fields) -> list[Mapping[str, Any]]:
     tools = fields.objects("tools", MOST_TOOLS)
     for number, tool in enumerate(tools):
         function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, Mapping) else None
+        name = _name_of(tool)
         if not isinstance(name, str) or not name:
             raise Refusal(f"tools[{number}]: needs a function with a name", f"tools[{number}]")
         if not isinstance(function.get("parameters", {}), Mapping | None):
@@ -183,11 +203,31 @@ def _tools(fields: Fields) -> list[Mapping[str, Any]]:
     return tools
 
 
+def _allowed(fields: Fields, tools: list[Mapping[str, Any]]) -> tuple[Any, list[Mapping[str, Any]]]:
+    """The choice, and the tools that it is among: `allowed_tools` names some and says how."""
+    choice = fields.get("tool_choice")
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return choice, tools
+    part = fields.part("tool_choice")
+    part = part if part.get("allowed_tools") is None else part.part("allowed_tools")
+    if part.get("mode") not in ("auto", "required"):
+        raise part.refuse("mode", "must be auto or required")
+    names = [_name_of(tool) for tool in part.objects("tools", MOST_TOOLS)]
+    kept = [tool for tool in tools if _name_of(tool) in names]
+    if not kept or {_name_of(tool) for tool in kept} != {*map(str, names)}:
+        raise part.refuse("tools", "must name some of the tools, and no others")
+    return part.get("mode"), kept
+
+
+def _name_of(tool: Mapping[str, Any]) -> Any:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, Mapping) else None
+
+
 def _must_call(
-    fields: Fields, tools: Sequence[Mapping[str, Any]]
+    fields: Fields, choice: Any, tools: Sequence[Mapping[str, Any]]
 ) -> tuple[Sequence[Mapping[str, Any]], bool]:
     """The tools of which one has to be called, and whether it is one by name, then once."""
-    choice = fields.get("tool_choice")
     if choice in (None, "none", "auto"):
         return (), False
     if choice == "required":

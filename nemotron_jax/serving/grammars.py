@@ -12,6 +12,7 @@ import numpy as np
 
 from nemotron_jax.data.chat.render import ANSWER, CALL, CALL_END
 from nemotron_jax.data.tokenizer import Tokenizer
+from nemotron_jax.serving import formats
 from nemotron_jax.serving.call_grammars import TEXT_OR_CALLS, calls_grammar
 from nemotron_jax.serving.fields import Fields, characters
 from nemotron_jax.serving.patterns import check_pattern, check_patterns
@@ -138,7 +139,9 @@ def calls_of_tools(
     try:
         if part.get("type") not in (None, "text"):
             schema = _schema_of(part) | {"x-guidance": _COMPACT}
-            answer, rules = "answer", f"\nanswer: %json {json.dumps(schema)}"
+            # A line end follows the reasoning in what models write: it must not mean a call.
+            answer = "NL? answer" if thinking else "answer"
+            rules = f"\nanswer: %json {json.dumps(schema)}"
         text = calls_grammar(tools, parallel=not single, answer=None if required else answer)
     except ValueError as error:
         named = str(error).startswith("tools[")
@@ -175,7 +178,8 @@ def asks_for_grammar(fields: Fields) -> bool:
     parts = [part for tool in tools if isinstance(tool, dict) for part in (tool, *tool.values())]
     strict = any(isinstance(part, dict) and part.get("strict") for part in parts)
     named = fields.get("tool_choice") not in (None, "auto", "none")
-    return bool(fields.get("response_format") or fields.get("text") or strict or named)
+    formed = any(fields.get(name) for name in ("response_format", "text", *formats.NAMES))
+    return bool(formed or strict or named)
 
 
 def _compiled(source: str, tokenizer: Tokenizer, param: str) -> Any:

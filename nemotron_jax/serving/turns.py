@@ -77,7 +77,8 @@ class Turn:
         for event in joined(events):
             if isinstance(event, Reasoning) and event.text:
                 self._reasoning += event.text
-                delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
+                if self._request.reasons:
+                    delta["reasoning_content"] = delta.get("reasoning_content", "") + event.text
             elif isinstance(event, Content | Malformed) and event.text:
                 self._content += event.text
                 delta["content"] = delta.get("content", "") + event.text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from nemotron_jax.decoding.wanted import MOST_BIASES, MOST_NEW_TOKENS, MOST_STOP_TOKENS, Wanted
@@ -13,6 +14,9 @@ from nemotron_jax.serving.served import Served
 # OpenAI allows 4 stop strings; agents send more. Each is looked for at every token.
 MOST_STOPS, LONGEST_STOP = 16, 256
 MOST_SAMPLES = 128  # of one prompt
+# Fields of vLLM's that change tokens or what is said of them, and that nothing here follows.
+_LACKING = ("allowed_token_ids", "bad_words", "include_stop_str_in_output", "logits_processors")
+_LACKING += ("prompt_logprobs", "truncate_prompt_tokens", "use_beam_search")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Job:
 
 def sampling_of(fields: Fields, served: Served, **more: Any) -> dict[str, Any]:
     """Values of `Wanted` but for the number of tokens, which depends on the prompt."""
+    check_lacking(fields, _LACKING)
     for name in ("frequency_penalty", "presence_penalty"):
         if fields.number(name, 0.0, -2, 2):
             raise fields.refuse(name, "penalties are not supported; leave it out")
@@ -45,21 +50,27 @@ def sampling_of(fields: Fields, served: Served, **more: Any) -> dict[str, Any]:
     }
 
 
+def check_lacking(fields: Fields, names: Sequence[str]) -> None:
+    """Raise Refusal for a wish that would go unheard: the answer would be another one than asked
+    for. Values that wish for nothing pass, as clients send them."""
+    for name in names:
+        if fields.get(name) not in (None, False, "", [], {}):
+            raise fields.refuse(name, "is not supported; leave it out")
+
+
 def wanted_format(
     fields: Fields, served: Served, stops: tuple[int, ...], *, thinking: bool = False
 ) -> Format | None:
     """What `response_format` holds the text to; it has no room for some other wishes."""
-    for name in ("guided_json", "guided_regex", "guided_grammar", "guided_choice"):
-        if fields.get(name) is not None:
-            raise fields.refuse(name, "is not supported; use response_format")
     form = format_of(fields, served.tokenizer, served.vocabulary, stops, thinking=thinking)
     return None if form is None else checked_format(fields, form)
 
 
 def checked_format(fields: Fields, form: Format) -> Format:
     """The format; Refusal for a wish that cannot be kept beside it."""
-    if fields.get("min_tokens"):
-        raise fields.refuse("min_tokens", "cannot be kept together with a format or held calls")
+    for name in ("min_tokens", "ignore_eos"):
+        if fields.get(name):
+            raise fields.refuse(name, "cannot be kept together with a format or held calls")
     return form
 
 
@@ -72,7 +83,9 @@ def samples_of(fields: Fields) -> int:
 
 
 def stop_tokens_of(fields: Fields, served: Served, own: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens that end a continuation: the checkpoint's and the request's."""
+    """Tokens that end a continuation: the checkpoint's, unless it goes on past them, and the
+    request's."""
+    own = () if fields.flag("ignore_eos") else own
     given = fields.token_ids("stop_token_ids", served.vocabulary) or ()
     kept = tuple(dict.fromkeys((*own, *given)))
     if len(kept) > MOST_STOP_TOKENS:
@@ -90,16 +103,16 @@ def job_of(
     left = served.context - len(prompt)
     if left < 1:
         raise Refusal(
-            f"the prompt has {len(prompt)} tokens, and prompt and answer together may have "
-            f"{served.context}; shorten it",
+            f"{_context(served)}, prompt and answer together, and the prompt alone has "
+            f"{len(prompt)}; shorten it",
             "messages" if fields.get("messages") is not None else "prompt",
             code="context_length_exceeded",
         )
     most = fields.integer(name, left, 0, MOST_NEW_TOKENS)
     if most > left:
         raise Refusal(
-            f"{name}={most}: with the prompt's {len(prompt)} tokens it exceeds the "
-            f"{served.context} that prompt and answer may have; ask for at most {left}",
+            f"{name}={most}: {_context(served)}, prompt and answer together, and the prompt has "
+            f"{len(prompt)}; ask for at most {left}",
             name,
             code="context_length_exceeded",
         )
@@ -131,11 +144,15 @@ def check_size(served: Served, characters: int, param: str) -> None:
     """Raise Refusal for a text that is too long whatever its tokens are."""
     if characters > served.most_bytes:
         raise Refusal(
-            f"{param}: {characters} characters are more than {served.context} tokens can hold; "
-            "shorten it",
+            f"{param}: {_context(served)}, which {characters} characters exceed; shorten it",
             param,
             code="context_length_exceeded",
         )
+
+
+def _context(served: Served) -> str:
+    """The words by which clients tell that a conversation has grown too long."""
+    return f"This model's maximum context length is {served.context} tokens"
 
 
 def _top_p(fields: Fields, served: Served) -> float:

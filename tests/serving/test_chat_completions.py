@@ -182,3 +182,33 @@ def test_random_texts_are_cut_at_the_first_stop_string(served: Live) -> None:
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
         message, reason = joined(found)
         assert message["content"] == (text[: min(ends)[1]] if ends else text) and reason == "stop"
+
+
+def test_fields_that_clients_send_for_nothing_change_nothing(served: Live) -> None:
+    served.script = TURNS[0]
+    plain = {"bad_words": [], "use_beam_search": False, "continue_final_message": None}
+    plain |= {"ignore_eos": False, "structured_outputs": None, "documents": [], "echo": False}
+    plain |= {"include_reasoning": True, "add_generation_prompt": True, "truncate_prompt_tokens": 0}
+    (choice,) = served.post(**plain).json()["choices"]
+    assert choice["message"]["content"] == "four" and choice["finish_reason"] == "stop"
+    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "there"}]}
+    served.post(messages=[*HELLO, refused, *HELLO])
+    assert "there" in TOKENIZER.decode(served.generator.seen[-1].prompt)
+
+
+def test_reasoning_is_left_out_and_ends_are_passed_where_asked(served: Live) -> None:
+    served.script = TURNS[0]
+    message, _ = joined(served.events(include_reasoning=False))
+    assert (message["content"], message["reasoning"]) == ("four", None)
+    (choice,) = served.post(ignore_eos=True, max_tokens=40).json()["choices"]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] == "four"
+    stopped = served.post(ignore_eos=True, stop_token_ids=[TOKENIZER.token_id("</think>")])
+    assert stopped.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_clients_tell_a_conversation_that_is_too_long_by_its_words(served: Live) -> None:
+    long = [{"role": "user", "content": "hello" * CONTEXT}]
+    for body in ({"messages": long}, {"messages": HELLO, "max_tokens": CONTEXT}):
+        error = served.post(**body).json()["error"]
+        assert f"maximum context length is {CONTEXT} tokens" in error["message"]
+        assert error["code"] == "context_length_exceeded"

@@ -11,7 +11,7 @@ import pytest
 from nemotron_jax.environments.schema import faults
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.grammars import format_of
-from tests.serving.live import TOKENIZER, Live, live
+from tests.serving.live import CHAT, TOKENIZER, Live, live
 
 pytest.importorskip("llguidance")
 TEXT = "/v1/completions"
@@ -70,6 +70,37 @@ def test_a_regular_expression_is_matched_whole(served: Live) -> None:
     form = {"type": "regex", "regex": "(ab|c){2,4}[0-9]é?"}
     for choice in served.post(TEXT, prompt="two", response_format=form, n=10).json()["choices"]:
         assert re.fullmatch(form["regex"], choice["text"]) and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_formats_in_the_words_of_vllm(served: Live, path: str) -> None:
+    text = json.dumps(BOUNDED)
+    common = {"seed": 5, "chat_template_kwargs": {"enable_thinking": False}}
+    common |= {"prompt": "two"} if path == TEXT else {}
+    said = lambda **body: served.post(path, **common, **body).json()["choices"][0]
+    content = lambda choice: choice["text"] if path == TEXT else choice["message"]["content"]
+    expected = content(said(response_format=json_schema(BOUNDED)))
+    for word in ({"guided_json": text}, {"structured_outputs": {"json": BOUNDED, "regex": None}}):
+        assert content(said(**word)) == expected
+    regex, choice = "[ab]{3}", ["x|y", "a b\n", "(é)"]
+    for word in ({"guided_regex": regex}, {"structured_outputs": {"regex": regex}}):
+        assert re.fullmatch(regex, content(said(**word)))
+    for word in ({"guided_choice": choice}, {"structured_outputs": {"choice": choice}}):
+        assert content(said(**word)) in choice
+    for body, field in (
+        ({"guided_grammar": "a"}, "guided_grammar"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": []}}, "structured_outputs.json"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": [3]}, "guided_choice"),
+        ({"guided_regex": 3}, "guided_regex"),
+        ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
+        ({"structured_outputs": 3}, "structured_outputs"),
+    ):
+        answer = served.post(path, **common, **body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
 
 
 def test_no_special_token_comes_where_its_name_may() -> None:

@@ -92,6 +92,11 @@ WRONG = [
     ({"frequency_penalty": 1}, "frequency_penalty"),
     ({"required_prefix_token_ids": [-1]}, "required_prefix_token_ids"),
     ({"stop_token_ids": ["a"]}, "stop_token_ids"),
+    ({"bad_words": ["a"]}, "bad_words"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
 ]
 
 
