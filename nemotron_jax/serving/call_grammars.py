@@ -6,7 +6,7 @@ stand in it. Every value is written in the one form that the reader takes back f
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from nemotron_jax.config.untrusted import shown
@@ -15,7 +15,7 @@ from nemotron_jax.data.chat.render import CALL, CALL_END, END
 from nemotron_jax.data.chat.schemas import ANYTHING, TEXT, Schemas
 from nemotron_jax.data.chat.tools import in_json
 from nemotron_jax.environments.schema import equal
-from nemotron_jax.serving.patterns import check_patterns, searched
+from nemotron_jax.serving.patterns import check_patterns, expression, searched
 
 Schema = Mapping[str, Any]
 
@@ -35,8 +35,21 @@ _DEEPEST = 16  # schemas that stand in one another before a text's own
 _TEXT_RULES = frozenset(("type", "enum", "const", "pattern", "minLength", "maxLength"))
 _UNIONS = ("anyOf", "oneOf")
 _NAME = re.compile(r"[^<>\n\r]{1,256}")
-# A text that could be read as another type: a number, one of the words, or JSON.
-_LITERAL = r"/(?s:\s*([\[{\"\-0-9]|[Tt]rue|[Ff]alse|[Nn]one|null).*)/"
+# Beginnings of texts that could be read as another type. A lexer goes on with a text as long as it
+# may be one, so that a value of another form has to begin otherwise.
+_NUMBER = r"[\-0-9]"
+_BEGINNINGS = {"null": "None|null", "boolean": "[Tt]rue|[Ff]alse", "array": r"\[", "object": r"\{"}
+_BEGINNINGS |= {"integer": _NUMBER, "fraction": _NUMBER}
+_QUOTED = '"(?s:.*)"'  # is read as the text within
+_BLANKS = r"[\s\x1c-\x1f]*"  # what Python takes off
+# Formats that a text is held to, as RFC 3339 and 9562 write them.
+_DAYS = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
+_LEAP = "([1-9][0-9](0[48]|[2468][048]|[13579][26])|([2468][048]|[13579][26])00)-02-29"
+_DATE = f"([1-9][0-9]{{3}}-({_DAYS}|02-(0[1-9]|1[0-9]|2[0-8]))|{_LEAP})"
+_HOURS = "([01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOURS}:[0-5][0-9](\.[0-9]{{1,6}})?(Z|[+\-]{_HOURS})"
+_UUID = "[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+_FORMATS = {"date": _DATE, "time": _TIME, "date-time": f"{_DATE}T{_TIME}", "uuid": _UUID}
 _TAGS = (PARAMETER_END, CALL_END, END)
 _EXACT = 2**53  # an integer without a bound stays within what every reader keeps
 
@@ -79,8 +92,15 @@ class _Tool:
 
     def __init__(self, function: Schema, number: int, schemas: Schemas) -> None:
         self._name, self._rule, self._schemas = function["name"], f"f{number}", schemas
-        self._parameters = function.get("parameters") or {}
+        self._parameters = self._root(function.get("parameters") or {})
         _check_name("name", self._name)
+
+    def _root(self, parameters: Schema) -> Schema:
+        """The parameters' own schema, which may stand among the definitions, as that of a model
+        that holds itself does."""
+        known = {name: parameters[name] for name in _DEFINITIONS if name in parameters}
+        own = {name: value for name, value in parameters.items() if name not in known}
+        return {**self._resolved(own), **known} if "$ref" in own else parameters
 
     def rules(self) -> Iterator[str]:
         """Lark's rules, the call's own first."""
@@ -131,16 +151,23 @@ class _Tool:
         if (listed := self._listed(name, self._resolved(schema))) is not None:
             yield False, f"({' | '.join(map(_quoted, listed))}) {end}"
             return
+        others = kinds != TEXT and (kinds != ANYTHING or not set(schema) <= _ANNOTATIONS)
+        rest, texts = schema if others else None, _NEVER
         if "string" in kinds:
-            texts = None if set(schema) <= _ANNOTATIONS else self._texts(schema, 0)
-            if texts != _NEVER:
-                mixed = kinds not in (TEXT, ANYTHING)
-                parts = [texts or "/(?s:.*)/", *([f"~{_LITERAL}"] if mixed else []), _NO_TAGS]
-                yield True, f"({' & '.join(parts)}) {end}"
-        if kinds != TEXT and (kinds != ANYTHING or not set(schema) <= _ANNOTATIONS):
-            rest = self._without_texts(schema, 0) if "string" in kinds else schema
-            if rest is not None:
-                yield False, f"{_json(self._rooted(rest))} {end}"
+            rest = self._without_texts(schema, 0) if others else None
+            texts = self._texts(schema, 0) if _is_bound(schema) else None
+        if texts == _NEVER:
+            pass
+        elif kinds in (TEXT, ANYTHING):
+            texts = f"{texts or _ANY_TEXT} & {_NO_TAGS}"
+        else:
+            null = kinds == _OPTIONAL and rest is not None  # as one of the texts
+            kept = f"{texts or _ANY_TEXT} & {_no_literals(kinds, whole=null)} & {_NO_TAGS}"
+            texts, rest = (f'({kept}) | "null"', None) if null else (kept, rest)
+        if texts != _NEVER:
+            yield True, f"({texts}) {end}"
+        if rest is not None:
+            yield False, f"{_json(self._rooted(rest))} {end}"
 
     def _listed(self, name: str, schema: Schema) -> list[str] | None:
         """The texts of an enum's values that are read back as these values; None without one."""
@@ -171,7 +198,8 @@ class _Tool:
             return _NEVER
         used = set(schema) - _ANNOTATIONS - set(_DEFINITIONS)
         unions = [schema[union] for union in _UNIONS if union in schema]
-        sets = [_of_rules(schema)] if used & (_TEXT_RULES - {"type"}) else []
+        ruled = used & (_TEXT_RULES - {"type"}) or _format_of(schema)
+        sets = [_of_rules(schema)] if ruled else []
         for options in unions:
             found = [self._texts(option, depth + 1) for option in options]
             found = [one for one in found if one != _NEVER]
@@ -222,13 +250,35 @@ class _Tool:
         """The schema with the definitions that its references name."""
         rooted = dict(schema)
         if "$ref" in json.dumps(schema):
-            known = ((name, self._parameters.get(name)) for name in _DEFINITIONS)
-            rooted |= {name: value for name, value in known if value is not None}
+            whole = dict(self._parameters)
+            known = {name: whole.pop(name, None) for name in _DEFINITIONS}
+            known = {name: value for name, value in known.items() if value is not None}
+            rooted = _moved({**rooted, **known})
+            if _WHOLE in json.dumps(rooted):
+                others = rooted.get("$defs")
+                others = others if isinstance(others, Mapping) else {}
+                rooted["$defs"] = {**others, _WHOLE: _moved(whole)}
         return _bounded(rooted) | {"x-guidance": SPACED}
 
 
+def _moved(schema: Any) -> Any:
+    """A schema whose references to the tool's own find it where it then stands."""
+    if isinstance(schema, list):
+        return [_moved(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {name: _moved(value) for name, value in schema.items()}
+    reference = moved.get("$ref")
+    known = tuple(f"#/{name}/" for name in _DEFINITIONS)
+    if isinstance(reference, str) and reference[:1] == "#" and not reference.startswith(known):
+        moved["$ref"] = f"#/$defs/{_WHOLE}{reference[1:]}"
+    return moved
+
+
+_WHOLE = "x-whole"  # among the definitions: the parameters themselves, which may hold themselves
 _TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
-_NEVER = "never"
+_OPTIONAL = frozenset(("string", "null"))
+_NEVER, _ANY_TEXT = "never", "/(?s:.*)/"
 
 
 def _of_rules(schema: Schema) -> str:
@@ -241,12 +291,33 @@ def _of_rules(schema: Schema) -> str:
         return _NEVER
     if (pattern := schema.get("pattern")) is not None:
         sets.append(searched(str(pattern)))
+    if form := _format_of(schema):
+        sets.append(expression(form))
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
     if least or most != "":
         if not all(type(bound) is int and bound >= 0 for bound in (least, most or 0)):
             raise ValueError("minLength and maxLength must be integers from 0 on")
         sets.append(f"/(?s:.{{{least},{most}}})/")
-    return "(" + " & ".join(sets or ["/(?s:.*)/"]) + ")"
+    return "(" + " & ".join(sets or [_ANY_TEXT]) + ")"
+
+
+def _is_bound(schema: Schema) -> bool:
+    """Whether a schema says anything about a text."""
+    return not set(schema) <= _ANNOTATIONS or _format_of(schema) is not None
+
+
+def _format_of(schema: Schema) -> str | None:
+    """The expression of the format that a schema names; None where texts are held to none."""
+    named = schema.get("format")
+    return _FORMATS.get(named) if isinstance(named, str) else None
+
+
+def _no_literals(kinds: Set[str], *, whole: bool) -> str:
+    """The texts that are read as such beside other types; `whole` where another value is written
+    as a text."""
+    rest = "" if whole else "(?s:.*)"
+    begins = "|".join(sorted({_BEGINNINGS[kind] for kind in kinds - {"string"}}))
+    return "~" + expression(f"{_BLANKS}({_QUOTED}|({begins}){rest}){_BLANKS}")
 
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from nemotron_jax.data.chat.schemas import Schemas
 from nemotron_jax.environments.schema import faults
+from nemotron_jax.serving.fields import Fields
+from nemotron_jax.serving.grammars import calls_of_tools
 from nemotron_jax.serving.patterns import check_pattern
 from tests.serving import schemas
-from tests.serving.live import Live, live
+from tests.serving.live import TOKENIZER, Live, ids_of, live
 from tests.serving.test_chat_completions import joined, without_ids
 
 pytest.importorskip("llguidance")
@@ -173,6 +176,105 @@ def test_an_expression_is_bounded_by_what_it_unrolls_to() -> None:
     for large in ("((a{99}){99}){99}", "a{5}{100}{1000}", "x{,200000}", "(?:a{1000}){101}"):
         with pytest.raises(ValueError, match="count less"):
             check_pattern(large)
+
+
+def takes(schema: dict[str, Any], text: str, **parameters: Any) -> bool:
+    """Whether a call that is held may give a text for its only parameter."""
+    if not parameters:
+        parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    tools = [{"function": {"name": "f", "parameters": parameters}}]
+    options = {"single": True, "required": True, "thinking": False, "budgeted": False}
+    size = TOKENIZER.vocab_size
+    form = calls_of_tools(Fields({}), TOKENIZER, size, (TOKENIZER.eos,), tools, **options)
+    grammar = form.grammar()
+    call = (
+        f"<tool_call>\n<function=f>\n<parameter=a>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    )
+    try:
+        return all(grammar.accept(token) for token in ids_of(call))
+    except RuntimeError:
+        return False
+
+
+def test_a_text_beside_another_type_is_none_that_would_be_read_as_that() -> None:
+    texts = {"2024-05-01", "3 apples", "None of them", "[a", "{1}", '"a" and b', "007", "true"}
+    for kind, others in (
+        ("null", set()),
+        ("integer", {"2024-05-01", "3 apples", "007"}),
+        ("boolean", {"true"}),
+        ("array", {"[a"}),
+        ("object", {"{1}"}),
+    ):
+        schema = {"anyOf": [{"type": "string", "minLength": 2}, {"type": kind}]}
+        tool = {"function": {"name": "f", "parameters": {"properties": {"a": schema}}}}
+        read = Schemas([tool]).value
+        for text in texts - others:
+            assert takes(schema, text) and read("f", "a", text) == text
+        values = {"null": "null", "integer": "5", "boolean": "true", "array": "[]", "object": "{}"}
+        for name, text in values.items():
+            assert name != kind or takes(schema, text) and not isinstance(read("f", "a", text), str)
+        assert not any(takes(schema, text) for text in ('"a"', "a", *(others - {"true"})))
+
+
+def test_texts_of_dates_are_dates() -> None:
+    for form, good, bad in (
+        ("date", ("2024-02-29", "1999-12-31"), ("2023-02-29", "1900-02-29", "2024-04-31", "soon")),
+        ("time", ("23:59:00Z", "01:02:03.5+01:00"), ("24:00:00Z", "noon")),
+        ("date-time", ("2024-02-29T01:02:03Z",), ("2024-02-29",)),
+        ("uuid", ("123e4567-e89b-12d3-a456-426614174000",), ("123e4567",)),
+        ("what", ("anything",), ()),
+        (["date"], ("anything",), ()),
+    ):
+        optional = {"anyOf": [{"type": "string", "format": form}, {"type": "null"}]}
+        for schema in ({"type": "string", "format": form}, optional):
+            assert all(takes(schema, text) for text in good)
+            assert not any(takes(schema, text) for text in bad)
+
+
+def test_parameters_may_hold_themselves() -> None:
+    """As a recursive model has it: by a definition, by all of it, or by a part of it."""
+    tree = {"type": "object", "additionalProperties": False}
+    list_of = lambda reference: {"type": "array", "items": {"$ref": reference}}
+    named = {
+        "$defs": {"T": {**tree, "properties": {"a": list_of("#/$defs/T")}}},
+        "$ref": "#/$defs/T",
+    }
+    whole = {**tree, "properties": {"a": list_of("#")}}
+    part = {**tree, "properties": {"a": list_of("#/properties/b"), "b": {**whole}}}
+    for parameters in (named, whole, part):
+        assert takes({}, '[{"a": [{"a": []}]}]', **parameters)
+        assert not takes({}, '[{"b": 1}]', **parameters)
+        assert not takes({}, "[1]", **parameters)
+
+
+def test_a_line_end_after_the_reasoning_does_not_mean_a_call() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    part = {"type": "json_schema", "json_schema": {"schema": schema}}
+    options = {"single": True, "required": False, "thinking": True, "budgeted": False}
+    fields, size = Fields({"response_format": part}), TOKENIZER.vocab_size
+    form = calls_of_tools(fields, TOKENIZER, size, (TOKENIZER.eos,), [NOTHING], **options)
+    for answer in ('\n{"a":true}', '{"a":true}', "\n<tool_call>\n<function=no-thing>\n"):
+        grammar = form.grammar()
+        assert all(grammar.accept(token) for token in ids_of(f"two</think>{answer}"))
+
+
+def test_allowed_tools_are_the_only_ones(served: Live) -> None:
+    flat = {"type": "allowed_tools", "tools": [{"type": "function", "name": "no-thing"}]}
+    nested = {"type": "function", "function": {"name": "no-thing"}}
+    for choice in (
+        {**flat, "mode": "required"},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [nested]}},
+    ):
+        body = {"tools": [EVERY, NOTHING], "tool_choice": choice, "parallel_tool_calls": False}
+        found = served.post(**body, n=3, chat_template_kwargs=NO_THINKING).json()["choices"]
+        assert [calls_of(one) for one in found] == [[("no-thing", {})]] * 3
+    served.script = "two"
+    auto = served.post(tools=[EVERY, NOTHING], tool_choice={**flat, "mode": "auto"})
+    shown = TOKENIZER.decode(served.generator.seen[-1].prompt)
+    assert auto.status_code == 200 and "no-thing" in shown and "every" not in shown
+    for wrong in ({"mode": "all"}, {"tools": []}, {"tools": [{"name": "other"}]}, {"tools": 3}):
+        answer = served.post(tools=[NOTHING], tool_choice={**flat, "mode": "auto", **wrong})
+        assert answer.json()["error"]["param"] == f"tool_choice.{next(iter(wrong))}"
 
 
 @pytest.mark.parametrize("value", ["</tool_call>", "<|im_end|>", "a</parameter>\\n</function>"])
