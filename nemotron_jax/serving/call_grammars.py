@@ -15,7 +15,7 @@ from nemotron_jax.data.chat.render import CALL, CALL_END, END
 from nemotron_jax.data.chat.schemas import ANYTHING, TEXT, Schemas
 from nemotron_jax.data.chat.tools import in_json
 from nemotron_jax.environments.schema import equal
-from nemotron_jax.serving.patterns import check_patterns, expression, searched
+from nemotron_jax.serving.patterns import check_patterns, expression, searched, with_known_formats
 
 Schema = Mapping[str, Any]
 
@@ -258,7 +258,7 @@ class _Tool:
                 others = rooted.get("$defs")
                 others = others if isinstance(others, Mapping) else {}
                 rooted["$defs"] = {**others, _WHOLE: _moved(whole)}
-        return _bounded(rooted) | {"x-guidance": SPACED}
+        return _bounded(with_known_formats(rooted)) | {"x-guidance": SPACED}
 
 
 def _moved(schema: Any) -> Any:
@@ -315,9 +315,11 @@ def _format_of(schema: Schema) -> str | None:
 def _no_literals(kinds: Set[str], *, whole: bool) -> str:
     """The texts that are read as such beside other types; `whole` where another value is written
     as a text."""
-    rest = "" if whole else "(?s:.*)"
     begins = "|".join(sorted({_BEGINNINGS[kind] for kind in kinds - {"string"}}))
-    return "~" + expression(f"{_BLANKS}({_QUOTED}|({begins}){rest}){_BLANKS}")
+    quoted = f"~{expression(f'{_BLANKS}{_QUOTED}{_BLANKS}')}"
+    if whole:
+        return f"{quoted} & ~{expression(f'{_BLANKS}({begins}){_BLANKS}')}"
+    return f"{quoted} & ~({expression(f'{_BLANKS}({begins})')} {_ANY_BYTES})"
 
 
 def _bounded(schema: dict[str, Any]) -> dict[str, Any]:
@@ -345,6 +347,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
-_NO_TAGS = (
-    "~/(?s:.*)(" + "|".join(re.escape(tag).replace("/", r"\/") for tag in _TAGS) + ")(?s:.*)/"
-)
+# Whatever bytes, also such as no text has: what begins with a tag, say, is then none of a set at
+# once. Were it only text, a set of bounded texts would be searched to its end for one.
+_ANY_BYTES = "(~/a/ | /a/)"
+_NO_TAGS = "~(" + expression(f"(?s:.*)({'|'.join(map(re.escape, _TAGS))})") + f" {_ANY_BYTES})"

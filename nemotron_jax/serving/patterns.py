@@ -1,4 +1,4 @@
-"""Regular expressions of clients: bounded before anything is made of them, and written for Lark."""
+"""Regular expressions and formats of clients' schemas: bounded, known, and written for Lark."""
 
 import re
 from typing import Any
@@ -9,6 +9,30 @@ MOST_UNROLLED = 100_000
 _PART = re.compile(
     r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d{0,9})(,?)(\d{0,9})\}|\(\?[a-zA-Z-]*[:)]|.", re.DOTALL
 )
+
+# Formats that llguidance holds texts to. Any other says nothing, as JSON schema has it, and clients
+# send many: `path`, `binary`, `password`.
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri")
+_FORMATS += ("uuid",)
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_DATA = ("const", "enum", "default", "examples")  # no schemas
+
+
+def with_known_formats(schema: Any, *, by_name: bool = False) -> Any:
+    """A schema, or several `by_name`, without the formats that nothing is known of."""
+    if isinstance(schema, list):
+        return [with_known_formats(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: inner for name, inner in schema.items() if by_name or name != "format"}
+    if not by_name and schema.get("format") in _FORMATS:
+        kept["format"] = schema["format"]
+    return {
+        name: inner
+        if name in _DATA and not by_name
+        else with_known_formats(inner, by_name=name in _BY_NAME and not by_name)
+        for name, inner in kept.items()
+    }
 
 
 def check_patterns(schema: Any) -> None:
