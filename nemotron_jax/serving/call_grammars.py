@@ -15,7 +15,7 @@ from nemotron_jax.data.chat.render import CALL, CALL_END, END
 from nemotron_jax.data.chat.schemas import ANYTHING, TEXT, Schemas
 from nemotron_jax.data.chat.tools import in_json
 from nemotron_jax.environments.schema import equal
-from nemotron_jax.serving.patterns import check_patterns, expression, searched, with_known_formats
+from nemotron_jax.serving.patterns import check_patterns, expression, searched, without_idle_rules
 
 Schema = Mapping[str, Any]
 
@@ -258,7 +258,7 @@ class _Tool:
                 others = rooted.get("$defs")
                 others = others if isinstance(others, Mapping) else {}
                 rooted["$defs"] = {**others, _WHOLE: _moved(whole)}
-        return _bounded(with_known_formats(rooted)) | {"x-guidance": SPACED}
+        return _bounded(without_idle_rules(rooted)) | {"x-guidance": SPACED}
 
 
 def _moved(schema: Any) -> Any:

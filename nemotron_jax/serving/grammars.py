@@ -15,7 +15,7 @@ from nemotron_jax.data.tokenizer import Tokenizer
 from nemotron_jax.serving import formats
 from nemotron_jax.serving.call_grammars import TEXT_OR_CALLS, calls_grammar
 from nemotron_jax.serving.fields import Fields, characters
-from nemotron_jax.serving.patterns import check_pattern, check_patterns, with_known_formats
+from nemotron_jax.serving.patterns import check_pattern, check_patterns, without_idle_rules
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.trials import Trials
 
@@ -169,7 +169,7 @@ def _schema_of(part: Fields) -> dict[str, Any]:
         )
     _check_size(schema, "response_format")
     check_patterns(schema)
-    return with_known_formats(schema)
+    return without_idle_rules(schema)
 
 
 def asks_for_grammar(fields: Fields) -> bool:

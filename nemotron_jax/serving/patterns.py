@@ -18,19 +18,24 @@ _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependen
 _DATA = ("const", "enum", "default", "examples")  # no schemas
 
 
-def with_known_formats(schema: Any, *, by_name: bool = False) -> Any:
-    """A schema, or several `by_name`, without the formats that nothing is known of."""
+def without_idle_rules(schema: Any, *, by_name: bool = False) -> Any:
+    """A schema, or several `by_name`, without rules that say nothing, which llguidance refuses:
+    formats that nothing is known of, and that names are texts, as zod's records have it."""
     if isinstance(schema, list):
-        return [with_known_formats(one) for one in schema]
+        return [without_idle_rules(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
     kept = {name: inner for name, inner in schema.items() if by_name or name != "format"}
     if not by_name and schema.get("format") in _FORMATS:
         kept["format"] = schema["format"]
+    if not by_name and kept.get("propertyNames") in ({}, True, {"type": "string"}):
+        del kept["propertyNames"]
+    if not by_name and kept.get("uniqueItems") is False:
+        del kept["uniqueItems"]
     return {
         name: inner
         if name in _DATA and not by_name
-        else with_known_formats(inner, by_name=name in _BY_NAME and not by_name)
+        else without_idle_rules(inner, by_name=name in _BY_NAME and not by_name)
         for name, inner in kept.items()
     }
 

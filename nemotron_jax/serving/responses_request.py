@@ -114,6 +114,8 @@ def _message(item: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         return {"role": "assistant", "tool_calls": [{"function": call}]}, False
     if kind == "function_call_output":
         return {"role": "tool", "content": item.get("output")}, True
+    if kind == "item_reference":
+        raise ValueError("no items are kept here; send them whole, as clients do with store=false")
     raise ValueError(f"type={shown(kind)[:60]}: items are messages, reasoning and function calls")
 
 

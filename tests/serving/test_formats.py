@@ -11,7 +11,7 @@ import pytest
 from nemotron_jax.environments.schema import faults
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.grammars import format_of
-from nemotron_jax.serving.patterns import with_known_formats
+from nemotron_jax.serving.patterns import without_idle_rules
 from tests.serving.live import CHAT, TOKENIZER, Live, live
 
 pytest.importorskip("llguidance")
@@ -142,18 +142,21 @@ def test_what_is_no_grammar_is_refused(served: Live, form: dict[str, Any]) -> No
         assert answer.json()["error"]["param"].startswith("response_format")
 
 
-def test_formats_that_nothing_is_known_of_say_nothing() -> None:
+def test_rules_that_say_nothing_are_left_out() -> None:
     data = {"const": {"format": "path"}, "default": {"format": "path"}}
     names = {"format": {"type": "string", "format": "path"}, "enum": {"format": ["date"]}}
-    schema = {"$defs": names, "anyOf": [{"properties": names}, {"format": "date"}, data]}
-    found = with_known_formats(schema)
-    known = {"format": {"type": "string"}, "enum": {}}
-    assert found == {"$defs": known, "anyOf": [{"properties": known}, {"format": "date"}, data]}
+    names |= {"propertyNames": {"uniqueItems": False}}
+    record = {"propertyNames": {"type": "string"}, "anyOf": [{"propertyNames": {"enum": ["a"]}}]}
+    schema = {"$defs": names, "anyOf": [{"properties": names}, {"format": "date"}, data, record]}
+    known = {"format": {"type": "string"}, "enum": {}, "propertyNames": {}}
+    kept = [{"properties": known}, {"format": "date"}, data, {"anyOf": record["anyOf"]}]
+    assert without_idle_rules(schema) == {"$defs": known, "anyOf": kept}
 
 
-def test_a_schema_with_such_a_format_is_kept(served: Live) -> None:
-    schema = {"enum": ["a/b"], "type": "string", "format": "path"}
-    schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
-    form = json_schema({**schema, "additionalProperties": False})
+def test_a_schema_with_such_rules_is_kept(served: Live) -> None:
+    values = {"enum": ["a/b"], "type": "string", "format": "path"}
+    record = {"type": "object", "propertyNames": {"type": "string"}}
+    record |= {"required": ["c"], "properties": {"c": values}, "additionalProperties": False}
+    form = json_schema(record)
     answer = served.post(TEXT, prompt="two", response_format=form).json()
-    assert answer["choices"][0]["text"] == '{"a":"a/b"}'
+    assert answer["choices"][0]["text"] == '{"c":"a/b"}'
