@@ -141,7 +141,7 @@ def read_prompt(fields: Fields, served: Served) -> ChatPrompt:
     switches = fields.part("chat_template_kwargs").values()
     nonempty = switches.pop("force_nonempty_content", False)
     effort = fields.text("reasoning_effort")
-    if effort == "low":
+    if effort in ("low", "minimal"):
         switches.setdefault("low_effort", True)
     elif effort == "none":
         switches.setdefault("enable_thinking", False)

@@ -40,8 +40,7 @@ def read_response(fields: Fields, served: Served) -> ChatRequest:
     chat["logprobs"] = LOGPROBS in include
     if not chat["logprobs"]:
         chat.pop("top_logprobs", None)  # as the clients' default of 0 has no meaning then
-    effort = fields.part("reasoning").text("effort")
-    chat["reasoning_effort"] = "low" if effort == "minimal" else effort
+    chat["reasoning_effort"] = fields.part("reasoning").text("effort")
     try:
         return read_chat(Fields(chat), served)
     except Refusal as refusal:

@@ -196,6 +196,17 @@ def test_fields_that_clients_send_for_nothing_change_nothing(served: Live) -> No
     assert "there" in TOKENIZER.decode(served.generator.seen[-1].prompt)
 
 
+@pytest.mark.parametrize("effort", ["minimal", "low", "medium", "none"])
+def test_efforts_mean_the_same_of_chats_and_responses(served: Live, effort: str) -> None:
+    served.script = "four<|im_end|>"
+    served.post(reasoning_effort=effort)
+    served.post("/v1/responses", input="hello", reasoning={"effort": effort})
+    chat, response = (request.prompt for request in served.generator.seen[-2:])
+    shown = TOKENIZER.decode(chat, show_special=True)
+    assert chat == response and shown.endswith("<think></think>") == (effort == "none")
+    assert ("effort: low" in shown) == (effort in ("minimal", "low"))
+
+
 def test_reasoning_is_left_out_and_ends_are_passed_where_asked(served: Live) -> None:
     served.script = TURNS[0]
     message, _ = joined(served.events(include_reasoning=False))
