@@ -68,6 +68,8 @@ def calls_grammar(tools: Sequence[Schema], *, parallel: bool, answer: str | None
             lines += _Tool(tool.get("function", tool), number, schemas).rules()
         except ValueError as error:
             raise ValueError(f"tools[{number}]: {error}") from None
+        except (TypeError, AttributeError):
+            raise ValueError(f"tools[{number}]: its parameters are no JSON schema") from None
     functions = " | ".join(f"f{number}" for number in range(len(tools)))
     more = "(NL? call)* " if parallel else ""
     begin = {None: "start: calls", TEXT_OR_CALLS: "start: WORDS calls?"}

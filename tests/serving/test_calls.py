@@ -159,6 +159,12 @@ def test_random_tools_are_called_by_their_schemas(served: Live) -> None:
         {"oneOf": [{"properties": {}}]},
         {"required": ["b"], "additionalProperties": False},
         {"required": "b"},
+        {"properties": {"a": {"anyOf": 1.5}}},
+        {"properties": {"a": {"type": "string", "maxLength": 2, "allOf": 3}}},
+        {"properties": {"a": {"type": 3}}},
+        {"properties": [1]},
+        {"$ref": "#/$defs/T", "$defs": 3},
+        {"$ref": "#"},
     ],
     ids=str,
 )
