@@ -88,7 +88,7 @@ TRAIN = [
     (["--config.lora.rank=four"], "--config.lora.rank=four: must be of type int"),
     (["--config.lora.ranks=4"], "config.lora.ranks; its fields are alpha, base_dtype"),
     (["--config.training.steps=0"], "steps=0"),
-    (["--config.training.steps=-5"], "must not be negative"),
+    (["--config.training.steps=-5"], "steps=-5: must be at least 1"),
     (["--config.training.steps=2.5"], "steps"),
     (["--config.training.steps=2147483648"], "steps=2147483648: must be below"),
     (["--config.training.mtp_depths=65"], "reaches past a whole row"),

@@ -69,22 +69,22 @@ def kill_once(process, workdir, moment, generator):
     return alive
 
 
-def kill_and_compare(texts, workdir, reference, moments):
+def kill_and_compare(texts, workdir, reference, moments, *overrides):
     generator = random.Random(0)
-    saving = 0
+    saving, steps = 0, len(reference)
     for moment in moments:
-        process = start(texts, workdir)
+        process = start(texts, workdir, *overrides)
         assert kill_once(process, workdir, moment, generator), f"it had ended before: {moment}"
         saving += bool(list((workdir / "checkpoints").glob("*.partial")))
     # What a kill can leave at worst: half a record, and a checkpoint that was being removed.
     with (workdir / "metrics.jsonl").open("a") as log:
         log.write('{"step": 119, "loss": 1.')
-    finish(start(texts, workdir))
+    finish(start(texts, workdir, *overrides))
     assert records(workdir) == reference
-    assert [record["step"] for record in reference] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in reference] == list(range(1, steps + 1))
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
-        "step_00000115",
-        "step_00000120",
+        f"step_{steps - 5:08d}",
+        f"step_{steps:08d}",
     ]
     return saving
 
@@ -95,10 +95,13 @@ def test_killed_twice(texts, tmp_path, reference):
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_four_moments(texts, tmp_path, reference):
+def test_killed_at_twenty_four_moments(texts, tmp_path):
+    longer = f"--config.training.steps={4 * STEPS}"  # a quick processor would end before the last
+    finish(start(texts, tmp_path / "never_killed", longer))
+    reference = records(tmp_path / "never_killed")
     moments = ["starting"] * 4 + ["saving"] * 10 + ["training"] * 10
     random.Random(1).shuffle(moments)
-    saving = kill_and_compare(texts, tmp_path, reference, moments)
+    saving = kill_and_compare(texts, tmp_path / "killed", reference, moments, longer)
     assert saving >= 3  # some did hit a save
 
 
