@@ -4,6 +4,7 @@ A text within a call ends at its `</parameter>`, so no tag that the reader of ca
 stand in it. Every value is written in the one form that the reader takes back for it.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -15,6 +16,7 @@ from nemotron_jax.data.chat.render import CALL, CALL_END, END
 from nemotron_jax.data.chat.schemas import ANYTHING, TEXT, Schemas
 from nemotron_jax.data.chat.tools import in_json
 from nemotron_jax.environments.schema import equal
+from nemotron_jax.serving.fields import characters
 from nemotron_jax.serving.patterns import check_patterns, expression, searched, without_idle_rules
 
 Schema = Mapping[str, Any]
@@ -32,6 +34,9 @@ _PARAMETERS = frozenset(
     ("type", "properties", "required", "additionalProperties", *_DEFINITIONS, "strict")
 )
 _DEEPEST = 16  # schemas that stand in one another before a text's own
+# Characters of a request's schemas, each as often as it is referred to, and of what is written for
+# them; and what a schema counts as at least. A few references to references stand for billions.
+_MOST_READ, _LEAST_READ = 1_000_000, 20
 _TEXT_RULES = frozenset(("type", "enum", "const", "pattern", "minLength", "maxLength"))
 _UNIONS = ("anyOf", "oneOf")
 _NAME = re.compile(r"[^<>\n\r]{1,256}")
@@ -40,7 +45,7 @@ _NAME = re.compile(r"[^<>\n\r]{1,256}")
 _NUMBER = r"[\-0-9]"
 _BEGINNINGS = {"null": "None|null", "boolean": "[Tt]rue|[Ff]alse", "array": r"\[", "object": r"\{"}
 _BEGINNINGS |= {"integer": _NUMBER, "fraction": _NUMBER}
-_QUOTED = '"(?s:.*)"'  # is read as the text within
+_QUOTED = r'"([^"\\\x00-\x1f]|\\.)*"'  # JSON, which is read as the text within
 _BLANKS = r"[\s\x1c-\x1f]*"  # what Python takes off
 # Formats that a text is held to, as RFC 3339 and 9562 write them.
 _DAYS = "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
@@ -62,10 +67,10 @@ def calls_grammar(tools: Sequence[Schema], *, parallel: bool, answer: str | None
     rules for.
     """
     lines = []
-    schemas = Schemas(tools)
+    schemas, left = Schemas(tools), _Left(_MOST_READ)
     for number, tool in enumerate(tools):
         try:
-            lines += _Tool(tool.get("function", tool), number, schemas).rules()
+            lines += _Tool(tool.get("function", tool), number, schemas, left).rules()
         except ValueError as error:
             raise ValueError(f"tools[{number}]: {error}") from None
         except (TypeError, AttributeError):
@@ -89,11 +94,25 @@ def calls_grammar(tools: Sequence[Schema], *, parallel: bool, answer: str | None
 TEXT_OR_CALLS = "text"
 
 
+@dataclasses.dataclass
+class _Left:
+    """Characters that a request's schemas may still come to."""
+
+    characters: int
+
+    def take(self, number: int) -> None:
+        """Raise ValueError where they are used up."""
+        self.characters -= number
+        if self.characters < 0:
+            raise ValueError("its schemas refer to too much; write fewer or smaller ones")
+
+
 class _Tool:
     """The rules of one tool's calls, named by its number."""
 
-    def __init__(self, function: Schema, number: int, schemas: Schemas) -> None:
+    def __init__(self, function: Schema, number: int, schemas: Schemas, left: _Left) -> None:
         self._name, self._rule, self._schemas = function["name"], f"f{number}", schemas
+        self._left = left
         self._parameters = self._root(function.get("parameters") or {})
         _check_name("name", self._name)
 
@@ -140,6 +159,7 @@ class _Tool:
         names = " | ".join(f"{rule}v{number}" for number in range(len(values)))
         yield f"{rule}: {_quoted(f'{PARAMETER}{name}>{chr(10)}')} ({names})"
         for number, (text, body) in enumerate(values):
+            self._left.take(len(body))
             if text:  # lazy: it ends with the first closing tag
                 yield f"{rule}v{number}[lazy]: {rule.upper()}V{number}"
                 yield f"{rule.upper()}V{number}: {body}"
@@ -192,9 +212,7 @@ class _Tool:
 
     def _texts(self, schema: Any, depth: int) -> str | None:
         """A set of texts that fit, as Lark's terminals have it; None where any does."""
-        schema = self._resolved(schema) if isinstance(schema, Mapping) else {}
-        if depth > _DEEPEST:
-            raise ValueError("its schemas stand in one another too deep")
+        schema = self._inner(schema, depth)
         named = schema.get("type", "string")
         if "string" not in ([named] if isinstance(named, str) else named):
             return _NEVER
@@ -222,9 +240,7 @@ class _Tool:
 
     def _without_texts(self, schema: Any, depth: int) -> Schema | None:
         """The schema of the values that are no texts; None where there are none."""
-        schema = self._resolved(schema) if isinstance(schema, Mapping) else {}
-        if depth > _DEEPEST:
-            raise ValueError("its schemas stand in one another too deep")
+        schema = self._inner(schema, depth)
         for union in _UNIONS:
             if union in schema:
                 rest = [self._without_texts(one, depth + 1) for one in schema[union]]
@@ -235,6 +251,14 @@ class _Tool:
         others = [name for name in named if name != "string"]
         others += ["null"] if schema.get("nullable") is True and "null" not in others else []
         return {**schema, "type": others} if others else None
+
+    def _inner(self, schema: Any, depth: int) -> Schema:
+        """What one of the schemas of a union stands for."""
+        schema = self._resolved(schema) if isinstance(schema, Mapping) else {}
+        self._left.take(_LEAST_READ + characters(schema, _UNIONS))
+        if depth > _DEEPEST:
+            raise ValueError("its schemas stand in one another too deep")
+        return schema
 
     def _resolved(self, schema: Schema) -> Schema:
         """What a schema that is a reference alone stands for."""

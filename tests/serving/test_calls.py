@@ -9,6 +9,7 @@ import pytest
 
 from nemotron_jax.data.chat.schemas import Schemas
 from nemotron_jax.environments.schema import faults
+from nemotron_jax.serving.call_grammars import calls_grammar
 from nemotron_jax.serving.fields import Fields
 from nemotron_jax.serving.grammars import calls_of_tools
 from nemotron_jax.serving.patterns import check_pattern
@@ -207,6 +208,7 @@ def takes(schema: dict[str, Any], text: str, **parameters: Any) -> bool:
 
 def test_a_text_beside_another_type_is_none_that_would_be_read_as_that() -> None:
     texts = {"2024-05-01", "3 apples", "None of them", "[a", "{1}", '"a" and b', "007", "true"}
+    texts |= {'"a" or "b"', '"a\\"'}
     for kind, others in (
         ("null", set()),
         ("integer", {"2024-05-01", "3 apples", "007"}),
@@ -222,7 +224,8 @@ def test_a_text_beside_another_type_is_none_that_would_be_read_as_that() -> None
         values = {"null": "null", "integer": "5", "boolean": "true", "array": "[]", "object": "{}"}
         for name, text in values.items():
             assert name != kind or takes(schema, text) and not isinstance(read("f", "a", text), str)
-        assert not any(takes(schema, text) for text in ('"a"', "a", *(others - {"true"})))
+        never = {'"a"', r'"a\"b"', "a"} | others - {"true"}
+        assert not any(takes(schema, text) for text in never)
 
 
 def test_texts_of_dates_are_dates() -> None:
@@ -238,6 +241,20 @@ def test_texts_of_dates_are_dates() -> None:
         for schema in ({"type": "string", "format": form}, optional):
             assert all(takes(schema, text) for text in good)
             assert not any(takes(schema, text) for text in bad)
+
+
+def test_references_that_stand_for_too_much_are_refused() -> None:
+    known = {f"T{n}": {"anyOf": 6 * [{"$ref": f"#/$defs/T{n + 1}"}]} for n in range(7)}
+    known["T7"] = {"type": "string", "minLength": 1}
+    large = {"anyOf": [{"type": "array", "items": {"enum": ["a" * 50_000]}}, {"type": "string"}]}
+    properties = {f"a{n}": {"$ref": "#/$defs/A"} for n in range(100)}
+    for parameters in (
+        {"$defs": known, "properties": {"a": {"$ref": "#/$defs/T0"}}},
+        {"$defs": {"A": large}, "properties": properties},
+    ):
+        tool = {"function": {"name": "f", "parameters": parameters}}
+        with pytest.raises(ValueError, match="its schemas refer to too much"):
+            calls_grammar([tool], parallel=False, answer=None)
 
 
 @pytest.mark.parametrize("kind", [None, "null", "integer"])
