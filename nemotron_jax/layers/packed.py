@@ -1,5 +1,7 @@
 """Matrices of experts that stay the codes that they are stored as."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,9 +40,9 @@ class PackedMatrix(nnx.Module):
 
         On the mesh at hand each device rounds, and then holds, whole matrices of its own.
         """
-        owned = (matrices.axes[0], None, None)
-        packed = jax.jit(lambda values: on_owners(_rounded, values, owned))(matrices[...])
-        factor = shard_parameter(packed.factor, owned[:1])  # a vector is whole everywhere
+        experts = matrices.axes[0]
+        packed = _rounded_by_owners(matrices[...], experts)
+        factor = shard_parameter(packed.factor, (experts,))  # a vector is whole everywhere
         sizes = {"depth": packed.depth, "width": packed.width}
         return cls(packed.words, packed.scales, factor, **sizes, axes=matrices.axes)
 
@@ -68,6 +70,11 @@ class PackedMatrix(nnx.Module):
     def _experts(self) -> str:
         """The axis of the experts: another one in a model whose weights stay where they are."""
         return self.words.axes[0]
+
+
+@functools.partial(jax.jit, static_argnames="experts")  # compiled once for all of a shape
+def _rounded_by_owners(matrices: Float[Array, "... E K N"], experts: str) -> PackedExperts:
+    return on_owners(_rounded, matrices, (experts, None, None))
 
 
 def _rounded(matrices: Float[Array, "... E K N"]) -> PackedExperts:

@@ -14,7 +14,7 @@ from nemotron_jax.config.lora import LoRAConfig
 from nemotron_jax.config.precision import nemotron3_nvfp4
 from nemotron_jax.config.run import MeshConfig, ScheduleConfig, TrainingConfig
 from nemotron_jax.interop.safetensors_file import SafetensorsFile
-from nemotron_jax.layers.packed import PackedMatrix
+from nemotron_jax.layers.packed import PackedMatrix, _rounded_by_owners
 from nemotron_jax.model.adapters import add_adapters, merge_adapters
 from nemotron_jax.model.packing import pack_experts
 from nemotron_jax.model.parameters import abstract_model, flatten, unflatten
@@ -86,6 +86,15 @@ def test_on_a_mesh_each_device_rounds_its_own_experts(dense, tmp_path, axes, lay
             np.testing.assert_array_equal(leaf, wanted[name], err_msg=name)
             parts = leaf.size // leaf.addressable_shards[0].data.size
             assert parts == (1 if name.endswith("factor") else math.prod(axes.values())), name
+
+
+def test_matrices_of_a_shape_are_rounded_by_one_program() -> None:
+    before = _rounded_by_owners._cache_size()
+    for seed in range(3):
+        values = jax.random.normal(jax.random.key(seed), (2, 32, 80))
+        found = PackedMatrix.of(nnx.Param(values, axes=("experts", "latent", "hidden")))
+        assert found.shape == (2, 32, 80)
+    assert _rounded_by_owners._cache_size() == before + 1
 
 
 def test_filled_columns_are_of_no_matter(tmp_path) -> None:
