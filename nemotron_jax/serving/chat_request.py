@@ -9,7 +9,7 @@ from nemotron_jax.data.chat.render import ANSWER, END, ChatOptions, calls_of, te
 from nemotron_jax.data.chat.tokens import encode_chat, encode_prompt
 from nemotron_jax.decoding.wanted import MOST_TOP, Budget
 from nemotron_jax.serving.fields import Fields, characters, check_parts
-from nemotron_jax.serving.formats import with_format
+from nemotron_jax.serving.formats import formatted
 from nemotron_jax.serving.grammars import Format, calls_of_tools
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
@@ -85,9 +85,9 @@ class ChatRequest:
     held: bool = False  # calls come as a grammar has them
 
 
+@formatted
 def read_chat(fields: Fields, served: Served) -> ChatRequest:
     """The request of a body; Refusal names the field that is wrong."""
-    fields = with_format(fields)
     prompt = read_prompt(fields, served)
     logprobs = fields.flag("logprobs")
     top = fields.integer("top_logprobs", 0, 0, MOST_TOP)

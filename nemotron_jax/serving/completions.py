@@ -9,7 +9,7 @@ from nemotron_jax.decoding.wanted import MOST_TOP
 from nemotron_jax.serving.answers import Answer, usage_of
 from nemotron_jax.serving.driver import Piece, Stream
 from nemotron_jax.serving.fields import Fields, is_token_ids
-from nemotron_jax.serving.formats import with_format
+from nemotron_jax.serving.formats import formatted
 from nemotron_jax.serving.refusal import Refusal
 from nemotron_jax.serving.served import Served
 from nemotron_jax.serving.texts import VisibleText, finite, token_text
@@ -37,9 +37,9 @@ class CompletionRequest:
     silent: bool  # no new token is wanted: the prompt's scores are the answer
 
 
+@formatted
 def read_completion(fields: Fields, served: Served) -> CompletionRequest:
     """The request of a body; Refusal names the field that is wrong."""
-    fields = with_format(fields)
     if fields.get("suffix"):
         raise fields.refuse("suffix", "is not supported; leave it out")
     prompts, n, echo = _prompts(fields, served), samples_of(fields), fields.flag("echo")

@@ -1,30 +1,56 @@
 """vLLM's own words for formats, as the `response_format` that each amounts to."""
 
+import functools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from nemotron_jax.config.untrusted import parse_json
 from nemotron_jax.serving.fields import Fields, check_parts
+from nemotron_jax.serving.refusal import Refusal
+from nemotron_jax.serving.served import Served
 
-_INNER = "structured_outputs"
+Request = TypeVar("Request")
+
+_INNER, _FORMAT = "structured_outputs", "response_format"
 _KINDS = ("json", "regex", "choice", "json_object", "grammar", "structural_tag")
 _GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}  # once theirs
 NAMES = (_INNER, *_GUIDED)  # of the fields that ask for one
 
 
-def with_format(fields: Fields) -> Fields:
-    """The fields with `response_format` in place of vLLM's; Refusal for two formats at once."""
+def formatted(read: Callable[[Fields, Served], Request]) -> Callable[[Fields, Served], Request]:
+    """A reader that knows `response_format`, for bodies with vLLM's words too. Refusals name the
+    word that came."""
+
+    @functools.wraps(read)
+    def reading(fields: Fields, served: Served) -> Request:
+        fields, came = _with_format(fields)
+        try:
+            return read(fields, served)
+        except Refusal as refusal:
+            if came is None or not (refusal.param or "").startswith(_FORMAT):
+                raise
+            text = re.sub(rf"^{_FORMAT}[.\w]*", came, str(refusal))
+            raise Refusal(text, came, status=refusal.status, code=refusal.code) from None
+
+    return reading
+
+
+def _with_format(fields: Fields) -> tuple[Fields, str | None]:
+    """The fields with `response_format` in place of vLLM's, and the name of that; Refusal for two
+    formats at once."""
     inner = fields.part(_INNER)
     asked = [(inner, kind, kind) for kind in _KINDS]
     asked += [(fields, name, kind) for name, kind in _GUIDED.items()]
     asked = [one for one in asked if one[0].get(one[1]) not in (None, False)]
     if not asked:
-        return fields
+        return fields, None
     owner, name, kind = asked[0]
-    if len(asked) > 1 or fields.part("response_format").get("type") not in (None, "text"):
+    if len(asked) > 1 or fields.part(_FORMAT).get("type") not in (None, "text"):
         raise owner.refuse(name, "stands beside another format; give one")
     form = _format(owner, name, kind)
-    return Fields({**fields.values(), "response_format": form})
+    came = name if owner is fields else f"{_INNER}.{name}"
+    return Fields({**fields.values(), _FORMAT: form}), came
 
 
 def _format(owner: Fields, name: str, kind: str) -> dict[str, Any]:

@@ -99,9 +99,13 @@ def test_formats_in_the_words_of_vllm(served: Live, path: str) -> None:
         ({"guided_regex": "a", "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
         ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
         ({"structured_outputs": 3}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"json": {"uniqueItems": True}}}, "structured_outputs.json"),
+        ({"guided_choice": [""]}, "guided_choice"),
     ):
         answer = served.post(path, **common, **body)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+        assert answer.json()["error"]["message"].startswith(field)
 
 
 def test_no_special_token_comes_where_its_name_may() -> None:
