@@ -175,6 +175,8 @@ def _message(given: Mapping[str, Any]) -> dict[str, Any]:
 def _spoken(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with its refusals, which clients keep apart, as the texts that they are."""
     content = message.get("content")
+    if content is None and isinstance(message.get("refusal"), str):
+        return {**message, "content": message["refusal"]}
     if not isinstance(content, list):
         return message
     refused = lambda part: isinstance(part, Mapping) and part.get("type") == "refusal"

@@ -191,9 +191,10 @@ def test_fields_that_clients_send_for_nothing_change_nothing(served: Live) -> No
     plain |= {"include_reasoning": True, "add_generation_prompt": True, "truncate_prompt_tokens": 0}
     (choice,) = served.post(**plain).json()["choices"]
     assert choice["message"]["content"] == "four" and choice["finish_reason"] == "stop"
-    refused = {"role": "assistant", "content": [{"type": "refusal", "refusal": "there"}]}
-    served.post(messages=[*HELLO, refused, *HELLO])
-    assert "there" in TOKENIZER.decode(served.generator.seen[-1].prompt)
+    part = {"type": "refusal", "refusal": "there"}
+    for refused in ({"content": [part]}, {"content": None, "refusal": "there"}):
+        served.post(messages=[*HELLO, {"role": "assistant", **refused}, *HELLO])
+        assert "there" in TOKENIZER.decode(served.generator.seen[-1].prompt)
 
 
 @pytest.mark.parametrize("effort", ["minimal", "low", "medium", "none"])
